@@ -1,0 +1,1 @@
+"""Hydra configuration groups, reachable as `pkg://r2dreamer.configs`."""
