@@ -1,0 +1,55 @@
+"""The networks of R2-Dreamer: TensorDictModules on TorchRL's DreamerV3 keys.
+
+``belief`` is h_t, the deterministic latent; ``state`` is z_t, the stochastic one.
+"""
+
+from .builder import ActionSpace, Agent, ObservationSpace, assemble, build_agent
+from .distributions import BoundedNormal, OneHotAction
+from .encoders import ImageEncoder, ObservationEncoder, VectorEncoder
+from .heads import (
+    FeatureMLP,
+    NormalParameters,
+    OneHotParameters,
+    ProjectionHead,
+    TwoHotMLP,
+    actor_head,
+    latent_head,
+)
+from .imagination import Imagination
+from .latents import CategoricalLatent, unimix_probs
+from .layers import BlockLinear, Linear, RMSNorm, mlp, normed_linear
+from .rollout import RSSMRollout, RSSMStateEstimator
+from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
+
+__all__ = [
+    "ActionSpace",
+    "Agent",
+    "BlockGRU",
+    "BlockLinear",
+    "BoundedNormal",
+    "CategoricalLatent",
+    "FeatureMLP",
+    "ImageEncoder",
+    "Imagination",
+    "Linear",
+    "NormalParameters",
+    "ObservationEncoder",
+    "ObservationSpace",
+    "OneHotAction",
+    "OneHotParameters",
+    "ProjectionHead",
+    "RMSNorm",
+    "RSSMPosterior",
+    "RSSMPrior",
+    "RSSMRollout",
+    "RSSMStateEstimator",
+    "TwoHotMLP",
+    "VectorEncoder",
+    "actor_head",
+    "assemble",
+    "build_agent",
+    "latent_head",
+    "mlp",
+    "normed_linear",
+    "unimix_probs",
+]

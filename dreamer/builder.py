@@ -1,0 +1,195 @@
+"""Builds every part of an agent from the specs of an environment; the results have names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
+
+from .encoders import ObservationEncoder
+from .heads import FeatureMLP, ProjectionHead, TwoHotMLP, actor_head, latent_head
+from .imagination import Imagination
+from .latents import CategoricalLatent
+from .rollout import RSSMRollout, RSSMStateEstimator
+from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
+
+
+@dataclass(frozen=True)
+class ObservationSpace:
+    """What the encoder needs to know: image shapes (C, H, W) and vector sizes, by key."""
+
+    images: dict[str, tuple[int, int, int]]
+    vectors: dict[str, int]
+
+    @classmethod
+    def from_spec(cls, spec: Composite, ignore: tuple[str, ...] = ("is_init",)) -> ObservationSpace:
+        """Sorts the entries of an environment's observation spec: three dimensions are images, one are vectors."""
+        images, vectors = {}, {}
+        for key, entry in sorted(spec.items()):
+            if key in ignore:
+                continue
+            if entry is None or isinstance(entry, Composite) or entry.ndim not in (1, 3):
+                raise ValueError(
+                    f"Observation {key!r} has shape {None if entry is None else tuple(entry.shape)}; the encoder takes "
+                    "images [C, H, W] and vectors [n]. Flatten it with torchrl.envs.FlattenObservation or leave it out."
+                )
+            if entry.ndim == 3:
+                images[key] = tuple(entry.shape)
+            else:
+                vectors[key] = entry.shape[0]
+        return cls(images, vectors)
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """Number of action entries, and whether they are one choice (one-hot) or a continuous vector."""
+
+    size: int
+    discrete: bool
+
+    @classmethod
+    def from_spec(cls, spec: TensorSpec) -> ActionSpace:
+        if isinstance(spec, OneHot):
+            return cls(spec.shape[-1], True)
+        if isinstance(spec, Bounded | Unbounded) and not isinstance(spec, Categorical) and spec.ndim == 1:
+            return cls(spec.shape[0], False)
+        raise ValueError(
+            f"Action space {spec.__class__.__name__}{tuple(spec.shape)} is not supported: actions are one continuous "
+            "vector (Bounded) or one choice (OneHot). For an index, use categorical_action_encoding=False."
+        )
+
+
+@dataclass
+class Agent:
+    """Every part by its name. Parts share parameters; ``parts()`` lists each of them once."""
+
+    encoder: ObservationEncoder
+    prior: RSSMPrior
+    posterior: RSSMPosterior
+    projection: ProjectionHead
+    reward: TwoHotMLP
+    continue_: FeatureMLP
+    value: TwoHotMLP
+    actor: ProbabilisticTensorDictSequential
+    world_model: TensorDictSequential
+    value_model: TensorDictModule
+    continue_model: TensorDictModule
+    imagination: Imagination
+    policy: TensorDictSequential
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {
+            "encoder": self.encoder,
+            "rssm": nn.ModuleList([self.prior, self.posterior]),
+            "projection": self.projection,
+            "reward": self.reward,
+            "continue": self.continue_,
+            "value": self.value,
+            "actor": self.actor,
+        }
+
+    def parameter_counts(self) -> dict[str, int]:
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts().items()}
+
+
+def build_agent(
+    observations: ObservationSpace,
+    actions: ActionSpace,
+    *,
+    belief: int,
+    hidden: int,
+    classes: int,
+    depth: int,
+    units: int | None = None,
+    categoricals: int = 32,
+    blocks: int = 8,
+    unimix: float = 0.01,
+    encoder_multipliers: tuple[int, ...] = (2, 3, 4, 4),
+    vector_layers: int = 3,
+    reward_layers: int = 1,
+    continue_layers: int = 1,
+    actor_layers: int = 3,
+    value_layers: int = 3,
+    num_bins: int = 255,
+) -> Agent:
+    """Builds a whole R2-Dreamer agent; the keyword arguments are the keys of ``configs/model/*.yaml``.
+
+    Example:
+        >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
+        ...                     belief=16, hidden=8, classes=4, depth=2, categoricals=3)
+        >>> agent.policy.in_keys
+        ['observation', 'is_init']
+    """
+    widths = dict(belief=belief, hidden=hidden, classes=classes, depth=depth, categoricals=categoricals, blocks=blocks)
+    for name, width in {**widths, "units": hidden if units is None else units}.items():
+        if width < 1:
+            raise ValueError(f"model.{name}={width} must be a positive number of features.")
+    units = hidden if units is None else units
+    encoder = ObservationEncoder(
+        observations.images,
+        observations.vectors,
+        depth=depth,
+        units=units,
+        multipliers=tuple(encoder_multipliers),
+        vector_layers=vector_layers,
+    )
+    latent = CategoricalLatent(categoricals, classes, unimix)
+    prior = RSSMPrior(BlockGRU(latent.size, actions.size, belief, hidden, blocks), latent, hidden)
+    posterior = RSSMPosterior(belief, encoder.out_features, latent, hidden)
+    features = latent.size + belief
+    projection = ProjectionHead(features, encoder.out_features)
+    reward = TwoHotMLP(features, units, reward_layers, num_bins)
+    continue_ = FeatureMLP(features, units, continue_layers, 1)
+    value = TwoHotMLP(features, units, value_layers, num_bins)
+    actor = actor_head(features, units, actor_layers, actions.size, discrete=actions.discrete, unimix=unimix)
+    return assemble(encoder, prior, posterior, projection, reward, continue_, value, actor, actions, features, belief)
+
+
+def assemble(encoder, prior, posterior, projection, reward, continue_, value, actor, actions, features, belief) -> Agent:
+    """Wires networks on the key contract; swap any of them before calling it."""
+    after = ("next",)
+    rollout = RSSMRollout(
+        TensorDictModule(
+            prior,
+            in_keys=["state", "belief", "action"],
+            out_keys=[("next", "prior_logits"), ("next", "state"), ("next", "belief")],
+        ),
+        TensorDictModule(
+            posterior,
+            in_keys=[("next", "belief"), ("next", "encoded_latents")],
+            out_keys=[("next", "posterior_logits"), ("next", "state")],
+        ),
+    )
+    reward_keys = ["reward_logits", "reward"]
+    world_model = TensorDictSequential(
+        encoder,
+        rollout,
+        latent_head(projection, ["projected_latents"], prefix=after),
+        latent_head(reward, reward_keys, prefix=after),
+        latent_head(continue_, ["continue_pred"], prefix=after),
+    )
+    policy = TensorDictSequential(
+        encoder.at_root(),
+        RSSMStateEstimator(
+            prior, posterior, state_size=features - belief, belief_size=belief, action_size=actions.size
+        ),
+        actor,
+    )
+    return Agent(
+        encoder=encoder,
+        prior=prior,
+        posterior=posterior,
+        projection=projection,
+        reward=reward,
+        continue_=continue_,
+        value=value,
+        actor=actor,
+        world_model=world_model,
+        value_model=latent_head(value, ["state_value_logits", "state_value"]),
+        continue_model=latent_head(continue_, ["continue_pred"]),
+        imagination=Imagination(prior, latent_head(reward, reward_keys)),
+        policy=policy,
+    )

@@ -1,0 +1,114 @@
+"""What reads the latents: projection, reward, continue, value and actor heads.
+
+Each function returns a TensorDictModule on the key contract; ``prefix=("next",)`` makes the twin that training reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from tensordict.utils import NestedKey
+from torch import nn
+from torchrl.modules import SymExpTwoHot
+
+from .distributions import BoundedNormal, OneHotAction
+from .latents import unimix_probs
+from .layers import Linear, mlp
+
+NUM_BINS = 255
+
+
+class FeatureMLP(nn.Module):
+    """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in."""
+
+    def __init__(self, features: int, units: int, layers: int, out_features: int, scale: float = 1.0):
+        super().__init__()
+        self.layers = mlp(features, units, layers, out_features, scale=scale)
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
+        return self.layers(torch.cat([state, belief.to(state.dtype)], -1)).float()
+
+
+class TwoHotMLP(FeatureMLP):
+    """Logits [..., bins] over symexp-spaced values, and their expectation [..., 1] (exactly 0 at initialisation)."""
+
+    def __init__(self, features: int, units: int, layers: int, num_bins: int = NUM_BINS):
+        super().__init__(features, units, layers, num_bins, scale=0.0)
+        self.two_hot = SymExpTwoHot(num_bins)
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(state, belief)
+        return logits, self.two_hot(logits.detach())
+
+
+class ProjectionHead(nn.Module):
+    """k_t = P(h_t, z_t): one bias-free Linear from the latents to the size of the embedding."""
+
+    def __init__(self, features: int, embedding_size: int):
+        super().__init__()
+        self.linear = Linear(features, embedding_size, bias=False)
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.cat([state, belief.to(state.dtype)], -1))
+
+
+class NormalParameters(nn.Module):
+    """Network output [..., 2A] -> mean = tanh(.), std = 0.9 sigmoid(. + 2) + 0.1."""
+
+    def forward(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loc, scale = parameters.chunk(2, -1)
+        return torch.tanh(loc), 0.9 * torch.sigmoid(scale + 2) + 0.1
+
+
+class OneHotParameters(nn.Module):
+    """Network output [..., A] -> probabilities with a uniform mix."""
+
+    def __init__(self, unimix: float = 0.01):
+        super().__init__()
+        self.unimix = unimix
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return unimix_probs(logits, self.unimix)
+
+
+def latent_head(
+    network: nn.Module,
+    out_keys: Sequence[str],
+    *,
+    prefix: tuple[str, ...] = (),
+    in_keys: Sequence[NestedKey] = ("state", "belief"),
+) -> TensorDictModule:
+    """Wraps a network over (state, belief), at the root for imagination or below ``prefix`` for training."""
+    place = lambda key: (*prefix, key) if prefix else key
+    return TensorDictModule(network, in_keys=[place(k) for k in in_keys], out_keys=[place(k) for k in out_keys])
+
+
+def actor_head(features: int, units: int, layers: int, action_size: int, *, discrete: bool, unimix: float = 0.01):
+    """The policy over latents, state and belief -> action, with ``get_dist`` as TorchRL's losses expect.
+
+    Continuous: :class:`BoundedNormal`; discrete: :class:`OneHotAction`. The output layer is scaled by 0.01, so that an
+    untrained policy explores everything.
+    """
+    if discrete:
+        network = FeatureMLP(features, units, layers, action_size, scale=0.01)
+        parameters, keys, distribution = OneHotParameters(unimix), ["probs"], OneHotAction
+    else:
+        network = FeatureMLP(features, units, layers, 2 * action_size, scale=0.01)
+        parameters, keys, distribution = NormalParameters(), ["loc", "scale"], BoundedNormal
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(network, in_keys=["state", "belief"], out_keys=["action_parameters"]),
+        TensorDictModule(parameters, in_keys=["action_parameters"], out_keys=keys),
+        ProbabilisticTensorDictModule(
+            in_keys=keys,
+            out_keys=["action"],
+            distribution_class=distribution,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )

@@ -1,0 +1,46 @@
+"""The stochastic latent z_t: S categoricals of K classes, sampled straight-through."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def unimix_probs(logits: torch.Tensor, unimix: float) -> torch.Tensor:
+    """Softmax in float32, mixed with ``unimix`` of the uniform distribution: no class ever has probability 0."""
+    probs = torch.softmax(logits.float(), -1)
+    return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
+
+
+class CategoricalLatent(nn.Module):
+    """S independent one-hot categoricals with a uniform mix; what prior and posterior need to know of z_t.
+
+    Flat logits [..., S*K] -> :meth:`logits` [..., S, K] -> :meth:`sample` [..., S*K], one-hot in value, with the
+    gradient of the probabilities (straight-through).
+    """
+
+    def __init__(self, num_categoricals: int = 32, num_classes: int = 32, unimix: float = 0.01):
+        super().__init__()
+        for name, value in (("num_categoricals", num_categoricals), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        if not 0 <= unimix < 1:
+            raise ValueError(f"unimix must be in [0, 1), got {unimix}.")
+        self.num_categoricals, self.num_classes, self.unimix = num_categoricals, num_classes, unimix
+        self.size = self.logits_size = num_categoricals * num_classes
+
+    def logits(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat.float().unflatten(-1, (self.num_categoricals, self.num_classes))  # [..., S, K]
+
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        probs = unimix_probs(logits, self.unimix)  # [..., S, K]
+        # Inverse transform: one uniform per categorical, cheaper than one Gumbel per class.
+        uniform = torch.rand(probs.shape[:-1], device=probs.device).unsqueeze(-1)
+        index = (probs.detach().cumsum(-1) <= uniform).sum(-1, keepdim=True).clamp_max(self.num_classes - 1)
+        one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+        # Added in this order the value stays exactly one-hot; the gradient is that of the probabilities.
+        return (one_hot + (probs - probs.detach()) if probs.requires_grad else one_hot).flatten(-2)  # [..., S*K]
+
+    def mode(self, logits: torch.Tensor) -> torch.Tensor:
+        index = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, index, 1.0).flatten(-2)

@@ -1,0 +1,114 @@
+"""The RSSM over a sequence of records (training) and over a stream of observations (acting)."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torchrl.modules import RSSMRolloutV3
+
+from .rssm import RSSMPosterior, RSSMPrior
+
+
+def _reset_mask(is_init: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """1 where an episode goes on, 0 at its first observation, with a trailing feature dimension."""
+    while is_init.ndim < like.ndim:
+        is_init = is_init.unsqueeze(-1)
+    return (~is_init.bool()).float()
+
+
+class RSSMRollout(TensorDictModuleBase):
+    """Filters [B, T] records: prior and posterior at every step, latents zeroed where ``is_init``.
+
+    Takes the two wrapped modules as TorchRL's ``RSSMRolloutV3`` does. With :class:`RSSMPrior` and
+    :class:`RSSMPosterior` only what truly recurs is done per step; with any other modules TorchRL's rollout does it.
+
+    Reads ``state`` and ``belief`` (the latents before the first record, index 0 of T), ``action``, ``is_init``,
+    ``("next", "encoded_latents")``; writes ``("next", ...)`` ``prior_logits`` and ``posterior_logits`` [B, T, S, K],
+    ``state`` [B, T, S*K] and ``belief`` [B, T, D].
+    """
+
+    def __init__(
+        self, rssm_prior: TensorDictModule, rssm_posterior: TensorDictModule, reset_key: NestedKey = "is_init"
+    ):
+        super().__init__()
+        self.rssm_prior, self.rssm_posterior, self.reset_key = rssm_prior, rssm_posterior, reset_key
+        self.state_key, self.belief_key, self.action_key = rssm_prior.in_keys
+        self.embedding_key = rssm_posterior.in_keys[-1]
+        self.prior_logits_key, _, self.next_belief_key = rssm_prior.out_keys
+        self.posterior_logits_key, self.next_state_key = rssm_posterior.out_keys
+        self.in_keys = [self.state_key, self.belief_key, self.action_key, reset_key, self.embedding_key]
+        self.out_keys = [self.prior_logits_key, self.posterior_logits_key, self.next_state_key, self.next_belief_key]
+        ours = isinstance(rssm_prior.module, RSSMPrior) and isinstance(rssm_posterior.module, RSSMPosterior)
+        self.general = None if ours else RSSMRolloutV3(rssm_prior, rssm_posterior, reset_key=reset_key)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if self.general is not None:
+            return self.general(tensordict)
+        prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
+        action = tensordict.get(self.action_key)
+        keep = _reset_mask(tensordict.get(self.reset_key), action)  # [B, T, 1]
+        # Once for the whole sequence: nothing here depends on the recurrence.
+        actions = prior.core.project_action(action * keep).unbind(-2)
+        embeddings = posterior.project_embedding(tensordict.get(self.embedding_key)).unbind(-2)
+        state = tensordict.get(self.state_key)[..., 0, :].float()
+        belief = tensordict.get(self.belief_key)[..., 0, :].float()
+        states, beliefs, posterior_logits = [], [], []
+        for action_t, embedding_t, keep_t in zip(actions, embeddings, keep.unbind(-2), strict=True):
+            belief = prior.core.advance(state * keep_t, belief * keep_t, action_t)
+            logits = posterior.logits(belief, embedding_t)
+            state = posterior.latent.sample(logits)
+            states.append(state)
+            beliefs.append(belief)
+            posterior_logits.append(logits)
+        beliefs = torch.stack(beliefs, -2)  # [B, T, D]
+        tensordict.set(self.prior_logits_key, prior.logits(beliefs))
+        tensordict.set(self.posterior_logits_key, torch.stack(posterior_logits, -3))
+        tensordict.set(self.next_state_key, torch.stack(states, -2))
+        tensordict.set(self.next_belief_key, beliefs)
+        return tensordict
+
+
+class RSSMStateEstimator(TensorDictModuleBase):
+    """Acting-time filter: previous latents, previous action and the embedding of what is seen now -> latents now.
+
+    Reads and overwrites ``state`` and ``belief``; ``action`` still holds the previous action when it is called. Entries
+    a fresh environment does not have yet count as zeros, and ``is_init`` zeroes them per environment.
+    """
+
+    def __init__(
+        self,
+        prior: torch.nn.Module,
+        posterior: torch.nn.Module,
+        *,
+        state_size: int,
+        belief_size: int,
+        action_size: int,
+        in_keys: tuple[NestedKey, ...] = ("state", "belief", "action", "encoded_latents", "is_init"),
+        out_keys: tuple[NestedKey, ...] = ("state", "belief"),
+    ):
+        super().__init__()
+        self.prior, self.posterior = prior, posterior
+        self.sizes = (state_size, belief_size, action_size)
+        self.keys, self.out_keys = in_keys, list(out_keys)
+        # Only these must exist beforehand: the three recurrent entries begin as zeros.
+        self.in_keys = list(in_keys[3:])
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        embedding, is_init = (tensordict.get(key) for key in self.keys[3:])
+        keep = _reset_mask(is_init, embedding)
+        previous = []
+        for key, size in zip(self.keys[:3], self.sizes, strict=True):
+            value = tensordict.get(key, None)
+            if value is None:
+                value = embedding.new_zeros(*embedding.shape[:-1], size, dtype=torch.float32)
+            # where, not a product: a fresh buffer may hold anything, NaN included.
+            previous.append(torch.where(keep.bool(), value.float(), 0.0))
+        state, belief, action = previous
+        belief = self.prior.core(state, belief, action) if isinstance(self.prior, RSSMPrior) else (
+            self.prior(state, belief, action)[2]
+        )
+        _, state = self.posterior(belief, embedding)
+        tensordict.set(self.out_keys[0], state.float())
+        return tensordict.set(self.out_keys[1], belief.float())
