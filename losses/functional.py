@@ -1,0 +1,89 @@
+"""The maths of the losses as pure functions, usable alone. Everything computes in float32, autocast or not."""
+
+from __future__ import annotations
+
+import torch
+
+
+def _standardize(value: torch.Tensor) -> torch.Tensor:
+    """Columns of [N, E] to mean 0 and sample std 1; a constant column becomes exactly or nearly 0, never NaN."""
+    centred = value - value.mean(0)
+    centred = centred - centred.mean(0)  # the first mean is rounded: without this a constant column keeps its error
+    variance = centred.square().sum(0) / (value.shape[0] - 1)
+    # Clamped before the root: the root of 0 has an infinite gradient.
+    return centred / variance.clamp_min(1e-16).sqrt()
+
+
+def barlow_twins_loss(
+    projected: torch.Tensor, target: torch.Tensor, redundancy_weight: float = 5e-4
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Barlow Twins between two views of the same N samples.
+
+    C = k'e / N over standardised columns; invariance sum_i (C_ii - 1)^2, redundancy sum_{i != j} C_ij^2.
+
+    Args:
+        projected: [N, E], k, the view that learns.
+        target: [N, E], e; detach it outside if it must not learn.
+        redundancy_weight: factor on the second term.
+
+    Returns:
+        The pair (invariance, redundancy_weight * redundancy), whose sum is the loss.
+
+    Example:
+        >>> view = torch.tensor([[1.0, -1.0], [0.0, 2.0], [-1.0, -1.0]])
+        >>> invariance, redundancy = barlow_twins_loss(view, view, redundancy_weight=1.0)
+        >>> round(invariance.item(), 4), round(redundancy.item(), 4)  # C = (N - 1)/N on the diagonal, 0 beside it
+        (0.2222, 0.0)
+    """
+    samples = projected.shape[0]
+    if samples < 2:
+        raise ValueError(f"Barlow Twins correlates over samples and needs at least 2, got {samples}.")
+    with torch.autocast(projected.device.type, enabled=False):
+        correlation = _standardize(projected.float()).T @ _standardize(target.float()) / samples  # [E, E]
+    diagonal = correlation.diagonal()
+    invariance = (diagonal - 1).square().sum()
+    redundancy = correlation.square().sum() - diagonal.square().sum()
+    return invariance, redundancy_weight * redundancy
+
+
+def lambda_return(
+    reward: torch.Tensor,
+    bootstrap: torch.Tensor,
+    last: torch.Tensor | None = None,
+    terminal: torch.Tensor | None = None,
+    *,
+    discount: float = 1 - 1 / 333,
+    lmbda: float = 0.95,
+) -> torch.Tensor:
+    """Lambda-returns R_t = r_{t+1} + g_{t+1} ((1 - c_{t+1}) b_{t+1} + c_{t+1} R_{t+1}), R_{T-1} = b_{T-1}.
+
+    g = discount * (1 - terminal), c = lmbda * (1 - last): a terminal step stops value, the last step of an episode
+    (terminal or truncated) stops the mixing. In imagination ``terminal`` is 1 - continue probability and nothing is last.
+
+    Args:
+        reward, bootstrap, last, terminal: [B, T, 1], all belonging to the state at index t; flags may be bool or float.
+
+    Returns:
+        [B, T-1, 1]; element t looks at reward, flags and bootstrap of t+1.
+    """
+    zeros = torch.zeros_like(reward)
+    live = discount * (1 - (zeros if terminal is None else terminal.to(reward.dtype)))[:, 1:]
+    mix = lmbda * (1 - (zeros if last is None else last.to(reward.dtype)))[:, 1:]
+    interim = reward[:, 1:] + live * (1 - mix) * bootstrap[:, 1:]
+    decay = live * mix
+    returns = [bootstrap[:, -1]]
+    for t in reversed(range(interim.shape[1])):
+        returns.append(interim[:, t] + decay[:, t] * returns[-1])
+    return torch.stack(returns[:0:-1], 1)  # [B, T-1, 1]
+
+
+def imagination_weight(continuation: torch.Tensor, discount: float = 1 - 1 / 333) -> torch.Tensor:
+    """Probability, discounted, that an imagined step happens at all: cumulative product of continue * discount."""
+    return (discount * continuation).cumprod(1)
+
+
+def categorical_entropy(logits: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:
+    """Entropy of S independent categoricals [..., S, K], summed over S, in nats."""
+    probs = torch.softmax(logits.float(), -1)
+    probs = (1 - unimix) * probs + unimix / logits.shape[-1]
+    return -torch.xlogy(probs, probs).sum((-1, -2))

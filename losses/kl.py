@@ -1,0 +1,41 @@
+"""Divergences between posterior and prior; like the representation objective, an object passed to the world-model loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+from torchrl.objectives import categorical_kl_terms
+
+from .functional import categorical_entropy
+
+
+class CategoricalKL(nn.Module):
+    """dynamics * max(free, KL(sg q || p)) + representation * max(free, KL(q || sg p)) on the mixed probabilities.
+
+    Each KL is summed over the S categoricals, clipped at ``free_nats`` per (b, t), then averaged.
+    """
+
+    def __init__(
+        self, dynamics: float = 1.0, representation: float = 0.1, free_nats: float = 1.0, unimix: float = 0.01
+    ):
+        super().__init__()
+        self.dynamics, self.representation = dynamics, representation
+        self.free_nats, self.unimix = free_nats, unimix
+
+    def forward(
+        self, tensordict: TensorDictBase, keys: Any
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        posterior = tensordict.get(("next", keys.posterior_logits)).float()
+        prior = tensordict.get(("next", keys.prior_logits)).float()
+        dynamics, representation = categorical_kl_terms(posterior, prior, self.free_nats, self.unimix)
+        terms = {"dynamics": self.dynamics * dynamics, "representation": self.representation * representation}
+        with torch.no_grad():
+            diagnostics = {
+                "kl": dynamics.detach(),
+                "prior_entropy": categorical_entropy(prior, self.unimix).mean(),
+                "posterior_entropy": categorical_entropy(posterior, self.unimix).mean(),
+            }
+        return terms, diagnostics

@@ -1,0 +1,46 @@
+"""Representation objectives: what makes the latents know the observation.
+
+An objective is a module called with the posterior TensorDict and the loss's keys; it returns its weighted terms by name
+(``barlow`` becomes ``loss_barlow``) and detached diagnostics. A new one is one class in one file and one config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+
+from .functional import barlow_twins_loss
+
+Terms = dict[str, torch.Tensor]
+
+
+class BarlowTwins(nn.Module):
+    """R2-Dreamer's objective: the projected latents k and the embedding e are two views of one observation.
+
+    weight * [sum_i (C_ii - 1)^2 + redundancy_weight * sum_{i != j} C_ij^2], C the correlation of k and e over all B*T
+    samples. The embedding is detached: the encoder learns through the posterior and the heads, and a target that moves
+    to please the loss would let both views collapse. ``detach_target=False`` exists for the paper's ablation.
+
+    Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
+    """
+
+    def __init__(self, weight: float = 0.05, redundancy_weight: float = 5e-4, detach_target: bool = True):
+        super().__init__()
+        self.weight, self.redundancy_weight, self.detach_target = weight, redundancy_weight, detach_target
+
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
+        projected = tensordict.get(("next", keys.projected_latents)).flatten(0, -2)  # [B*T, E]
+        target = tensordict.get(("next", keys.encoded_latents)).flatten(0, -2)  # [B*T, E]
+        if projected.shape != target.shape:
+            raise ValueError(
+                f"{keys.projected_latents!r} has {projected.shape[-1]} features and {keys.encoded_latents!r} has "
+                f"{target.shape[-1]}; build the projection head with the embedding's size."
+            )
+        if self.detach_target:
+            target = target.detach()
+        invariance, redundancy = barlow_twins_loss(projected, target, self.redundancy_weight)
+        terms = {"barlow": self.weight * (invariance + redundancy)}
+        return terms, {"barlow_invariance": invariance.detach(), "barlow_redundancy": redundancy.detach()}

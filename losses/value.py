@@ -1,0 +1,131 @@
+"""The value loss on imagined rollouts and along replayed sequences.
+
+    L = mean[ w_t ( -ln p_v(R_t | z_t) - ln p_v(v_slow(z_t) | z_t) ) ],  v_slow an exponential moving average
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torchrl.objectives.common import LossModule
+
+from .functional import lambda_return
+from .likelihood import ScalarPrediction
+
+
+class DreamerValueLoss(LossModule):
+    """Regresses the critic on lambda-returns and, as a regulariser, on its own slow copy.
+
+    :meth:`forward` takes what :class:`DreamerActorLoss` imagined, :meth:`replay_value_loss` a replayed sequence. The slow
+    critic is a target network: attach ``torchrl.objectives.SoftUpdate(loss, tau=0.02)`` and step it with every update.
+    A head that writes ``state_value_logits`` is trained two-hot, one that writes only ``state_value`` in symlog space.
+
+    Args:
+        value_model: the critic, latents -> ``state_value`` [..., 1] (and ``state_value_logits`` [..., bins]).
+        slow_regularization: weight of the slow critic's term; 0 leaves the target network out.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Entries at the root; ``reward``, ``done`` and ``terminated`` of a replayed sequence below ``"next"``."""
+
+        value: NestedKey = "state_value"
+        value_logits: NestedKey = "state_value_logits"
+        lambda_target: NestedKey = "lambda_target"
+        discount_weight: NestedKey = "discount_weight"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        bootstrap: NestedKey = "bootstrap"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    out_keys = ["loss_value"]
+    value_model: TensorDictModuleBase
+    value_model_params: TensorDictParams
+    target_value_model_params: TensorDictParams
+
+    def __init__(
+        self, value_model: TensorDictModuleBase, *, slow_regularization: float = 1.0, num_value_bins: int = 255
+    ):
+        super().__init__()
+        if slow_regularization < 0:
+            raise ValueError(f"slow_regularization must not be negative, got {slow_regularization}.")
+        self.slow_regularization, self.num_value_bins = slow_regularization, num_value_bins
+        self.convert_to_functional(value_model, "value_model", create_target_params=slow_regularization > 0)
+        self._in_keys = None
+        self._read_head()
+
+    def _read_head(self) -> None:
+        self.prediction = ScalarPrediction(
+            list(self.value_model.out_keys), self.tensor_keys.value_logits, self.num_value_bins
+        )
+
+    def set_keys(self, **kwargs) -> None:
+        super().set_keys(**kwargs)
+        self._read_head()
+
+    def _forward_value_estimator_keys(self, **kwargs) -> None:
+        pass
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        return self._in_keys or [*self.value_model.in_keys, keys.lambda_target, keys.discount_weight]
+
+    @in_keys.setter
+    def in_keys(self, keys: list[NestedKey]) -> None:
+        self._in_keys = keys
+
+    def forward(self, imagined: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
+        """The loss on imagined transitions [N, H], weighted by the probability that they happen."""
+        keys = self.tensor_keys
+        latents = imagined.select(*self.value_model.in_keys).detach()
+        target = imagined.get(keys.lambda_target).detach()
+        weight = imagined.get(keys.discount_weight, None)
+        loss, value = self._loss(latents, target)
+        if weight is not None:
+            loss = loss * weight.detach().reshape(loss.shape)
+        losses = TensorDict({"loss_value": loss.mean(), "value_mean": value.mean()}, [])
+        self._clear_weakrefs(imagined, losses)
+        return losses, imagined
+
+    def replay_value_loss(
+        self, tensordict: TensorDictBase, *, horizon: float = 333.0, lmbda: float = 0.95
+    ) -> TensorDict:
+        """The same two targets along a replayed sequence [B, T]; unweighted ``loss_replay_value``.
+
+        Reads the posterior latents and ``bootstrap`` (each state's imagined return, [B, T] or [B, T, 1]) at the root and
+        ``reward``, ``done``, ``terminated`` below ``"next"``. Terminal stops value, truncation stops the mixing, the last
+        step has no successor and is dropped, as is the last of an episode. Gradients flow into the latents.
+        """
+        keys = self.tensor_keys
+        reward, done, terminated = (
+            tensordict.get(("next", key)).reshape(*tensordict.batch_size, 1).float()
+            for key in (keys.reward, keys.done, keys.terminated)
+        )
+        bootstrap = tensordict.get(keys.bootstrap).reshape(reward.shape).float()
+        with torch.no_grad():
+            target = lambda_return(reward, bootstrap, done, terminated, discount=1 - 1 / horizon, lmbda=lmbda)
+        latents = tensordict.select(*self.value_model.in_keys)[:, :-1]
+        loss, _ = self._loss(latents, target)  # [B, T-1]
+        return TensorDict({"loss_replay_value": ((1 - done[:, :-1, 0]) * loss).mean()}, [])
+
+    def _loss(self, latents: TensorDictBase, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unreduced loss against the target and against the slow critic, and the detached prediction."""
+        keys = self.tensor_keys
+        predicted = latents.copy()
+        with self.value_model_params.to_module(self.value_model):
+            self.value_model(predicted)
+        loss = self.prediction(predicted, keys.value_logits, keys.value, target)
+        if self.slow_regularization:
+            slow = latents.detach()
+            with torch.no_grad(), self.target_value_model_params.to_module(self.value_model):
+                self.value_model(slow)
+            slow_loss = self.prediction(predicted, keys.value_logits, keys.value, slow.get(keys.value))
+            loss = loss + self.slow_regularization * slow_loss
+        return loss, predicted.get(keys.value).detach()
