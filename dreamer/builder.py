@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
@@ -66,6 +67,9 @@ class ActionSpace:
 class Agent:
     """Every part by its name. Parts share parameters; ``parts()`` lists each of them once."""
 
+    observations: ObservationSpace
+    actions: ActionSpace
+    latent_sizes: dict[str, int]
     encoder: ObservationEncoder
     prior: RSSMPrior
     posterior: RSSMPosterior
@@ -90,6 +94,21 @@ class Agent:
             "value": self.value,
             "actor": self.actor,
         }
+
+    def example_record(self) -> TensorDict:
+        """One record of zeros as the replay stores it: its size is what memory is planned by."""
+        observation = {key: torch.zeros(shape, dtype=torch.uint8) for key, shape in self.observations.images.items()}
+        observation |= {key: torch.zeros(size) for key, size in self.observations.vectors.items()}
+        latents = {key: torch.zeros(size) for key, size in self.latent_sizes.items()}
+        flags = {key: torch.zeros(1, dtype=torch.bool) for key in ("done", "terminated", "truncated")}
+        return TensorDict(
+            {
+                "action": torch.zeros(self.actions.size),
+                "is_init": torch.zeros(1, dtype=torch.bool),
+                "next": {**observation, **latents, **flags, "reward": torch.zeros(1)},
+            },
+            [],
+        )
 
     def parameter_counts(self) -> dict[str, int]:
         return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts().items()}
@@ -145,11 +164,36 @@ def build_agent(
     continue_ = FeatureMLP(features, units, continue_layers, 1)
     value = TwoHotMLP(features, units, value_layers, num_bins)
     actor = actor_head(features, units, actor_layers, actions.size, discrete=actions.discrete, unimix=unimix)
-    return assemble(encoder, prior, posterior, projection, reward, continue_, value, actor, actions, features, belief)
+    return assemble(
+        observations,
+        actions,
+        {"state": latent.size, "belief": belief},
+        encoder=encoder,
+        prior=prior,
+        posterior=posterior,
+        projection=projection,
+        reward=reward,
+        continue_=continue_,
+        value=value,
+        actor=actor,
+    )
 
 
-def assemble(encoder, prior, posterior, projection, reward, continue_, value, actor, actions, features, belief) -> Agent:
-    """Wires networks on the key contract; swap any of them before calling it."""
+def assemble(
+    observations: ObservationSpace,
+    actions: ActionSpace,
+    latent_sizes: dict[str, int],
+    *,
+    encoder: ObservationEncoder,
+    prior: nn.Module,
+    posterior: nn.Module,
+    projection: nn.Module,
+    reward: nn.Module,
+    continue_: nn.Module,
+    value: nn.Module,
+    actor: ProbabilisticTensorDictSequential,
+) -> Agent:
+    """Wires networks on the key contract; any of them may be another implementation with the same signature."""
     after = ("next",)
     rollout = RSSMRollout(
         TensorDictModule(
@@ -174,11 +218,18 @@ def assemble(encoder, prior, posterior, projection, reward, continue_, value, ac
     policy = TensorDictSequential(
         encoder.at_root(),
         RSSMStateEstimator(
-            prior, posterior, state_size=features - belief, belief_size=belief, action_size=actions.size
+            prior,
+            posterior,
+            state_size=latent_sizes["state"],
+            belief_size=latent_sizes["belief"],
+            action_size=actions.size,
         ),
         actor,
     )
     return Agent(
+        observations=observations,
+        actions=actions,
+        latent_sizes=latent_sizes,
         encoder=encoder,
         prior=prior,
         posterior=posterior,

@@ -59,6 +59,7 @@ class DreamerActorLoss(LossModule):
     out_keys = ["loss_actor"]
     actor_model: ProbabilisticTensorDictSequential
     actor_model_params: TensorDictParams
+    target_actor_model_params: TensorDictParams
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class R2DreamerWorldModelLoss(LossModule):
     default_keys = _AcceptedKeys
     world_model: TensorDictModuleBase
     world_model_params: TensorDictParams
+    target_world_model_params: TensorDictParams
 
     def __init__(
         self,
