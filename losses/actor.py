@@ -13,6 +13,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import PercentileValueNorm
+from torchrl.modules.distributions.utils import has_analytic_entropy, rsample_and_log_prob
 from torchrl.objectives.common import LossModule
 
 from .functional import imagination_weight, lambda_return
@@ -107,7 +108,7 @@ class DreamerActorLoss(LossModule):
         with self.actor_model_params.to_module(self.actor_model):
             policy = self.actor_model.get_dist(latents)
         log_prob = _scalar(policy.log_prob(imagined.get(keys.action)))  # [N, H, 1]
-        entropy = _scalar(policy.entropy())
+        entropy = _scalar(self._entropy(policy))
         loss = -(weight * (log_prob * advantage + self.entropy_bonus * entropy)).mean()
 
         losses = TensorDict(
@@ -123,6 +124,11 @@ class DreamerActorLoss(LossModule):
         )
         self._clear_weakrefs(tensordict, losses)
         return losses, imagined
+
+    @staticmethod
+    def _entropy(policy: torch.distributions.Distribution) -> torch.Tensor:
+        """In closed form, or by one sample where the distribution has none (a squashed Normal)."""
+        return policy.entropy() if has_analytic_entropy(policy) else -rsample_and_log_prob(policy)[1]
 
     @torch.no_grad()
     def _imagine(self, start: TensorDictBase) -> TensorDictBase:

@@ -26,7 +26,7 @@ class DreamerValueLoss(LossModule):
 
     Args:
         value_model: the critic, latents -> ``state_value`` [..., 1] (and ``state_value_logits`` [..., bins]).
-        slow_regularization: weight of the slow critic's term; 0 leaves the target network out.
+        slow_critic_regularization: weight of the slow critic's term; 0 leaves the target network out.
     """
 
     @dataclass
@@ -50,13 +50,13 @@ class DreamerValueLoss(LossModule):
     target_value_model_params: TensorDictParams
 
     def __init__(
-        self, value_model: TensorDictModuleBase, *, slow_regularization: float = 1.0, num_value_bins: int = 255
+        self, value_model: TensorDictModuleBase, *, slow_critic_regularization: float = 1.0, num_value_bins: int = 255
     ):
         super().__init__()
-        if slow_regularization < 0:
-            raise ValueError(f"slow_regularization must not be negative, got {slow_regularization}.")
-        self.slow_regularization, self.num_value_bins = slow_regularization, num_value_bins
-        self.convert_to_functional(value_model, "value_model", create_target_params=slow_regularization > 0)
+        if slow_critic_regularization < 0:
+            raise ValueError(f"slow_critic_regularization must not be negative, got {slow_critic_regularization}.")
+        self.slow_critic_regularization, self.num_value_bins = slow_critic_regularization, num_value_bins
+        self.convert_to_functional(value_model, "value_model", create_target_params=slow_critic_regularization > 0)
         self._in_keys = None
         self._read_head()
 
@@ -122,10 +122,10 @@ class DreamerValueLoss(LossModule):
         with self.value_model_params.to_module(self.value_model):
             self.value_model(predicted)
         loss = self.prediction(predicted, keys.value_logits, keys.value, target)
-        if self.slow_regularization:
+        if self.slow_critic_regularization:
             slow = latents.detach()
             with torch.no_grad(), self.target_value_model_params.to_module(self.value_model):
                 self.value_model(slow)
             slow_loss = self.prediction(predicted, keys.value_logits, keys.value, slow.get(keys.value))
-            loss = loss + self.slow_regularization * slow_loss
+            loss = loss + self.slow_critic_regularization * slow_loss
         return loss, predicted.get(keys.value).detach()

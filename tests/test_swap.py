@@ -98,12 +98,6 @@ def composed(*, our_actor, our_value):
     model_loss = R2DreamerWorldModelLoss(world_model)
     model_loss.set_keys(pixels="observation", encoded_latents="encoded")
     if our_actor:
-
-        class Entropy(TanhNormal):  # TanhNormal has no entropy; ours wants one, as any unsquashed policy has
-            def entropy(self):
-                return -self.log_prob(self.rsample())
-
-        actor[-1].distribution_class = Entropy
         actor_loss = DreamerActorLoss(actor, value, env, imagination_horizon=3)
     else:
         actor_loss = DreamerV3ActorLoss(actor, value, env, imagination_horizon=3)
