@@ -1,0 +1,161 @@
+"""Learning curves from `metrics.jsonl`: one run beside the published DreamerV3, or several seeds as mean and range."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from support.metrics import read_metrics
+
+OURS, PUBLISHED, PALETTE = "#1764ab", "#8a8a8a", ["#1764ab", "#c8553d", "#2f8f5b", "#7d5ba6", "#b8860b"]
+
+
+def draw_curve(logdir: str | os.PathLike, suite: str, task: str, out_png: str | os.PathLike) -> Path | None:
+    """Evaluation and training returns of one run over environment frames. None, with a notice, if it cannot draw."""
+    evaluated, trained = read_curve(logdir, "eval/return"), read_curve(logdir, "train/return")
+    longest = max((curve[0][-1] for curve in (evaluated, trained) if len(curve[0])), default=None)
+    if longest is None:
+        print(f"No learning curve: {Path(logdir) / 'metrics.jsonl'} has no returns yet.")
+        return None
+    figure = _figure()
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    _draw_published(axes, suite, task, longest)
+    if len(trained[0]):
+        axes.plot(*trained, color=OURS, alpha=0.3, linewidth=1, label="training episodes")
+    if len(evaluated[0]):
+        marker = "o" if len(evaluated[0]) <= 60 else None
+        axes.plot(*evaluated, color=OURS, linewidth=2, marker=marker, markersize=3.5, label="evaluation (mode actions)")
+    return _finish(figure, axes, f"{task} ({suite})", out_png)
+
+
+def draw_runs(
+    logdirs: Sequence[str | os.PathLike],
+    labels: Sequence[str],
+    out_png: str | os.PathLike,
+    *,
+    title: str = "",
+    suite: str | None = None,
+    task: str | None = None,
+    key: str = "eval/return",
+) -> Path | None:
+    """Mean over the runs that share a label, with a band from the worst to the best of them.
+
+    suite and task: those of the published curve to draw beside them.
+    """
+    if len(logdirs) != len(labels):
+        raise ValueError(f"{len(logdirs)} logdirs with {len(labels)} labels: give each run one; seeds share theirs.")
+    figure = _figure()
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    longest = 0
+    for index, label in enumerate(dict.fromkeys(labels)):
+        runs = [read_curve(logdir, key) for logdir, its in zip(logdirs, labels, strict=True) if its == label]
+        runs = [run for run in runs if len(run[0])]
+        if not runs:
+            print(f"No {key} in the runs called {label!r}.")
+            continue
+        frames, values = _common_grid(runs)
+        longest = max(longest, frames[-1])
+        color = PALETTE[index % len(PALETTE)]
+        seeds = f" (mean and range of {len(runs)} seeds)" if len(runs) > 1 else ""
+        axes.plot(frames, values.mean(0), color=color, linewidth=2, label=f"{label}{seeds}", zorder=3)
+        axes.fill_between(frames, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
+    if suite and task and longest:
+        _draw_published(axes, suite, task, longest)
+    return _finish(figure, axes, title or (f"{task} ({suite})" if suite and task else ""), out_png)
+
+
+def read_curve(logdir: str | os.PathLike, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Frames [N] and values [N] of the lines that have `key`."""
+    points = {
+        line["step"]: line[key] for line in read_metrics(logdir, containing=f'"{key}"') if line.get(key) is not None
+    }
+    return np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float)
+
+
+def published_curve(suite: str, task: str) -> dict | None:
+    """DreamerV3's published curve: frames, mean and std, each [N], and the number of seeds; None if there is none."""
+    names = {task, f"dmc_{task}"}  # the published tables write dmc_walker_walk
+    with resources.files("r2dreamer.configs").joinpath("reference_curves.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["suite"] == suite and row["task"] in names]
+    if not rows:
+        return None
+    column = lambda name: np.array([float(row[name]) for row in rows])
+    return {
+        "frames": column("env_steps"),
+        "mean": column("score_mean"),
+        "std": column("score_std"),
+        "seeds": int(rows[0]["seeds"]),
+    }
+
+
+def _draw_published(axes, suite, task, longest):
+    """As much of the published curve as the run covers, so that a short run is not squeezed into a corner."""
+    curve = published_curve(suite, task)
+    if curve is None:
+        return
+    shown = max(2, int((curve["frames"] <= longest).sum()) + 1)  # at least a line, and one point past the run
+    frames, mean, std = (curve[name][:shown] for name in ("frames", "mean", "std"))
+    label = f"DreamerV3 (published, {curve['seeds']} seeds)"
+    axes.plot(frames, mean, color=PUBLISHED, linewidth=1.5, linestyle="--", label=label)
+    axes.fill_between(frames, mean - std, mean + std, color=PUBLISHED, alpha=0.15, linewidth=0)
+
+
+def _common_grid(runs):
+    """Every run's values [run, N] at the frames of all of them, as far as all of them go."""
+    first, last = max(run[0][0] for run in runs), min(run[0][-1] for run in runs)
+    frames = np.unique(np.concatenate([run[0] for run in runs]))
+    frames = frames[(frames >= first) & (frames <= last)]
+    if not len(frames):  # one run ended before another began to report
+        frames = np.array([last])
+    return frames, np.stack([np.interp(frames, *run) for run in runs])
+
+
+def _figure():
+    try:
+        # Figure alone, without pyplot: no display, no global state, no setting of the user's is touched.
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('No learning curve: drawing one needs pip install "torchrl-r2dreamer[plot]"')
+        return None
+    return Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+
+
+def _finish(figure, axes, title, out_png):
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("environment frames")
+    axes.set_ylabel("episode return")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _readable(value)))
+    axes.set_xlim(left=0)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        # Below the axes: wherever a curve goes, the legend does not cover it.
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    out_png = Path(out_png)
+    try:
+        out_png.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out_png)
+    except OSError as error:
+        print(f"No learning curve: {error}")
+        return None
+    return out_png
+
+
+def _readable(frames: float) -> str:
+    """1500000 as 1.5M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if abs(frames) >= size:
+            return f"{frames / size:g}{unit}"
+    return f"{frames:g}"

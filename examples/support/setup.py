@@ -1,0 +1,170 @@
+"""What happens around training: devices, the run's directory, refusals, Ctrl-C, errors a user can read."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from r2dreamer.envs import WorkerError
+
+from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
+
+USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
+
+POSITIVE = (
+    "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
+    "checkpoint.every", "checkpoint.keep", "replay.capacity", "env.num_envs", "env.action_repeat",
+)  # fmt: skip
+# What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
+FIXED = (
+    "model",
+    "env.suite",
+    "env.task",
+    "env.num_envs",
+    "env.action_repeat",
+    "env.make",
+    "algorithm",
+    "replay.capacity",
+)
+
+
+def friendly_errors(main: Callable) -> Callable:
+    """A user's mistake ends the program with one paragraph and status 1; HYDRA_FULL_ERROR=1 brings the traceback back."""
+
+    @functools.wraps(main)
+    def wrapped(cfg: DictConfig) -> None:
+        try:
+            main(cfg)
+        except (*USER_ERRORS, InstantiationException) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            cause = error
+            while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            paragraph = (
+                textwrap.fill(f"{type(cause).__name__}: {cause}", 110, break_long_words=False)
+                if "\n" not in str(cause)
+                else f"{type(cause).__name__}: {cause}"
+            )
+            print(f"\n{paragraph}\n(HYDRA_FULL_ERROR=1 shows the traceback.)", file=sys.stderr)
+            sys.exit(1)
+
+    return wrapped
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={name}, but this PyTorch ({torch.__version__}) sees no CUDA device. Use device=auto or device=cpu, "
+            "or install a CUDA build of PyTorch and check nvidia-smi."
+        )
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """auto is bfloat16 where the hardware multiplies it natively (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name in names:
+        return names[name]
+    if name != "auto":
+        raise ValueError(f"precision={name} is not one of auto, {', '.join(names)}.")
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def open_run(cfg: DictConfig) -> tuple[Path, Checkpoints, LoadedCheckpoint | None]:
+    """Makes the run's directory, finds what to resume, refuses what cannot work; writes ``config.yaml``."""
+    for key in POSITIVE:
+        value = OmegaConf.select(cfg, key)
+        if value is None or value <= 0:
+            raise ValueError(f"{key}={value} must be positive.")
+    if cfg.train_ratio < 0 or cfg.warmup_steps < 0:
+        raise ValueError(f"train_ratio={cfg.train_ratio} and warmup_steps={cfg.warmup_steps} must not be negative.")
+    logdir = Path(cfg.logdir)
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+        probe = logdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"logdir={logdir} cannot be written ({error}); choose another with logdir=PATH.") from error
+
+    checkpoints, saved = Checkpoints(logdir / "checkpoints", keep=cfg.checkpoint.keep), None
+    if cfg.resume == "auto":
+        saved = checkpoints.load()
+    elif cfg.resume is not False:
+        saved = checkpoints.load(cfg.resume)
+        if saved is None:
+            raise ValueError(
+                f"resume={cfg.resume} holds no checkpoint; give a run's directory or one checkpoint of it."
+            )
+    elif (logdir / "metrics.jsonl").exists():
+        raise ValueError(
+            f"resume=false, but logdir={logdir} already holds a run, which would be overwritten. Continue it with "
+            "resume=auto, choose another directory with logdir=PATH, or delete it."
+        )
+    if saved is not None:
+        check_same_run(OmegaConf.create(saved.state["config"]), cfg, saved.path)
+        if saved.step >= cfg.total_frames:
+            raise ValueError(
+                f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on with "
+                "a larger total_frames, or begin a new run with another seed or logdir."
+            )
+    OmegaConf.save(cfg, logdir / "config.yaml", resolve=True)
+    return logdir, checkpoints, saved
+
+
+def metrics_position(logdir: Path, saved: LoadedCheckpoint | None) -> dict[str, int] | None:
+    """Where metrics.jsonl ended at the checkpoint; None for a new file, also when another run is taken further here."""
+    ours = saved is not None and saved.path.resolve().is_relative_to(logdir.resolve())
+    return saved.state["metrics"] if ours else None
+
+
+def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
+    for key in FIXED:
+        old, new = (OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.select(cfg, key)}), resolve=True)["value"]
+                    for cfg in (before, now))  # fmt: skip
+        if old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                names = [name for name in {*old, *new} if old.get(name) != new.get(name)]
+                key, old, new = f"{key}.{min(names)}", old.get(min(names)), new.get(min(names))
+            raise ValueError(
+                f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another "
+                f"one. Repeat {key}={old}, or start afresh in another logdir."
+            )
+
+
+class Interrupt:
+    """Ctrl-C (and SIGTERM) once: finish the step, save, leave. Twice: leave now."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> Interrupt:
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nInterrupted: finishing this step and saving. Press Ctrl-C again to leave at once.", file=sys.stderr)

@@ -1,0 +1,58 @@
+"""Writes uint8 frames [T, H, W, 3] as MP4 or GIF. A missing encoder is a notice, never the end of a training."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path | None:
+    """Writes an MP4 (GIF where only Pillow is installed) and returns its path; None, with a notice, if neither can."""
+    path = Path(path)
+    frames = enlarge(np.asarray(frames))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if importlib.util.find_spec("imageio") and importlib.util.find_spec("imageio_ffmpeg"):
+            import imageio.v2 as imageio
+
+            path = path.with_suffix(".mp4")
+            partial = path.with_name(f".{path.name}")  # a kill while encoding leaves the previous video whole
+            imageio.mimwrite(partial, list(frames), fps=fps, macro_block_size=1)
+            os.replace(partial, path)
+            return path
+        gif = encode_gif(frames, fps)
+        if gif is None:
+            print('No video: encoding one needs pip install "torchrl-r2dreamer[plot]"')
+            return None
+        path = path.with_suffix(".gif")
+        path.write_bytes(gif)
+        return path
+    except Exception as error:  # noqa: BLE001 - encoders fail in many ways, and none is worth a lost run
+        print(f"No video: {type(error).__name__}: {error}")
+        return None
+
+
+def encode_gif(frames: np.ndarray, fps: float) -> bytes | None:
+    """An endlessly repeating GIF; None without Pillow."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return None
+    images = [Image.fromarray(frame) for frame in frames]
+    # GIF counts in hundredths of a second, and viewers slow down what is shown for less than two of them.
+    duration = max(20, round(1000 / fps))
+    file = io.BytesIO()
+    images[0].save(file, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+    return file.getvalue()
+
+
+def enlarge(frames: np.ndarray, size: int = 256) -> np.ndarray:
+    """Repeats pixels until the shorter side has about `size`, and makes both sides even, which MP4 needs."""
+    factor = max(1, size // min(frames.shape[1:3]))
+    frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = frames.shape[1:3]
+    return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")

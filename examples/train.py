@@ -1,0 +1,304 @@
+"""Trains R2-Dreamer: environments, replay, world model, actor and critic, all wired here.
+
+python examples/train.py env=dmc_vision env.task=walker_walk
+python examples/train.py experiment=quickstart
+"""
+
+from __future__ import annotations
+
+import time
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from support.curves import draw_curve
+from support.episodes import EpisodeReturns
+from support.evaluation import evaluate
+from support.metrics import Averages, MetricsWriter
+from support.setup import Interrupt, friendly_errors, metrics_position, open_run, resolve_device, resolve_precision
+from support.video import write_video
+from tensordict import TensorDict
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.envs.utils import ExplorationType
+from torchrl.objectives import SoftUpdate
+from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
+from tqdm import tqdm
+
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
+from r2dreamer.envs import check_environment, env_seeds, make_vector_env, reseed
+from r2dreamer.envs.records import RecordBuilder
+from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
+from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss, total_loss
+
+
+class Learner(nn.Module):
+    """Three losses, one optimiser, one slow critic."""
+
+    def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: bool = False):
+        super().__init__()
+        make = hydra.utils.instantiate
+        self.world_model_loss = R2DreamerWorldModelLoss(
+            agent.world_model, make(algorithm.representation), kl=make(algorithm.kl)
+        )
+        self.actor_loss = DreamerActorLoss(
+            agent.actor,
+            agent.value_model,
+            agent.imagination,
+            continue_model=agent.continue_model,
+            **algorithm.actor,
+        )
+        self.value_loss = DreamerValueLoss(agent.value_model, **algorithm.value)
+        self.replay_value_weight = algorithm.replay_value_weight
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.optimizer = make(algorithm.optimizer, trained)
+        self.slow_critic = SoftUpdate(self.value_loss, tau=algorithm.slow_critic_rate)
+        self.precision, self.device = precision, trained[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.compute_losses = torch.compile(self.losses) if compile else self.losses
+
+    def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
+        """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
+        losses, posterior = self.world_model_loss(batch)
+        latents = posterior.get("next").select("state", "belief")
+        start = latents.detach().flatten(0, 1)  # imagination begins at every posterior state and trains none of them
+        actor_losses, imagined = self.actor_loss(start)
+        value_losses, _ = self.value_loss(imagined)
+        replayed = latents.copy()  # attached: along the replay the critic's error reaches the world model
+        replayed.set("bootstrap", imagined.get("lambda_target")[:, 0].reshape(*batch.shape, 1))
+        replayed.set("next", batch.get("next").select("reward", "done", "terminated"))
+        replay_loss = self.value_loss.replay_value_loss(
+            replayed, horizon=1 / (1 - self.actor_loss.discount), lmbda=self.actor_loss.lmbda
+        )
+        losses.update(actor_losses).update(value_losses)
+        losses.set("loss_replay_value", self.replay_value_weight * replay_loss.get("loss_replay_value"))
+        return losses, latents.detach()
+
+    def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
+        """One step of the one optimiser over everything, then the slow critic moves."""
+        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+        with autocast:
+            losses, latents = self.compute_losses(batch)
+        self.optimizer.zero_grad()
+        self.scaler.scale(total_loss(losses)).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)  # clips each tensor's gradient by its own norm (AGC), then LaProp
+        self.scaler.update()
+        self.slow_critic.step()
+        return losses.detach(), latents
+
+    def state(self) -> dict:
+        return {
+            "model": self.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class Trainer:
+    """Collect, store, update, and now and then log, evaluate, save."""
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg, self.device = cfg, resolve_device(cfg.device)
+        precision = resolve_precision(cfg.precision, self.device)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        self.logdir, self.checkpoints, self.saved = open_run(
+            cfg
+        )  # refuses what cannot be resumed before anything heavy starts
+        make_environment = hydra.utils.instantiate(cfg.env.make)
+        self.agent, keys = build(make_environment, cfg, self.device)
+        self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile)
+
+        streams, sizes = cfg.env.num_envs, self.agent.latent_sizes
+        self.memory = check_memory(
+            record_bytes(self.agent.example_record(), latent_keys=sizes), cfg.replay.capacity, **cfg.replay.place
+        )
+        self.replay = make_replay(cfg.replay.capacity, streams, cfg.batch_size, cfg.batch_length, **cfg.replay.place)
+        self.records = RecordBuilder(streams, keys, latent_sizes=sizes)
+        self.ratio = DreamerV3UpdateRatio(cfg.train_ratio / (cfg.batch_size * cfg.batch_length))
+        self.returns, self.averages = EpisodeReturns(streams), Averages()
+        self.count = {"policy_steps": 0, "updates": 0, "restarts": 0}
+        self.first_update = cfg.warmup_steps  # in policy steps
+
+        self.environments = make_vector_env(make_environment, self.train_seeds(), parallel=cfg.env.parallel)
+        self.evaluation_seeds = env_seeds(cfg.seed, cfg.eval.episodes, "eval")
+        self.evaluation = make_vector_env(make_environment, self.evaluation_seeds, parallel=cfg.env.parallel)
+        self.collector = Collector(
+            self.environments,
+            self.agent.policy,
+            frames_per_batch=streams * cfg.collect_steps,
+            total_frames=-1,
+            policy_device=self.device,
+            storing_device="cpu",
+            exploration_type=ExplorationType.RANDOM,
+        )
+        self.metrics = MetricsWriter(
+            self.logdir,
+            loggers=[hydra.utils.instantiate(logger, logdir=self.logdir) for logger in (cfg.logger or {}).values()],
+            resume_position=metrics_position(self.logdir, self.saved),
+        )
+        if self.saved:
+            self.restore()
+        self.restart_environments()
+        if self.saved:
+            self.saved.restore_rng()
+        self.clock = self.count | {"time": time.perf_counter()}
+
+    @property
+    def frames(self) -> int:
+        return self.count["policy_steps"] * self.cfg.env.action_repeat
+
+    def train_seeds(self) -> list[int]:
+        return env_seeds(self.cfg.seed, self.cfg.env.num_envs, "train", self.count["restarts"])
+
+    def run(self) -> None:
+        cfg = self.cfg
+        if cfg.progress:
+            parts = ", ".join(f"{name} {size:,}" for name, size in self.agent.parameter_counts().items())
+            print(f"{self.logdir}: {parts} parameters, {self.learner.precision} on {self.device}")
+            print(f"Replay: {self.memory}")
+        score = None if self.saved else self.evaluate()
+        stream, total = iter(self.collector), cfg.total_frames
+        with Interrupt() as interrupt, tqdm(total=total, initial=self.frames, disable=not cfg.progress) as bar:
+            while self.frames < total and not interrupt.requested:
+                before = self.frames
+                self.collect(next(stream))
+                if self.count["policy_steps"] >= self.first_update and self.replay.can_sample():
+                    self.update()
+                due = lambda every, before=before: self.frames // every > before // every
+                if due(cfg.log_every):
+                    bar.set_postfix(self.log(), refresh=False)
+                if due(cfg.eval.every) or self.frames >= total:
+                    score = self.evaluate()
+                if due(cfg.checkpoint.every) or self.frames >= total:
+                    self.save()
+                bar.update(self.frames - before)
+        if interrupt.requested and not cfg.checkpoint.exact:  # an exact run repeats from its last regular checkpoint
+            self.save()
+        curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
+        state = "interrupted, resume with the same command" if interrupt.requested else "finished"
+        print(f"{cfg.name} seed {cfg.seed}: {state} at {self.frames} frames, eval return {score}, curve {curve}")
+
+    def collect(self, transitions: TensorDict) -> None:
+        """[N, k] transitions, beside each the latents the policy acted on, become records."""
+        self.count["policy_steps"] += transitions.numel()
+        self.returns.add(transitions)
+        self.replay.extend(self.records(transitions))
+
+    def update(self) -> None:
+        """The updates owed for the policy steps made since the last ones."""
+        for _ in range(self.ratio(self.count["policy_steps"])):
+            batch = self.replay.sample_windows(self.device)
+            losses, latents = self.learner.update(batch)
+            self.replay.write_back(batch, latents["state"], latents["belief"])
+            self.averages.add(losses)
+            self.count["updates"] += 1
+        self.averages.check_finite(self.frames, self.count["updates"])
+
+    def log(self) -> dict[str, str]:
+        now = self.count | {"time": time.perf_counter()}
+        passed = {name: now[name] - self.clock[name] for name in now}
+        self.clock = now
+        replayed = now["updates"] * self.cfg.batch_size * self.cfg.batch_length
+        line = {rename_loss(name): value for name, value in self.averages.pop().items()} | self.returns.pop()
+        line |= {
+            "count/policy_steps": now["policy_steps"],
+            "count/updates": now["updates"],
+            "count/train_ratio": replayed / now["policy_steps"],
+            "speed/fps": passed["policy_steps"] * self.cfg.env.action_repeat / passed["time"],
+            "speed/updates_per_second": passed["updates"] / passed["time"],
+        }
+        self.metrics.write(self.frames, line)
+        return {"updates/s": f"{line['speed/updates_per_second']:.1f}", "return": f"{self.returns.latest:.4g}"}
+
+    def evaluate(self) -> str:
+        """Mode actions in environments of their own, the same seeds every time."""
+        cfg = self.cfg
+        reseed(self.evaluation, self.evaluation_seeds)
+        result = evaluate(
+            self.evaluation, self.agent.policy, episodes=cfg.eval.episodes, record=cfg.eval.video, seed=cfg.seed
+        )
+        self.metrics.write(self.frames, result.summary())
+        if result.frames is not None:
+            write_video(self.logdir / "eval.mp4", result.frames, fps=30)
+            self.metrics.video(self.frames, "eval/video", result.frames, fps=30)
+        return f"{result.mean:.4g} +- {result.std:.3g}"
+
+    def restart_environments(self) -> None:
+        """New episodes everywhere, from seeds that depend on the run's seed and on how often this happened."""
+        self.replay.truncate_streams()
+        self.records.reset()
+        self.returns.reset()
+        reseed(self.environments, self.train_seeds())
+        self.collector.reset()
+
+    def save(self) -> None:
+        if self.cfg.checkpoint.exact:  # a simulator cannot be saved in mid-episode: every run restarts it here
+            self.count["restarts"] += 1
+            self.restart_environments()
+        state = {
+            "learner": self.learner.state(),
+            "count": dict(self.count),
+            "ratio": self.ratio.state_dict(),
+            "averages": self.averages.state_dict(),
+            "returns": self.returns.state_dict(),
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "metrics": self.metrics.position(),
+        }
+        self.checkpoints.save(self.frames, state, self.replay if self.cfg.checkpoint.replay else None)
+
+    def restore(self) -> None:
+        state = self.saved.state
+        self.learner.load_state(state["learner"])
+        self.count = dict(state["count"])
+        self.ratio.load_state_dict(state["ratio"])
+        self.averages.load_state_dict(state["averages"])
+        self.returns.load_state_dict(state["returns"])
+        if not self.cfg.checkpoint.exact:
+            self.count["restarts"] += 1
+        if not self.saved.restore_replay(self.replay):  # left out of the checkpoint: collect anew, owe nothing for it
+            self.first_update = self.count["policy_steps"] + self.cfg.warmup_steps
+            self.ratio.reset(self.first_update)
+
+    def close(self) -> None:
+        self.collector.shutdown()  # closes its environments, too
+        self.evaluation.close()
+        self.metrics.close()
+
+
+def build(make_environment, cfg: DictConfig, device: torch.device) -> tuple[Agent, list[str]]:
+    """The agent for this environment: one is made, checked against the key contract, and closed again."""
+    environment = make_environment(seed=0)
+    check_environment(environment)
+    observations = ObservationSpace.from_spec(environment.observation_spec)
+    actions = ActionSpace.from_spec(environment.action_spec)
+    environment.close()
+    torch.manual_seed(cfg.seed)
+    agent = build_agent(observations, actions, **cfg.model)
+    for part in agent.parts().values():
+        part.to(device)
+    return agent, [*observations.images, *observations.vectors]
+
+
+def rename_loss(name: str) -> str:
+    return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss_") else f"train/{name}"
+
+
+@hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="config")
+@friendly_errors
+def main(cfg: DictConfig) -> None:
+    trainer = Trainer(cfg)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+
+
+if __name__ == "__main__":
+    main()
