@@ -24,7 +24,11 @@ class ImageEncoder(nn.Module):
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], depth: int, multipliers: tuple[int, ...] = (2, 3, 4, 4), kernel: int = 5
+        self,
+        image_shape: tuple[int, int, int],
+        depth: int,
+        multipliers: tuple[int, ...] = (2, 3, 4, 4),
+        kernel: int = 5,
     ):
         super().__init__()
         channels, height, width = image_shape

@@ -36,7 +36,9 @@ class Imagination(nn.Module):
         store = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
         states, beliefs, actions = [state.to(store)], [belief.to(store)], []
         for _step in range(max_steps):
-            action = policy.get_dist(TensorDict({"state": states[-1], "belief": beliefs[-1]}, state.shape[:-1])).sample()
+            action = policy.get_dist(
+                TensorDict({"state": states[-1], "belief": beliefs[-1]}, state.shape[:-1])
+            ).sample()
             _, state, belief = self.prior(states[-1], belief, action)
             states.append(state.to(store))
             beliefs.append(belief.to(store))

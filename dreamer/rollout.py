@@ -106,8 +106,10 @@ class RSSMStateEstimator(TensorDictModuleBase):
             # where, not a product: a fresh buffer may hold anything, NaN included.
             previous.append(torch.where(keep.bool(), value.float(), 0.0))
         state, belief, action = previous
-        belief = self.prior.core(state, belief, action) if isinstance(self.prior, RSSMPrior) else (
-            self.prior(state, belief, action)[2]
+        belief = (
+            self.prior.core(state, belief, action)
+            if isinstance(self.prior, RSSMPrior)
+            else (self.prior(state, belief, action)[2])
         )
         _, state = self.posterior(belief, embedding)
         tensordict.set(self.out_keys[0], state.float())

@@ -1,6 +1,6 @@
 """The actor loss: REINFORCE on imagined rollouts.
 
-    L = -mean[ w_t ( ln pi(a_t | z_t) sg((R_t - v_t) / S) + eta H[pi(. | z_t)] ) ]
+L = -mean[ w_t ( ln pi(a_t | z_t) sg((R_t - v_t) / S) + eta H[pi(. | z_t)] ) ]
 """
 
 from __future__ import annotations

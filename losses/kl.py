@@ -25,9 +25,7 @@ class CategoricalKL(nn.Module):
         self.dynamics, self.representation = dynamics, representation
         self.free_nats, self.unimix = free_nats, unimix
 
-    def forward(
-        self, tensordict: TensorDictBase, keys: Any
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         posterior = tensordict.get(("next", keys.posterior_logits)).float()
         prior = tensordict.get(("next", keys.prior_logits)).float()
         dynamics, representation = categorical_kl_terms(posterior, prior, self.free_nats, self.unimix)

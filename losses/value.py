@@ -1,6 +1,6 @@
 """The value loss on imagined rollouts and along replayed sequences.
 
-    L = mean[ w_t ( -ln p_v(R_t | z_t) - ln p_v(v_slow(z_t) | z_t) ) ],  v_slow an exponential moving average
+L = mean[ w_t ( -ln p_v(R_t | z_t) - ln p_v(v_slow(z_t) | z_t) ) ],  v_slow an exponential moving average
 """
 
 from __future__ import annotations

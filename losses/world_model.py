@@ -1,6 +1,6 @@
 """The world-model loss: representation objective + KL + reward + continue.
 
-    L = L_objective(k, sg e) + 1.0 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p)) - ln p(r) - ln p(continue)
+L = L_objective(k, sg e) + 1.0 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p)) - ln p(r) - ln p(continue)
 """
 
 from __future__ import annotations

@@ -59,9 +59,7 @@ def test_the_world_model_loss_has_every_term_and_each_is_what_it_says():
     probability = posterior["next", "continue_pred"].sigmoid()
     expected = -(alive * probability.log() + (1 - alive) * (1 - probability).log()).mean()
     torch.testing.assert_close(losses["loss_continue"], expected)
-    q, p = (
-        0.99 * posterior["next", f"{name}_logits"].softmax(-1) + 0.01 / CLASSES for name in ("posterior", "prior")
-    )
+    q, p = (0.99 * posterior["next", f"{name}_logits"].softmax(-1) + 0.01 / CLASSES for name in ("posterior", "prior"))
     kl = (q * (q.log() - p.log())).sum((-1, -2)).clamp_min(1).mean()
     torch.testing.assert_close(losses["loss_dynamics"], kl)
     torch.testing.assert_close(losses["loss_representation"], 0.1 * kl)
@@ -254,7 +252,9 @@ def test_keys_can_be_renamed_everywhere():
 
 def test_in_keys_are_all_that_is_read():
     agent = tiny_agent()
-    for loss, data in zip(all_losses(agent, imagination_horizon=3)[:2], (tiny_records(agent), start_latents(agent)), strict=True):
+    for loss, data in zip(
+        all_losses(agent, imagination_horizon=3)[:2], (tiny_records(agent), start_latents(agent)), strict=True
+    ):
         loss(data.select(*loss.in_keys))
 
 
@@ -271,7 +271,10 @@ def test_state_dict_holds_parameters_once_and_restores_them():
     others = nn.ModuleList(all_losses(other_agent, imagination_horizon=3))
     others.load_state_dict(state)
     latents = start_latents(agent)
-    for one, other in ((agent.value_model, other_agent.value_model), (agent.continue_model, other_agent.continue_model)):
+    for one, other in (
+        (agent.value_model, other_agent.value_model),
+        (agent.continue_model, other_agent.continue_model),
+    ):
         key = one.out_keys[-1]
         assert torch.equal(one(latents.copy())[key], other(latents.copy())[key])
     assert torch.equal(losses[1].return_norm.high, others[1].return_norm.high)
@@ -295,7 +298,9 @@ def test_bad_arguments_are_refused_at_construction():
         DreamerActorLoss(agent.actor, agent.value_model, agent.imagination, imagination_horizon=0)
     with pytest.raises(ValueError, match="slow_critic_regularization"):
         DreamerValueLoss(agent.value_model, slow_critic_regularization=-1.0)
-    wrong = TensorDictModule(nn.Linear(BELIEF, 3), in_keys=[("next", "belief")], out_keys=[("next", "projected_latents")])
+    wrong = TensorDictModule(
+        nn.Linear(BELIEF, 3), in_keys=[("next", "belief")], out_keys=[("next", "projected_latents")]
+    )
     loss = R2DreamerWorldModelLoss(type(agent.world_model)(*agent.world_model.module, wrong))
     with pytest.raises(ValueError, match="embedding's size"):
         loss(tiny_records(agent))

@@ -135,7 +135,7 @@ class Checkpoints:
         return final
 
     def load(self, path: str | os.PathLike | None = None, *, replay: bool = True) -> LoadedCheckpoint | None:
-        """The newest whole checkpoint, None where there is none, CheckpointError where all are damaged.
+        """The newest whole checkpoint; None where this run has none yet; CheckpointError where all are damaged.
 
         Args:
             path: a run's directory, its ``checkpoints`` directory, or one particular checkpoint. Default: this run's.
@@ -148,9 +148,9 @@ class Checkpoints:
             return LoadedCheckpoint(root, manifest, self)
         if (root / "checkpoints").is_dir():
             root = root / "checkpoints"
-        if path is not None and not root.is_dir():
-            raise CheckpointError(f"there is no checkpoint at {root}.")
         found = sorted(root.glob("step_*"))
+        if path is not None and not found:
+            raise CheckpointError(f"there is no checkpoint at {root}.")
         damaged: list[Path] = []
         readable: dict[Path, dict[str, Any]] = {}
         for directory in found:
@@ -167,7 +167,8 @@ class Checkpoints:
                 damaged.append(directory)
                 _warn(directory, error)
                 continue
-            self._damaged.update(damaged)
+            if root.resolve() == self.directory.resolve():  # another run's are not ours to delete
+                self._damaged.update(self.directory / directory.name for directory in damaged)
             return loaded
         if found:
             raise CheckpointError(

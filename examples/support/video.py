@@ -42,7 +42,8 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes | None:
         from PIL import Image
     except ImportError:
         return None
-    images = [Image.fromarray(frame) for frame in frames]
+    # Pillow's own choice of colours looks slightly better and takes ten times as long.
+    images = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
     # GIF counts in hundredths of a second, and viewers slow down what is shown for less than two of them.
     duration = max(20, round(1000 / fps))
     file = io.BytesIO()

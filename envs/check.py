@@ -1,0 +1,78 @@
+"""Whether an environment keeps the contract this package's agents rely on, and what to do where it does not."""
+
+import torch
+from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.envs.utils import check_env_specs
+
+# Names the agent itself writes next to the observation.
+RESERVED = ("state", "belief", "action", "reward", "done", "terminated", "truncated", "is_init", "next")
+
+
+def check_environment(env):
+    """Raise a ValueError that names every missing or misshaped key of one unbatched environment, with the remedy."""
+    problems = [*_observations(env), *_action(env), *_reward_and_flags(env)]
+    if env.batch_size:
+        problems.insert(0, f"its batch size is {tuple(env.batch_size)}: hand over a single environment, unbatched")
+    if not problems:
+        try:
+            check_env_specs(env)
+        except (AssertionError, RuntimeError, KeyError) as error:
+            problems = [f"what it returns is not what its specs announce: {error}"]
+    if problems:
+        raise ValueError(f"The environment {env} does not keep the contract: " + "; ".join(problems) + ".")
+
+
+def _observations(env):
+    keys = [key for key in env.observation_spec.keys(True, True) if key != "is_init"]
+    if not keys:
+        yield "it observes nothing: it needs an image, under 'pixels', or a vector"
+    if not _is_flag(env.observation_spec, "is_init"):
+        yield "'is_init' is missing: append torchrl.envs.InitTracker()"
+    for key in keys:
+        spec = env.observation_spec[key]
+        shape = tuple(spec.shape)
+        if not isinstance(key, str):
+            yield f"observation {key!r} is nested: give it a flat name with torchrl.envs.RenameTransform"
+        elif key in RESERVED:
+            yield f"observation {key!r} has a name the agent uses: rename it with torchrl.envs.RenameTransform"
+        if len(shape) == 3:
+            if spec.dtype != torch.uint8:
+                yield f"image {key!r} is {spec.dtype}, not uint8: images are stored as bytes, remove ToTensorImage"
+            elif shape[0] > 16:
+                yield f"image {key!r} has shape {shape}, not [C, H, W]: append PermuteTransform((-1, -3, -2))"
+        elif len(shape) != 1:
+            yield f"observation {key!r} has shape {shape}: make it a vector [N] (FlattenObservation) or a [C, H, W]"
+        elif spec.dtype != torch.float32:
+            yield f"vector {key!r} is {spec.dtype}, not float32: append torchrl.envs.DoubleToFloat or a cast"
+
+
+def _action(env):
+    keys = list(env.full_action_spec.keys(True, True))
+    if keys != ["action"]:
+        yield f"its action entries are {keys}: exactly one, called 'action', is supported"
+        return
+    spec = env.full_action_spec["action"]
+    if isinstance(spec, OneHot):
+        return
+    if not isinstance(spec, (Bounded, Unbounded)) or len(spec.shape) != 1:
+        yield f"'action' is {type(spec).__name__} of shape {tuple(spec.shape)}: make it OneHot or a float32 vector"
+    elif spec.dtype != torch.float32:
+        yield f"'action' is {spec.dtype}, not float32: append torchrl.envs.DoubleToFloat"
+    elif isinstance(spec, Bounded) and not ((spec.space.low == -1).all() and (spec.space.high == 1).all()):
+        yield "'action' is not in [-1, 1]: append r2dreamer.envs.ClippedActionScaling()"
+
+
+def _reward_and_flags(env):
+    reward = env.full_reward_spec.get("reward", None)
+    if reward is None:
+        yield f"'reward' is missing (it has {list(env.full_reward_spec.keys(True, True))}): rename it"
+    elif tuple(reward.shape) != (1,) or reward.dtype != torch.float32:
+        yield f"'reward' is {reward.dtype} of shape {tuple(reward.shape)}, not float32 [1]: cast or unsqueeze it"
+    for flag in ("done", "terminated", "truncated"):
+        if not _is_flag(env.full_done_spec, flag):
+            yield f"{flag!r} is missing or not bool [1]: an episode says whether it terminated or was truncated"
+
+
+def _is_flag(specs, name):
+    spec = specs.get(name, None)
+    return spec is not None and spec.dtype == torch.bool and tuple(spec.shape) == (1,)

@@ -1,0 +1,94 @@
+"""The DeepMind Control suite on the package's contract: `make_dmc("walker_walk", seed=0, from_pixels=True)`."""
+
+import importlib
+
+import numpy as np
+import torch
+from torchrl.data import Bounded
+from torchrl.envs import DMControlWrapper, DoubleToFloat, ExcludeTransform, FlattenObservation, TransformedEnv
+from torchrl.envs.transforms import Transform
+
+from .errors import require, require_positive, unknown_task
+from .gl import choose_gl, missing_gl
+from .transforms import ClippedActionScaling, finish
+
+CAMERAS = {"quadruped": 2, "fish": 3}  # all others: 0
+
+
+def make_dmc(task, *, seed, from_pixels, image_size=64, action_repeat=2, camera=None):
+    """One task of the suite, "walker_walk" for example, seeded.
+
+    from_pixels: observe the camera image, and only that, under "pixels"; without, the vectors: nothing is rendered.
+    camera: index or name of the camera; None is the suite's usual one.
+    """
+    require_positive(image_size=image_size, action_repeat=action_repeat)
+    suite = _import_suite()
+    tasks = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
+    if task not in tasks:
+        raise unknown_task(task, tasks, "The DeepMind Control suite")
+    domain, name = tasks[task]
+    # Some tasks draw their physical constants when they are built. With one fixed draw, train and evaluation
+    # environments are the same machine, and seeding an environment again is the same as building it with that seed.
+    env = suite.load(domain, name, task_kwargs={"random": 0})
+    spec = env.action_spec()
+    env = DMControlWrapper(env, frame_skip=action_repeat)
+    vectors = list(env.observation_spec.keys())
+    if from_pixels:
+        camera = CAMERAS.get(domain, 0) if camera is None else camera
+        render_pixels(env._env.physics, image_size, camera)  # what cannot render says so now, not in mid-run
+        transforms = [RenderPixels(image_size, camera), ExcludeTransform(*vectors)]
+    else:
+        matrices = [key for key in vectors if env.observation_spec[key].ndim > 1]
+        flatten = FlattenObservation(-2, -1, in_keys=matrices, allow_positive_dim=False)
+        transforms = [flatten] if matrices else []
+    bounded = np.isfinite([spec.minimum, spec.maximum]).all()
+    scaling = [ClippedActionScaling()] if bounded else []
+    return finish(env, task, seed, *transforms, DoubleToFloat(), *scaling)
+
+
+class RenderPixels(Transform):
+    """The camera image of a DeepMind Control environment under "pixels", uint8 [3, size, size].
+
+    As a transform it renders once after a repeated action; TorchRL's `from_pixels` renders every frame in between too,
+    which takes most of a step's time.
+    """
+
+    def __init__(self, size=64, camera=0):
+        super().__init__(out_keys=["pixels"])
+        self.size, self.camera = size, camera
+
+    def _call(self, next_tensordict):
+        env = self.parent
+        while isinstance(env, TransformedEnv):
+            env = env.base_env
+        return next_tensordict.set("pixels", render_pixels(env._env.physics, self.size, self.camera))
+
+    def _reset(self, tensordict, tensordict_reset):
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec):
+        observation_spec["pixels"] = Bounded(0, 255, (3, self.size, self.size), dtype=torch.uint8)
+        return observation_spec
+
+
+def render_pixels(physics, size, camera):
+    """One camera image of a dm_control physics as a uint8 tensor [3, size, size]."""
+    cameras = [physics.model.id2name(index, "camera") for index in range(physics.model.ncam)]
+    if camera not in cameras and camera not in range(-1, len(cameras)):  # -1 is the free camera
+        raise ValueError(f"camera={camera!r} is not among this model's cameras: {dict(enumerate(cameras))}.")
+    try:
+        image = physics.render(size, size, camera_id=camera)
+    except Exception as error:  # a missing or broken renderer throws whatever its backend throws
+        raise missing_gl(error) from error
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def _import_suite():
+    choose_gl()  # before MuJoCo is imported: it reads the variable only then
+    require("dm_control", "dmc")
+    try:
+        return importlib.import_module("dm_control.suite")
+    except ModuleNotFoundError:
+        return require("dm_control.suite", "dmc")  # one of its own dependencies is missing
+    except Exception as error:  # whatever a renderer that is asked for and missing throws: it differs by backend
+        raise missing_gl(error) from error

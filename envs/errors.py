@@ -1,0 +1,37 @@
+"""What a user is told when something is missing, misspelt or broken: one paragraph with the remedy."""
+
+import difflib
+import importlib
+
+
+class WorkerError(RuntimeError):
+    """An environment failed while running: names its task, its index among the environments, its seed and traceback."""
+
+
+def require_positive(**sizes):
+    """Refuse sizes that are not positive whole numbers; None means "not given" and passes."""
+    for name, value in sizes.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def unknown_task(task, known, suite):
+    """The error for a task that `suite` does not have, naming the nearest ones it has."""
+    # Case must not hide a near miss: "cartpole-v1" is one key away from "CartPole-v1".
+    by_lower = {name.lower(): name for name in sorted(known)}
+    nearest = [by_lower[name] for name in difflib.get_close_matches(str(task).lower(), by_lower, n=3, cutoff=0.5)]
+    hint = f"The nearest: {', '.join(nearest)}." if nearest else f"Some it has: {', '.join(sorted(known)[:5])}."
+    return ValueError(f"{suite} has no task {task!r}. {hint}")
+
+
+def require(module, extra):
+    """Import an optional dependency, or say which line installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module!r} could not be imported ({error}). It comes with the extra {extra!r}: "
+            f'`pip install "torchrl-r2dreamer[{extra}]"`, or from a checkout `pip install -e ".[{extra}]"`.'
+        ) from error

@@ -1,0 +1,41 @@
+"""Which OpenGL MuJoCo renders with, and what a user is told when there is none.
+
+Imports neither TorchRL nor MuJoCo at its top: TorchRL imports MuJoCo, and MuJoCo reads MUJOCO_GL once, on import.
+"""
+
+import ctypes
+import importlib
+import importlib.util
+import os
+import sys
+
+
+def choose_gl():
+    """On a Linux machine without a display, let MuJoCo render by EGL, unless the user chose something else."""
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if "MUJOCO_GL" in os.environ or display or not sys.platform.startswith("linux"):
+        return
+    try:
+        ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        return  # asking for a missing EGL breaks even tasks that render nothing; dm_control then finds what there is
+    os.environ["MUJOCO_GL"] = "egl"
+
+
+def check_chosen_gl():
+    """Import MuJoCo with the MUJOCO_GL the user chose, so that a missing library is explained and not a stack dump."""
+    if "MUJOCO_GL" in os.environ and importlib.util.find_spec("mujoco") is not None:
+        try:
+            importlib.import_module("mujoco")
+        except Exception as error:  # what a missing renderer throws differs by backend
+            raise missing_gl(error) from error
+
+
+def missing_gl(error):
+    """The error of a machine that cannot render."""
+    used = os.environ.get("MUJOCO_GL", "unset")
+    return ImportError(
+        f"MuJoCo could not render ({type(error).__name__}: {error}); MUJOCO_GL is {used}. Set MUJOCO_GL=egl, or "
+        "MUJOCO_GL=osmesa where there is no GPU driver, before Python starts; on Debian and Ubuntu the libraries come "
+        "with `apt-get install libegl1 libgl1 libgles2` (libosmesa6 for osmesa)."
+    )

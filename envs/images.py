@@ -1,0 +1,32 @@
+"""Images on the way into the contract: uint8 [C, H, W] of the wanted size, cheaply."""
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+CHANNELS = (1, 3, 4)
+
+
+def is_image(shape, dtype):
+    """Whether an array of this shape and dtype is an image: uint8, and [H, W], [H, W, C] or [C, H, W]."""
+    if dtype != np.uint8:
+        return False
+    return len(shape) == 2 or (len(shape) == 3 and (shape[-1] in CHANNELS or shape[0] in CHANNELS))
+
+
+def to_pixels(image, size=None, grayscale=False):
+    """A uint8 image [H, W], [H, W, C] or [C, H, W] as a uint8 tensor [C, size, size]."""
+    if image.ndim == 2:
+        image = image[..., None]
+    elif image.shape[-1] not in CHANNELS:
+        image = image.transpose(1, 2, 0)
+    # A copy, because simulators reuse their buffers and flip them by negative strides, which torch refuses. It stays
+    # [H, W, C] in memory: torch resizes uint8 images five times faster that way.
+    pixels = torch.from_numpy(image.copy(order="C")).permute(2, 0, 1)[None]  # [1, C, H, W]
+    if size is not None and pixels.shape[-2:] != (size, size):
+        # Antialiased, because a thin pole sampled at single points flickers.
+        pixels = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    if grayscale and pixels.shape[1] == 3:
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        pixels = (pixels * weights).sum(1, keepdim=True).round().to(torch.uint8)
+    return pixels[0].contiguous()

@@ -1,0 +1,90 @@
+"""Learning curves are drawn from any run, with the published one where there is one."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from support.curves import _common_grid, draw_curve, draw_runs, published_curve, read_curve
+
+
+def make_run(directory, steps, offset=0.0):
+    directory.mkdir()
+    lines = [{"step": 0, "eval/return": 1.0 + offset}]
+    lines += [{"step": step, "train/return": step / 100, "eval/return": step / 90 + offset} for step in steps]
+    lines += [{"step": steps[-1] + 1, "eval/return": None}]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    figures, save = [], matplotlib.Figure.savefig
+
+    def keep(figure, path):
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(matplotlib.Figure, "savefig", keep)
+    return figures
+
+
+def labels(figure):
+    return figure.axes[0].get_legend_handles_labels()[1]
+
+
+def test_published_rows_are_those_of_the_source():
+    curve = published_curve("dmc_vision", "walker_walk")
+    assert curve["seeds"] == 10 and len(curve["frames"]) == 20
+    assert (np.diff(curve["frames"]) > 0).all() and curve["frames"][-1] == 1_000_000
+    assert curve["mean"][-1] == pytest.approx(960.4, abs=0.05) and (curve["std"] >= 0).all()
+    assert published_curve("dmc_proprio", "walker_walk")["frames"][-1] == 500_000
+    assert published_curve("gym", "CartPole-v1") is None
+
+
+def test_curve_with_the_published_one(tmp_path, drawn):
+    run = make_run(tmp_path / "run", range(10_000, 100_001, 10_000))
+    assert draw_curve(run, "dmc_vision", "walker_walk", tmp_path / "curve.png").stat().st_size > 5000
+    (figure,) = drawn
+    assert labels(figure) == ["DreamerV3 (published, 10 seeds)", "training episodes", "evaluation (mode actions)"]
+    assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [50_000, 100_000, 150_000]
+    assert len(figure.axes[0].get_lines()[2].get_xdata()) == 11  # null is not a point
+
+
+def test_curve_without_a_published_one(tmp_path, drawn):
+    run = make_run(tmp_path / "run", [500])
+    assert draw_curve(run, "gym", "CartPole-v1", tmp_path / "new" / "curve.png").exists()
+    assert labels(drawn[0]) == ["training episodes", "evaluation (mode actions)"]
+
+
+def test_seeds_share_a_label(tmp_path, drawn):
+    runs = [make_run(tmp_path / str(seed), range(90, 991, 90), offset=seed) for seed in (0, 2, 4)]
+    assert draw_runs(runs, ["ours", "ours", "other"], tmp_path / "runs.png", title="CartPole-v1")
+    assert labels(drawn[0]) == ["ours (mean and range of 2 seeds)", "other"]
+    mean = drawn[0].axes[0].get_lines()[0]
+    assert mean.get_ydata()[1] == pytest.approx(90 / 90 + 1.0)
+    with pytest.raises(ValueError, match="3 logdirs with 1 labels"):
+        draw_runs(runs, ["ours"], tmp_path / "runs.png")
+
+
+def test_runs_are_compared_only_where_all_have_values():
+    frames, values = _common_grid(
+        [(np.array([0.0, 10, 20]), np.array([0.0, 10, 20])), (np.array([5.0, 15]), np.ones(2))]
+    )
+    assert frames.tolist() == [5, 10, 15]
+    assert values.tolist() == [[5, 10, 15], [1, 1, 1]]
+
+
+def test_nothing_to_draw_or_to_draw_with_is_a_notice(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/a": 2}\n')
+    assert len(read_curve(tmp_path, "eval/return")[0]) == 0
+    assert draw_curve(tmp_path, "gym", "x", tmp_path / "curve.png") is None
+    assert "no returns yet" in capsys.readouterr().out
+    run = make_run(tmp_path / "run", [500])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert draw_curve(run, "gym", "x", tmp_path / "curve.png") is None
+    assert draw_runs([run], ["x"], tmp_path / "curve.png") is None
+    assert 'pip install "torchrl-r2dreamer[plot]"' in capsys.readouterr().out

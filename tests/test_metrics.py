@@ -1,0 +1,301 @@
+"""metrics.jsonl survives kills, and a resumed run neither loses nor doubles a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from support.metrics import Averages, MetricsWriter, TensorBoardLogger, WandbLogger, cut_after, read_metrics
+from support.video import encode_gif, write_video
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+# Averages
+
+
+def test_mean_of_each_entry_over_the_updates_that_had_it():
+    averages = Averages()
+    averages.add(TensorDict({"loss_a": torch.tensor(1.0, requires_grad=True), "b": torch.tensor([4.0])}))
+    averages.add({"loss_a": torch.tensor(2.0), "b": torch.tensor(0.0)})
+    averages.add({"loss_a": torch.tensor(6.0)})
+    assert averages.pop() == {"loss_a": 3.0, "b": 2.0}
+    assert averages.pop() == {}
+
+
+def test_a_checkpoint_in_mid_interval_continues_to_the_same_bits():
+    values = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    whole, parts = Averages(), Averages()
+    for index, value in enumerate(values):
+        whole.add({"loss": value})
+        parts.add({"loss": value})
+        if index == 3:
+            state = json.loads(json.dumps(parts.state_dict()))
+            parts = Averages()
+            parts.load_state_dict(state)
+    assert whole.pop() == parts.pop()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_names_the_first_loss_that_is_not_finite_even_if_later_ones_are(bad):
+    averages = Averages()
+    assert averages.nonfinite() is None
+    averages.add({"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(bad), "loss_c": torch.tensor(bad)})
+    averages.add({"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(1.0), "loss_c": torch.tensor(1.0)})
+    assert averages.nonfinite() == "loss_b"
+    with pytest.raises(FloatingPointError, match="loss_b is NaN or Inf at frame 1,000, update 20"):
+        averages.check_finite(1000, 20)
+
+
+def test_refuses_what_is_not_a_scalar():
+    with pytest.raises(RuntimeError):
+        Averages().add({"loss": torch.zeros(2)})
+
+
+# metrics.jsonl
+
+
+def test_lines_are_json_with_null_for_nan(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(
+        10, {"eval/return": torch.tensor(0.1, dtype=torch.float64), "loss/a": float("nan"), "count/updates": 3}
+    )
+    writer.write(20, {"loss/a": float("inf")})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+        '{"step": 10, "eval/return": 0.1, "loss/a": null, "count/updates": 3}',
+        '{"step": 20, "loss/a": null}',
+    ]
+
+
+def test_resume_moves_the_lines_after_the_checkpoint_aside(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2):
+        writer.write(step, {"a": step})
+    position = json.loads(json.dumps(writer.position()))
+    assert position["lines"] == 2 and position["step"] == 2
+    for step in (3, 4):
+        writer.write(step, {"a": step})
+    writer = MetricsWriter(tmp_path, resume_position=position)
+    for step in (3, 4, 5):
+        writer.write(step, {"a": step})
+    assert writer.position()["lines"] == 5
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    assert steps(tmp_path / "metrics.superseded.jsonl") == [3, 4]
+
+
+def test_a_new_run_in_an_old_directory_begins_an_empty_file(tmp_path):
+    MetricsWriter(tmp_path).write(7, {"a": 1})
+    writer = MetricsWriter(tmp_path)
+    assert writer.position() == {"bytes": 0, "lines": 0, "step": -1}
+    assert steps(tmp_path / "metrics.superseded.jsonl") == [7]
+
+
+def test_cutting_is_safe_to_repeat_wherever_it_was_killed(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    content = b"".join(b'{"step": %d}\n' % step for step in range(9))
+    end = len(content) // 3
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    # Each of these is a moment after which nothing else happens: before the copy is in place, and before the cut.
+    for function in ("replace", "fsync"):
+        path.write_bytes(content)
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"support.metrics.os.{function}", die)
+                with pytest.raises(Killed):
+                    cut_after(path, end)
+        assert path.read_bytes() == content
+        assert cut_after(path, end) == 0
+        assert path.read_bytes() == content[:end]
+        assert (tmp_path / "metrics.superseded.jsonl").read_bytes() == content[end:]
+        (tmp_path / "metrics.superseded.jsonl").unlink()
+
+    # The copy is complete, the file not yet cut.
+    path.write_bytes(content)
+    (tmp_path / "metrics.superseded.jsonl").write_bytes(b'{"step": -5}\n' + content[end:])
+    cut_after(path, end)
+    assert (tmp_path / "metrics.superseded.jsonl").read_bytes() == b'{"step": -5}\n' + content[end:]
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"a": 1})
+    position = writer.position()
+    writer.write(2, {"a": 2})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "a"')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    MetricsWriter(tmp_path, resume_position=position).write(2, {"a": 2})
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+    assert steps(tmp_path / "metrics.superseded.jsonl") == [2]
+
+
+def test_a_file_shorter_than_the_checkpoint_says_is_reported_and_continued(tmp_path, capsys):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, {"a": step})
+    position = writer.position()
+    os.truncate(tmp_path / "metrics.jsonl", position["bytes"] - 4)
+    writer = MetricsWriter(tmp_path, resume_position=position)
+    assert "lacks" in capsys.readouterr().out
+    writer.write(4, {"a": 4})
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 4]
+    assert writer.position()["lines"] == 3
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"a": 1})
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr("support.metrics.os.write", lambda file, data: real(file, data[:5]))
+        with pytest.raises(OSError, match="No space"):
+            writer.write(2, {"a": 2})
+    writer.write(3, {"a": 3})
+    assert steps(tmp_path / "metrics.jsonl") == [1, 3]
+
+
+def test_kill_9_leaves_whole_lines(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "from support.metrics import MetricsWriter\n"
+        f"writer = MetricsWriter({str(tmp_path)!r})\n"
+        "for step in range(10**9): writer.write(step, {f'loss/{i}': i / 3 for i in range(40)})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size > 200_000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.read_bytes().endswith(b"\n")
+    logged = steps(path)
+    assert logged == list(range(len(logged))) and len(logged) > 100
+
+
+def test_reading_without_timings(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"a": 1, "speed/fps": 3.0, "time/eval": 2.0})
+    writer.write(2, {"b": 1})
+    assert list(read_metrics(tmp_path, timings=False)) == [{"step": 1, "a": 1}, {"step": 2, "b": 1}]
+    assert [line["step"] for line in read_metrics(tmp_path, containing='"b"')] == [2]
+
+
+# Loggers and videos
+
+
+def test_loggers_get_finite_numbers_and_frames(tmp_path):
+    class Recorder:
+        def __init__(self):
+            self.calls = []
+
+        def __getattr__(self, name):
+            return lambda *arguments: self.calls.append((name, *arguments))
+
+    recorder = Recorder()
+    writer = MetricsWriter(tmp_path, loggers=[recorder])
+    writer.write(5, {"a": torch.tensor(2.0), "b": float("nan")})
+    writer.position()
+    writer.video(5, "eval/video", "frames", 30)
+    writer.close()
+    assert recorder.calls == [
+        ("start", -1),
+        ("scalars", 5, {"a": 2.0}),
+        ("flush",),
+        ("video", 5, "eval/video", "frames", 30),
+        ("close",),
+    ]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    writer = MetricsWriter(tmp_path, loggers=[TensorBoardLogger(tmp_path)])
+    writer.write(1, {"a": 1.0})
+    position = writer.position()
+    writer.write(2, {"a": -2.0})
+    writer.write(9, {"a": -9.0})
+    writer.close()
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.0000000001.before"))  # files are read in the order of their times
+    writer = MetricsWriter(tmp_path, loggers=[TensorBoardLogger(tmp_path)], resume_position=position)
+    writer.write(2, {"a": 2.0})
+    writer.video(2, "eval/video", torch.zeros(4, 8, 6, 3, dtype=torch.uint8).numpy(), fps=30)
+    writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("a")] == [(1, 1.0), (2, 2.0)]
+    (image,) = events.Images("eval/video")
+    assert (image.height, image.width) == (8, 6) and image.encoded_image_string.startswith(b"GIF")
+
+
+def test_wandb_absent_names_the_pip_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r'pip install "torchrl-r2dreamer\[wandb\]"'):
+        WandbLogger(tmp_path)
+
+
+def test_wandb_continues_its_run_and_sends_no_step_twice(tmp_path, monkeypatch):
+    class Run:
+        def __init__(self):
+            self.rows = []
+
+        def log(self, values, step):
+            self.rows.append((step, values))
+
+        def finish(self):
+            pass
+
+    runs = []
+
+    class Wandb:
+        @staticmethod
+        def init(**keywords):
+            runs.append((keywords, Run()))
+            return runs[-1][1]
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    writer = MetricsWriter(tmp_path, loggers=[WandbLogger(tmp_path, mode="offline")])
+    writer.write(1, {"a": 1.0})
+    position = writer.position()
+    writer.write(2, {"a": 2.0})
+    writer = MetricsWriter(tmp_path, loggers=[WandbLogger(tmp_path, mode="offline")], resume_position=position)
+    writer.write(2, {"a": 2.5})
+    writer.write(3, {"a": 3.0})
+    MetricsWriter(tmp_path, loggers=[WandbLogger(tmp_path)])
+    (before, first), (after, second), (fresh, _) = runs
+    assert before["mode"] == "offline" and before["resume"] == "allow" and before["id"] == after["id"] != fresh["id"]
+    assert first.rows == [(1, {"a": 1.0}), (2, {"a": 2.0})]
+    assert second.rows == [(3, {"a": 3.0})]
+
+
+def test_videos_fall_back_and_never_raise(tmp_path, monkeypatch, capsys):
+    frames = torch.randint(0, 255, (5, 33, 20, 3), dtype=torch.uint8).numpy()
+    assert encode_gif(frames, fps=30).startswith(b"GIF89a")
+    path = write_video(tmp_path / "eval.mp4", frames, fps=30)
+    assert path.stat().st_size > 500 and list(tmp_path.iterdir()) == [path]
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert write_video(tmp_path / "eval.mp4", frames, fps=30) == tmp_path / "eval.gif"
+        patch.setitem(sys.modules, "PIL", None)
+        assert write_video(tmp_path / "eval.mp4", frames, fps=30) is None
+    assert "pip install" in capsys.readouterr().out
+    assert write_video(tmp_path / "eval.mp4", frames[:0], fps=30) is None
+    assert "No video" in capsys.readouterr().out
