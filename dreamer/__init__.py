@@ -17,7 +17,7 @@ from .heads import (
 )
 from .imagination import Imagination
 from .latents import CategoricalLatent, unimix_probs
-from .layers import BlockLinear, Linear, RMSNorm, mlp, normed_linear
+from .layers import BlockLinear, Linear, NormSiLU, mlp, normed_linear
 from .rollout import RSSMRollout, RSSMStateEstimator
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
 
@@ -38,7 +38,7 @@ __all__ = [
     "OneHotAction",
     "OneHotParameters",
     "ProjectionHead",
-    "RMSNorm",
+    "NormSiLU",
     "RSSMPosterior",
     "RSSMPrior",
     "RSSMRollout",

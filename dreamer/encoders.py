@@ -14,7 +14,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules.functional import symlog
 
-from .layers import RMSNorm, init_weight, mlp
+from .layers import NormSiLU, init_weight, mlp
 
 
 class ImageEncoder(nn.Module):
@@ -47,7 +47,7 @@ class ImageEncoder(nn.Module):
         for convolution in self.convolutions:
             init_weight(convolution.weight, convolution.in_channels * kernel**2)
             nn.init.zeros_(convolution.bias)
-        self.norms = nn.ModuleList(RMSNorm(out_channels) for out_channels in widths[1:])
+        self.norms = nn.ModuleList(NormSiLU(out_channels) for out_channels in widths[1:])
         self.out_features = widths[-1] * (height // stride) * (width // stride)
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ class ImageEncoder(nn.Module):
         value = value.reshape(-1, *value.shape[-3:]).contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             value = F.max_pool2d(convolution(value), 2)
-            value = F.silu(norm(value.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            value = norm(value.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return value.reshape(*batch_shape, self.out_features)
 
 

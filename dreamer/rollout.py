@@ -6,6 +6,8 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import NestedKey
+from torchrl.data import Unbounded
+from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.modules import RSSMRolloutV3
 
 from .rssm import RSSMPosterior, RSSMPrior
@@ -94,6 +96,15 @@ class RSSMStateEstimator(TensorDictModuleBase):
         self.keys, self.out_keys = in_keys, list(out_keys)
         # Only these must exist beforehand: the three recurrent entries begin as zeros.
         self.in_keys = list(in_keys[3:])
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """What a collector appends to the environment (``auto_register_policy_transforms=True``).
+
+        A batched environment hands back only entries of its own specs; without this a ``ParallelEnv`` would drop the
+        latents after every step and the policy would begin each one from zeros, silently.
+        """
+        latents = {key: Unbounded((size,)) for key, size in zip(self.out_keys, self.sizes, strict=False)}
+        return TensorDictPrimer(latents, expand_specs=True)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         embedding, is_init = (tensordict.get(key) for key in self.keys[3:])

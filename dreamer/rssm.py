@@ -12,11 +12,10 @@ once for a whole sequence (projections of actions and embeddings, prior logits).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .latents import CategoricalLatent
-from .layers import BlockLinear, Linear, RMSNorm, mlp, normed_linear
+from .layers import BlockLinear, Linear, NormSiLU, mlp, normed_linear
 
 
 class BlockGRU(nn.Module):
@@ -35,7 +34,7 @@ class BlockGRU(nn.Module):
         self.state_in = normed_linear(state_size, hidden)
         self.action_in = normed_linear(action_size, hidden)
         self.hidden = BlockLinear(belief_size, belief_size, num_blocks, shared_features=3 * hidden)
-        self.norm = RMSNorm(belief_size)
+        self.norm = NormSiLU(belief_size)
         self.gates = BlockLinear(belief_size, 3 * belief_size, num_blocks)
 
     def project_action(self, action: torch.Tensor) -> torch.Tensor:
@@ -45,7 +44,7 @@ class BlockGRU(nn.Module):
 
     def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
         shared = torch.cat([self.belief_in(belief), self.state_in(state), projected_action], -1)  # [..., 3*hidden]
-        hidden = F.silu(self.norm(self.hidden(belief, shared)))  # [..., D]
+        hidden = self.norm(self.hidden(belief, shared))  # [..., D]
         gates = self.gates(hidden).float().unflatten(-1, (self.num_blocks, 3, -1))  # [..., G, 3, D/G]
         reset, candidate, update = (gate.flatten(-2) for gate in gates.unbind(-2))  # each [..., D]
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
@@ -96,14 +95,14 @@ class RSSMPosterior(nn.Module):
         with torch.no_grad():
             self.belief_in.weight.copy_(joint.weight[:, :belief_size])
             self.embedding_in.weight.copy_(joint.weight[:, belief_size:])
-        self.norm = RMSNorm(hidden)
+        self.norm = NormSiLU(hidden)
         self.out = Linear(hidden, latent.logits_size)
 
     def project_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
         return self.embedding_in(embedding)  # [..., hidden]
 
     def logits(self, belief: torch.Tensor, projected_embedding: torch.Tensor) -> torch.Tensor:
-        hidden = F.silu(self.norm(self.belief_in(belief) + projected_embedding))
+        hidden = self.norm(self.belief_in(belief) + projected_embedding)
         return self.latent.logits(self.out(hidden))  # [..., S, K]
 
     def forward(self, belief: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

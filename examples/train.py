@@ -137,6 +137,7 @@ class Trainer:
             policy_device=self.device,
             storing_device="cpu",
             exploration_type=ExplorationType.RANDOM,
+            auto_register_policy_transforms=True,  # the policy's latents become entries of the environments
         )
         self.metrics = MetricsWriter(
             self.logdir,

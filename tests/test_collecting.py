@@ -1,0 +1,68 @@
+"""The policy in TorchRL's Collector: latents are carried from step to step and forgotten at episode ends."""
+
+import functools
+
+import pytest
+import torch
+from agents import tiny_agent
+from torchrl.collectors import Collector
+
+from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
+from r2dreamer.envs import make_gym, make_vector_env
+from r2dreamer.envs.records import RecordBuilder
+from r2dreamer.envs.replay import make_replay
+
+SEEDS = [2, 4, 6]
+
+
+def collect(*, parallel, batches=2):
+    environment = make_vector_env(functools.partial(make_gym, "CartPole-v1"), SEEDS, parallel=parallel)
+    torch.manual_seed(0)
+    widths = dict(belief=16, hidden=8, classes=4, depth=2, categoricals=3)
+    agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, True), **widths)
+    collector = Collector(
+        environment,
+        agent.policy,
+        frames_per_batch=len(SEEDS) * 30,
+        total_frames=-1,
+        auto_register_policy_transforms=True,
+    )
+    torch.manual_seed(1)
+    stream = iter(collector)
+    transitions = torch.cat([next(stream).clone() for _ in range(batches)], 1)
+    collector.shutdown()
+    return agent, transitions
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_every_belief_follows_from_the_step_before(parallel):
+    """A ParallelEnv returns only its own entries: without the primer every belief would start from zeros."""
+    agent, steps = collect(parallel=parallel)
+    assert steps["next", "done"].any() and steps["is_init"][:, 1:].any()
+    for t in range(1, steps.shape[1]):
+        keep = (~steps["is_init"][:, t]).float()
+        previous = (steps[key][:, t - 1].float() * keep for key in ("state", "belief", "action"))
+        belief = agent.prior(*previous)[2]
+        torch.testing.assert_close(steps["belief"][:, t], belief.detach())
+
+
+def test_serial_and_parallel_environments_give_the_same_steps():
+    _, serial = collect(parallel=False)
+    _, parallel = collect(parallel=True)
+    for key in ("observation", "action", "belief", "state"):
+        assert torch.equal(serial[key], parallel[key]), key
+
+
+def test_collected_records_train_and_take_their_latents_back():
+    agent, steps = collect(parallel=False)
+    records = RecordBuilder(len(SEEDS), ["observation"])(steps)
+    replay = make_replay(600, len(SEEDS), batch_size=5, batch_length=7)
+    replay.extend(records)
+    batch = replay.sample_windows()
+    assert batch.shape == (5, 7)
+    posterior = agent.world_model(batch.copy())
+    assert replay.write_back(batch, posterior["next", "state"], posterior["next", "belief"]) > 0
+
+
+def test_the_policy_needs_only_observation_and_is_init():
+    assert tiny_agent().policy.in_keys == ["pixels", "speed", "is_init"]
