@@ -1,7 +1,7 @@
 """The objectives of R2-Dreamer: LossModules on TorchRL's DreamerV3 keys, and their maths as pure functions."""
 
 from .actor import DreamerActorLoss
-from .functional import barlow_twins_loss, categorical_entropy, imagination_weight, lambda_return
+from .functional import barlow_twins_loss, categorical_entropy, imagination_weight, lambda_return, two_hot_nll
 from .kl import CategoricalKL
 from .likelihood import SymlogMSE, TwoHotLikelihood
 from .representation import BarlowTwins
@@ -21,4 +21,5 @@ __all__ = [
     "imagination_weight",
     "lambda_return",
     "total_loss",
+    "two_hot_nll",
 ]

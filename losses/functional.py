@@ -77,6 +77,32 @@ def lambda_return(
     return torch.stack(returns[:0:-1], 1)  # [B, T-1, 1]
 
 
+def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits against the two-hot codes of n targets each, interpolated in raw space, saturating.
+
+    Only two log-probabilities per target are read, so no code of the support's width is ever built, and all targets share
+    one logsumexp: several times less memory traffic than TorchRL's ``two_hot_cross_entropy``, which it equals.
+
+    Args:
+        logits: [..., bins].
+        targets: [..., n].
+        support: [bins], ascending values.
+
+    Returns:
+        [..., n].
+
+    Example:
+        >>> two_hot_nll(torch.zeros(1, 3), torch.tensor([[0.25]]), torch.tensor([-1.0, 0.0, 1.0]))  # ln 3
+        tensor([[1.0986]])
+    """
+    targets = targets.clamp(support[0], support[-1])
+    upper = torch.bucketize(targets, support).clamp_min(1)  # [..., n]
+    low, high = support[upper - 1], support[upper]
+    weight = (targets - low) / (high - low)
+    mean_logit = (1 - weight) * logits.gather(-1, upper - 1) + weight * logits.gather(-1, upper)
+    return torch.logsumexp(logits, -1, keepdim=True) - mean_logit
+
+
 def imagination_weight(continuation: torch.Tensor, discount: float = 1 - 1 / 333) -> torch.Tensor:
     """Probability, discounted, that an imagined step happens at all: cumulative product of continue * discount."""
     return (discount * continuation).cumprod(1)

@@ -9,23 +9,25 @@ from torch import nn
 from torchrl.modules import SymExpTwoHot
 from torchrl.modules.functional import symlog
 
+from .functional import two_hot_nll
+
 
 class TwoHotLikelihood(nn.Module):
-    """Cross-entropy of logits [..., bins] against the two-hot code of the target [..., 1] -> [...]."""
+    """Cross-entropy of logits [..., bins] against the two-hot codes of targets [..., n] -> [..., n]."""
 
     def __init__(self, num_bins: int = 255):
         super().__init__()
         self.two_hot = SymExpTwoHot(num_bins)
 
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self.two_hot.loss(logits.float(), target.float())
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return two_hot_nll(logits.float(), targets.float(), self.two_hot.bins)
 
 
 class SymlogMSE(nn.Module):
-    """Squared error between symlog(prediction) and symlog(target), both [..., 1] -> [...]; for scalar heads."""
+    """Squared error between symlog of prediction [..., 1] and targets [..., n] -> [..., n]; for scalar heads."""
 
-    def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return (symlog(prediction.float()) - symlog(target.float())).square().squeeze(-1)
+    def forward(self, prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (symlog(prediction.float()) - symlog(targets.float())).square()
 
 
 class ScalarPrediction(nn.Module):
@@ -37,6 +39,6 @@ class ScalarPrediction(nn.Module):
         self.likelihood = TwoHotLikelihood(num_bins) if self.reads_logits else SymlogMSE()
 
     def forward(
-        self, tensordict: TensorDictBase, logits_key: NestedKey, value_key: NestedKey, target: torch.Tensor
+        self, tensordict: TensorDictBase, logits_key: NestedKey, value_key: NestedKey, targets: torch.Tensor
     ) -> torch.Tensor:
-        return self.likelihood(tensordict.get(logits_key if self.reads_logits else value_key), target)
+        return self.likelihood(tensordict.get(logits_key if self.reads_logits else value_key), targets)

@@ -116,16 +116,17 @@ class DreamerValueLoss(LossModule):
         return TensorDict({"loss_replay_value": ((1 - done[:, :-1, 0]) * loss).mean()}, [])
 
     def _loss(self, latents: TensorDictBase, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unreduced loss against the target and against the slow critic, and the detached prediction."""
+        """Unreduced loss [N, H] against the target and against the slow critic, and the detached prediction."""
         keys = self.tensor_keys
         predicted = latents.copy()
         with self.value_model_params.to_module(self.value_model):
             self.value_model(predicted)
-        loss = self.prediction(predicted, keys.value_logits, keys.value, target)
+        weights = [1.0]
         if self.slow_critic_regularization:
             slow = latents.detach()
             with torch.no_grad(), self.target_value_model_params.to_module(self.value_model):
                 self.value_model(slow)
-            slow_loss = self.prediction(predicted, keys.value_logits, keys.value, slow.get(keys.value))
-            loss = loss + self.slow_critic_regularization * slow_loss
-        return loss, predicted.get(keys.value).detach()
+            target = torch.cat([target, slow.get(keys.value)], -1)
+            weights.append(self.slow_critic_regularization)
+        losses = self.prediction(predicted, keys.value_logits, keys.value, target)  # [N, H, 1 or 2]
+        return losses @ losses.new_tensor(weights), predicted.get(keys.value).detach()

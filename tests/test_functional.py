@@ -5,8 +5,10 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from torchrl.modules import SymExpTwoHot
+from torchrl.objectives import two_hot_cross_entropy
 
-from r2dreamer.losses import TwoHotLikelihood, barlow_twins_loss, imagination_weight, lambda_return
+from r2dreamer.losses import TwoHotLikelihood, barlow_twins_loss, imagination_weight, lambda_return, two_hot_nll
 
 RECORDED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "loss_values.npz"
 
@@ -141,3 +143,16 @@ def test_two_hot_equals_the_official_values(recorded):
     mean = likelihood.two_hot(recorded["twohot_logits"])
     torch.testing.assert_close(mean, recorded["twohot_mean"].reshape(mean.shape), rtol=1e-5, atol=1e-5)
     assert likelihood.two_hot(torch.zeros(3, 255)).tolist() == [[0.0]] * 3
+
+
+def test_two_hot_equals_torchrls_for_several_targets_at_once():
+    support = SymExpTwoHot(41).bins
+    logits = torch.randn(7, 3, 41, requires_grad=True)
+    spread = torch.tensor([0.0, 1e-3, 5.0, -300.0, 1e12, -1e12, support[7].item(), support[0].item()])
+    targets = spread[torch.randint(len(spread), (7, 3, 5))]
+    nll = two_hot_nll(logits, targets, support)
+    expected = torch.stack([two_hot_cross_entropy(logits, target, support) for target in targets.unbind(-1)], -1)
+    torch.testing.assert_close(nll, expected)
+    weight = torch.randn_like(nll)
+    gradients = [torch.autograd.grad((value * weight).sum(), logits)[0] for value in (nll, expected)]
+    torch.testing.assert_close(*gradients)

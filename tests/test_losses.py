@@ -214,7 +214,9 @@ def test_the_replay_value_loss_reaches_the_world_model_and_follows_the_formula()
     target = lambda_return(records["next", "reward"], replay["bootstrap"], *flags, discount=0.9, lmbda=0.7)
     logits, slow = agent.value(replay["state"], replay["belief"])
     nll = TwoHotLikelihood()
-    per_step = nll(logits[:, :-1], target) + nll(logits[:, :-1], slow[:, :-1])  # the slow copy starts equal
+    per_step = (nll(logits[:, :-1], target) + nll(logits[:, :-1], slow[:, :-1])).squeeze(
+        -1
+    )  # the slow copy starts equal
     expected = (per_step * ~records["next", "done"][:, :-1, 0]).mean()
     torch.testing.assert_close(value, expected)
     value.backward()
