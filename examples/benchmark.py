@@ -1,0 +1,160 @@
+"""Measures speed on synthetic data of the real shapes and prints one JSON line.
+
+    python examples/benchmark.py model=size12M precision=bf16
+    python examples/benchmark.py env=gym env.task=CartPole-v1 measure=[update,acting,environment,replay]
+    python examples/benchmark.py compare=torchrl        TorchRL's own DreamerV3 objective, same size, same process
+
+`update` is one whole update (all losses, backward, clipping, optimiser, target), `acting` one policy step for all
+environments, `environment` frames per second of the configured environments under random actions, `replay` sampled
+steps per second, written back. Medians; alternate runs with whatever you compare to, and compare ratios only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import hydra
+import r2dreamer.envs  # noqa: F401  # isort: skip - chooses the GL backend before torchrl imports mujoco
+import torch
+from omegaconf import DictConfig, OmegaConf
+from support.peers import torchrl_dreamer
+from support.setup import friendly_errors, resolve_device, resolve_precision
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from train import Learner
+
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
+from r2dreamer.envs import env_seeds, make_vector_env
+from r2dreamer.envs.replay import make_replay
+
+
+def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:
+    """[B, T] records of random content; no episode begins or ends in them."""
+    example = agent.example_record()
+    records = example.expand(batch, time_steps).clone()
+    for key, value in records.items(True, True):
+        if value.dtype == torch.uint8:
+            value.random_(0, 256)
+        elif value.is_floating_point():
+            value.uniform_(-1, 1)
+    latents = {key: torch.zeros(batch, time_steps, size) for key, size in agent.latent_sizes.items()}
+    return records.exclude(("next", "state"), ("next", "belief")).update(latents).to(device)
+
+
+def median_seconds(step: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> dict[str, float]:
+    times = []
+    for _ in range(warmup + repeats):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    kept = times[warmup:]
+    return {"first_s": times[0], "median_s": statistics.median(kept), "min_s": min(kept)}
+
+
+def measure_environment(cfg: DictConfig, steps: int) -> dict[str, float]:
+    factory = hydra.utils.instantiate(cfg.env.make)
+    seeds = env_seeds(cfg.seed, cfg.env.num_envs, "train")
+    environment = make_vector_env(factory, seeds, parallel=cfg.env.parallel)
+    root = environment.reset()
+    start = None
+    for step in range(steps + 3):
+        if step == 3:
+            start = time.perf_counter()
+        _, root = environment.step_and_maybe_reset(root.update(environment.rand_action(root)))
+    seconds = time.perf_counter() - start
+    environment.close()
+    return {"frames_per_s": steps * cfg.env.num_envs * cfg.env.action_repeat / seconds}
+
+
+def measure_replay(cfg: DictConfig, agent: Agent, device: torch.device, repeats: int) -> dict[str, float]:
+    streams, per_stream = cfg.env.num_envs, 4 * (cfg.batch_length + 1)
+    replay = make_replay(streams * per_stream, streams, cfg.batch_size, cfg.batch_length)
+    record = agent.example_record()
+    records = record.expand(streams * per_stream).clone()
+    records["stream"] = torch.arange(streams).repeat_interleave(per_stream)
+    replay.extend(records)
+    latents = [torch.zeros(cfg.batch_size, cfg.batch_length, size) for size in agent.latent_sizes.values()]
+
+    def step() -> None:
+        replay.write_back(replay.sample_windows(device), *latents)
+
+    seconds = median_seconds(step, device, warmup=3, repeats=repeats)["median_s"]
+    return {"median_s": seconds, "steps_per_s": cfg.batch_size * cfg.batch_length / seconds}
+
+
+def spaces(cfg: DictConfig) -> tuple[ObservationSpace, ActionSpace]:
+    """Of the configured environment, or by default a 64x64 image and 6 actions, which need no simulator."""
+    if cfg.synthetic:
+        return ObservationSpace({"pixels": (3, 64, 64)}, {}), ActionSpace(6, discrete=False)
+    environment = hydra.utils.instantiate(cfg.env.make)(seed=0)
+    found = ObservationSpace.from_spec(environment.observation_spec), ActionSpace.from_spec(environment.action_spec)
+    environment.close()
+    return found
+
+
+def benchmark(cfg: DictConfig) -> dict:
+    device = resolve_device(cfg.device)
+    precision = resolve_precision(cfg.precision, device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    agent = build_agent(*spaces(cfg), **cfg.model)
+    for part in agent.parts().values():
+        part.to(device)
+    learner = Learner(agent, cfg.algorithm, precision, cfg.compile)
+    repeats = cfg.repeats or (5 if device.type == "cpu" else 50)
+    warmup = 2 if device.type == "cpu" else 20
+    shape = {"B": cfg.batch_size, "T": cfg.batch_length}
+    result = {
+        "implementation": "r2dreamer",
+        "device": str(device),
+        "precision": str(precision).removeprefix("torch."),
+        "compile": cfg.compile,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(agent.parameter_counts().values()),
+        **shape,
+    }
+    if "update" in cfg.measure:
+        records = synthetic_records(agent, cfg.batch_size, cfg.batch_length, device)
+        result["update"] = median_seconds(lambda: learner.update(records), device, warmup, repeats)
+        if cfg.compare == "torchrl":
+            peer = torchrl_dreamer(agent, cfg.model, cfg.algorithm, precision, device)
+            result["torchrl_update"] = median_seconds(lambda: peer(records), device, warmup, repeats)
+            result["torchrl_over_ours"] = result["torchrl_update"]["median_s"] / result["update"]["median_s"]
+    if "acting" in cfg.measure:
+        streams = cfg.env.num_envs
+        observation = agent.example_record()["next"].select(*agent.observations.images, *agent.observations.vectors)
+        root = observation.expand(streams).clone().to(device)
+        root["is_init"] = torch.zeros(streams, 1, dtype=torch.bool, device=device)
+        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+            result["acting"] = median_seconds(lambda: agent.policy(root), device, 3, 4 * repeats)
+    if "replay" in cfg.measure:
+        result["replay"] = measure_replay(cfg, agent, device, 4 * repeats)
+    if "environment" in cfg.measure:
+        result["environment"] = measure_environment(cfg, steps=40)
+    return result
+
+
+@hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="benchmark")
+@friendly_errors
+def main(cfg: DictConfig) -> None:
+    if cfg.compare not in (None, "torchrl"):
+        raise ValueError(f"compare={cfg.compare} is not known; the only peer in this process is compare=torchrl.")
+    unknown = set(OmegaConf.to_container(cfg.measure)) - {"update", "acting", "replay", "environment"}
+    if unknown:
+        raise ValueError(f"measure: {sorted(unknown)} not known; choose from update, acting, replay, environment.")
+    print(json.dumps(benchmark(cfg)))
+
+
+if __name__ == "__main__":
+    # `--compare torchrl` reads as it does elsewhere; for hydra it is an override like any other.
+    sys.argv = shlex.split(re.sub(r"--compare[ =]", "compare=", shlex.join(sys.argv)))
+    main()
