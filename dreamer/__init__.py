@@ -4,6 +4,7 @@
 """
 
 from .builder import ActionSpace, Agent, ObservationSpace, assemble, build_agent
+from .compiling import compile_parts
 from .distributions import BoundedNormal, OneHotAction
 from .encoders import ImageEncoder, ObservationEncoder, VectorEncoder
 from .heads import (
@@ -48,6 +49,7 @@ __all__ = [
     "actor_head",
     "assemble",
     "build_agent",
+    "compile_parts",
     "latent_head",
     "mlp",
     "normed_linear",

@@ -78,6 +78,17 @@ class OneHotParameters(nn.Module):
         return unimix_probs(logits, self.unimix)
 
 
+class ActorNetwork(FeatureMLP):
+    """MLP over the latents whose last layer is scaled by 0.01, then the distribution's parameters."""
+
+    def __init__(self, features: int, units: int, layers: int, out_features: int, parameters: nn.Module):
+        super().__init__(features, units, layers, out_features, scale=0.01)
+        self.to_parameters = parameters
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self.to_parameters(super().forward(state, belief))
+
+
 def latent_head(
     network: nn.Module,
     out_keys: Sequence[str],
@@ -97,14 +108,12 @@ def actor_head(features: int, units: int, layers: int, action_size: int, *, disc
     untrained policy explores everything.
     """
     if discrete:
-        network = FeatureMLP(features, units, layers, action_size, scale=0.01)
-        parameters, keys, distribution = OneHotParameters(unimix), ["probs"], OneHotAction
+        size, parameters, keys, distribution = action_size, OneHotParameters(unimix), ["probs"], OneHotAction
     else:
-        network = FeatureMLP(features, units, layers, 2 * action_size, scale=0.01)
-        parameters, keys, distribution = NormalParameters(), ["loc", "scale"], BoundedNormal
+        size, parameters, keys, distribution = 2 * action_size, NormalParameters(), ["loc", "scale"], BoundedNormal
+    network = ActorNetwork(features, units, layers, size, parameters)
     return ProbabilisticTensorDictSequential(
-        TensorDictModule(network, in_keys=["state", "belief"], out_keys=["action_parameters"]),
-        TensorDictModule(parameters, in_keys=["action_parameters"], out_keys=keys),
+        TensorDictModule(network, in_keys=["state", "belief"], out_keys=keys),
         ProbabilisticTensorDictModule(
             in_keys=keys,
             out_keys=["action"],

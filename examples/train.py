@@ -6,17 +6,13 @@ python examples/train.py experiment=quickstart
 
 from __future__ import annotations
 
+import sys
 import time
 
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from support.curves import draw_curve
-from support.episodes import EpisodeReturns
-from support.evaluation import evaluate
-from support.metrics import Averages, MetricsWriter
-from support.setup import Interrupt, friendly_errors, metrics_position, open_run, resolve_device, resolve_precision
-from support.video import write_video
 from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import Collector
@@ -25,17 +21,24 @@ from torchrl.objectives import SoftUpdate
 from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
-from r2dreamer.envs import check_environment, env_seeds, make_vector_env, reseed
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent, compile_parts
+from r2dreamer.envs import WorkerError, check_environment, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
 from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss, total_loss
+from support.checkpoint import CheckpointError
+from support.curves import draw_curve
+from support.episodes import EpisodeReturns
+from support.film import evaluate_seeds
+from support.metrics import Averages, MetricsWriter
+from support.setup import Interrupt, friendly_errors, metrics_position, open_run, resolve_device, resolve_precision
+from support.video import write_video
 
 
 class Learner(nn.Module):
     """Three losses, one optimiser, one slow critic."""
 
-    def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: bool = False):
+    def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: str | None = None):
         super().__init__()
         make = hydra.utils.instantiate
         self.world_model_loss = R2DreamerWorldModelLoss(
@@ -55,7 +58,9 @@ class Learner(nn.Module):
         self.slow_critic = SoftUpdate(self.value_loss, tau=algorithm.slow_critic_rate)
         self.precision, self.device = precision, trained[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.compute_losses = torch.compile(self.losses) if compile else self.losses
+        self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
+        if compile == "parts":  # the losses hold copies of the modules, which share the parameters
+            compile_parts(self, agent.prior, agent.reward, agent.value, agent.continue_)
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
@@ -108,10 +113,9 @@ class Trainer:
         precision = resolve_precision(cfg.precision, self.device)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        self.logdir, self.checkpoints, self.saved = open_run(
-            cfg
-        )  # refuses what cannot be resumed before anything heavy starts
-        make_environment = hydra.utils.instantiate(cfg.env.make)
+        # Refuses what cannot be resumed before anything heavy starts.
+        self.logdir, self.checkpoints, self.saved = open_run(cfg)
+        self.make_environment = make_environment = hydra.utils.instantiate(cfg.env.make)
         self.agent, keys = build(make_environment, cfg, self.device)
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile)
 
@@ -180,8 +184,8 @@ class Trainer:
                 if due(cfg.checkpoint.every) or self.frames >= total:
                     self.save()
                 bar.update(self.frames - before)
-        if interrupt.requested and not cfg.checkpoint.exact:  # an exact run repeats from its last regular checkpoint
-            self.save()
+        if interrupt.requested:
+            self.save(leaving=True)
         curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
         state = "interrupted, resume with the same command" if interrupt.requested else "finished"
         print(f"{cfg.name} seed {cfg.seed}: {state} at {self.frames} frames, eval return {score}, curve {curve}")
@@ -221,9 +225,14 @@ class Trainer:
     def evaluate(self) -> str:
         """Mode actions in environments of their own, the same seeds every time."""
         cfg = self.cfg
-        reseed(self.evaluation, self.evaluation_seeds)
-        result = evaluate(
-            self.evaluation, self.agent.policy, episodes=cfg.eval.episodes, record=cfg.eval.video, seed=cfg.seed
+        last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
+        result = evaluate_seeds(
+            self.evaluation,
+            self.agent,
+            self.evaluation_seeds,
+            seed=cfg.seed,
+            record=cfg.eval.video,
+            make_environment=self.make_environment if last else None,
         )
         self.metrics.write(self.frames, result.summary())
         if result.frames is not None:
@@ -239,8 +248,11 @@ class Trainer:
         reseed(self.environments, self.train_seeds())
         self.collector.reset()
 
-    def save(self) -> None:
+    def save(self, leaving: bool = False) -> None:
+        """leaving: an extra checkpoint because the run ends early; it must succeed, as must the one at the end."""
         if self.cfg.checkpoint.exact:  # a simulator cannot be saved in mid-episode: every run restarts it here
+            if leaving:
+                return  # an exact run repeats from its last regular checkpoint
             self.count["restarts"] += 1
             self.restart_environments()
         state = {
@@ -252,7 +264,12 @@ class Trainer:
             "config": OmegaConf.to_container(self.cfg, resolve=True),
             "metrics": self.metrics.position(),
         }
-        self.checkpoints.save(self.frames, state, self.replay if self.cfg.checkpoint.replay else None)
+        try:
+            self.checkpoints.save(self.frames, state, self.replay if self.cfg.checkpoint.replay else None)
+        except CheckpointError as error:
+            if leaving or self.frames >= self.cfg.total_frames:
+                raise
+            tqdm.write(f"WARNING: {error} Training goes on; the next checkpoint tries again.", file=sys.stderr)
 
     def restore(self) -> None:
         state = self.saved.state
@@ -297,6 +314,9 @@ def main(cfg: DictConfig) -> None:
     trainer = Trainer(cfg)
     try:
         trainer.run()
+    except WorkerError:  # the environments are lost, what was learned is not
+        trainer.save(leaving=True)
+        raise
     finally:
         trainer.close()
 

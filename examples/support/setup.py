@@ -38,23 +38,24 @@ FIXED = (
 
 
 def friendly_errors(main: Callable) -> Callable:
-    """A user's mistake ends the program with one paragraph and status 1; HYDRA_FULL_ERROR=1 brings the traceback back."""
+    """A user's mistake ends the program with one paragraph and status 1; HYDRA_FULL_ERROR=1 brings the traceback."""
 
     @functools.wraps(main)
     def wrapped(cfg: DictConfig) -> None:
         try:
             main(cfg)
+        except KeyboardInterrupt:
+            print("Left at once, without saving.", file=sys.stderr)
+            sys.exit(130)
         except (*USER_ERRORS, InstantiationException) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             cause = error
             while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
                 cause = cause.__cause__
-            paragraph = (
-                textwrap.fill(f"{type(cause).__name__}: {cause}", 110, break_long_words=False)
-                if "\n" not in str(cause)
-                else f"{type(cause).__name__}: {cause}"
-            )
+            paragraph = " ".join([f"{type(cause).__name__}: {cause}", *getattr(cause, "__notes__", [])])
+            if "\n" not in paragraph:  # a worker's traceback keeps its lines
+                paragraph = textwrap.fill(paragraph, 110, break_long_words=False, break_on_hyphens=False)
             print(f"\n{paragraph}\n(HYDRA_FULL_ERROR=1 shows the traceback.)", file=sys.stderr)
             sys.exit(1)
 
@@ -67,8 +68,8 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device={name}, but this PyTorch ({torch.__version__}) sees no CUDA device. Use device=auto or device=cpu, "
-            "or install a CUDA build of PyTorch and check nvidia-smi."
+            f"device={name}, but this PyTorch ({torch.__version__}) sees no CUDA device. Use device=auto or "
+            "device=cpu, or install a CUDA build of PyTorch and check nvidia-smi."
         )
     return device
 
@@ -122,8 +123,8 @@ def open_run(cfg: DictConfig) -> tuple[Path, Checkpoints, LoadedCheckpoint | Non
         check_same_run(OmegaConf.create(saved.state["config"]), cfg, saved.path)
         if saved.step >= cfg.total_frames:
             raise ValueError(
-                f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on with "
-                "a larger total_frames, or begin a new run with another seed or logdir."
+                f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on "
+                "with a larger total_frames, or begin a new run with another seed or logdir."
             )
     OmegaConf.save(cfg, logdir / "config.yaml", resolve=True)
     return logdir, checkpoints, saved
@@ -136,17 +137,19 @@ def metrics_position(logdir: Path, saved: LoadedCheckpoint | None) -> dict[str, 
 
 
 def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
+    # Resolved as a whole first: a section's interpolations point outside of it.
+    before, now = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
     for key in FIXED:
-        old, new = (OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.select(cfg, key)}), resolve=True)["value"]
-                    for cfg in (before, now))  # fmt: skip
-        if old != new:
-            if isinstance(old, dict) and isinstance(new, dict):
-                names = [name for name in {*old, *new} if old.get(name) != new.get(name)]
-                key, old, new = f"{key}.{min(names)}", old.get(min(names)), new.get(min(names))
-            raise ValueError(
-                f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another "
-                f"one. Repeat {key}={old}, or start afresh in another logdir."
-            )
+        old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
+        if old == new:
+            continue
+        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+            name = min(name for name in {*old, *new} if old.get(name) != new.get(name))
+            key, old, new = f"{key}.{name}", old.get(name), new.get(name)
+        raise ValueError(
+            f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
+            f"Repeat {key}={old}, or start afresh in another logdir."
+        )
 
 
 class Interrupt:

@@ -1,0 +1,28 @@
+"""torch.compile for the parts where it pays: each part once per shape, randomness and loops stay outside.
+
+Compiling a whole update unrolls the sequence and the imagination into one graph, which takes minutes to build; the parts
+take seconds, and since no sampling is inside them a compiled run draws the same random numbers as an eager one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .encoders import ImageEncoder, VectorEncoder
+from .heads import FeatureMLP, ProjectionHead
+from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
+
+
+def compile_parts(*roots: nn.Module, **options) -> None:
+    """Compiles, in place, every encoder, recurrent step and head below ``roots``; ``options`` go to ``torch.compile``."""
+    options.setdefault("dynamic", False)
+    for module in dict.fromkeys(module for root in roots for module in root.modules()):
+        if isinstance(module, ImageEncoder | VectorEncoder | FeatureMLP | ProjectionHead):
+            module.compile(**options)
+        elif isinstance(module, BlockGRU):
+            module.advance = torch.compile(module.advance, **options)
+        elif isinstance(module, RSSMPosterior):
+            module.logits = torch.compile(module.logits, **options)
+        elif isinstance(module, RSSMPrior):
+            module.head.compile(**options)

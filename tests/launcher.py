@@ -1,0 +1,144 @@
+"""Runs the examples as real processes that can be killed, and their parts in this one, all at tiny sizes.
+
+Importing torch, TorchRL and MuJoCo takes seconds of CPU, so a server process imports them once; every run is forked
+from it and is otherwise what `python examples/train.py ...` starts.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TESTS = Path(__file__).parent
+
+# Sizes all differ; an update takes about 20 ms.
+TINY = """
+name=tiny logger=none progress=false precision=fp32 threads=1 device=cpu model.belief=16 model.hidden=8 model.classes=4
+model.categoricals=3 model.depth=2 algorithm.actor.imagination_horizon=3 batch_size=3 batch_length=5 warmup_steps=20
+train_ratio=5 total_frames=200 env.num_envs=2 env.eval_episodes=2 replay.capacity=1000 log_every=40 eval.every=80
+eval.video=false checkpoint.every=50 collect_steps=2
+""".split()  # noqa: SIM905
+CARTPOLE = ["env=gym", "env.task=CartPole-v1", *TINY]
+
+
+def config(*overrides, name="config"):
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("r2dreamer.configs", version_base=None):
+        return compose(name, list(overrides))
+
+
+class Run:
+    """A forked process; its output is in the files `stdout` and `stderr` of its folder."""
+
+    def __init__(self, server, pid, folder):
+        self.server, self.pid, self.folder, self.status = server, pid, folder, None
+
+    def poll(self):
+        """The exit status, negative for a signal; None while it runs."""
+        if self.status is None:
+            self.status = self.server.ask(poll=self.pid)
+        return self.status
+
+    def wait(self, timeout=120):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, f"still running after {timeout} s: {self.stderr}"
+            time.sleep(0.02)
+        return self.status
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        assert self.wait() is not None
+
+    @property
+    def stdout(self):
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def stderr(self):
+        return (self.folder / "stderr").read_text()
+
+    def children(self):
+        """Process ids of all descendants."""
+        parents = {}
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+        found, new = set(), {self.pid}
+        while new:
+            new = {pid for pid, parent in parents.items() if parent in new} - found
+            found |= new
+        return found
+
+
+class Server:
+    """Has everything imported, and forks runs."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{TESTS}"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import launcher; launcher.serve()"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, folder, *overrides, script="train", **environment):
+        """Starts `python examples/{script}.py *overrides` in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        request = {"fork": list(overrides), "folder": str(folder), "script": script, "environment": environment}
+        return Run(self, self.ask(**request), folder)
+
+    def run(self, folder, *overrides, **more):
+        run = self.start(folder, *overrides, **more)
+        run.wait()
+        return run
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def serve():
+    import evaluate  # noqa: F401
+    import train  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if not answer:
+                _become(request)
+                return
+        print(json.dumps(answer), flush=True)
+
+
+def _become(request):
+    os.chdir(request["folder"])
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["environment"])
+    sys.argv = [f"{request['script']}.py", *request["fork"]]
+    sys.modules[request["script"]].main()
