@@ -1,0 +1,82 @@
+"""The fast paths give what the plain ones give: compiled parts, blocked norms, the benchmark's own synthetic update."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agents import tiny_agent, tiny_records
+from hydra import compose, initialize_config_module
+from train import Learner
+
+from r2dreamer.dreamer.layers import BLOCK, BlockedNormSiLU, NormSiLU
+
+
+def learner(compile=None, precision=torch.float32, **overrides):
+    with initialize_config_module("r2dreamer.configs", version_base=None):
+        algorithm = compose("algorithm/r2dreamer").algorithm
+    algorithm.actor.imagination_horizon = 3
+    algorithm.optimizer.update(overrides)
+    return Learner(tiny_agent(images=False), algorithm, precision, compile)
+
+
+def three_updates(made):
+    records = tiny_records(tiny_agent(images=False))
+    torch.manual_seed(0)
+    losses = [made.update(records)[0] for _ in range(3)]
+    return losses, [p.detach().clone() for p in made.parameters()]
+
+
+def test_updates_with_compiled_parts_equal_eager_ones():
+    """Sampling stays outside the compiled parts, so even the random draws are the same."""
+    eager, eager_parameters = three_updates(learner(lr=1e-3, warmup_steps=0))
+    compiled, compiled_parameters = three_updates(learner("parts", lr=1e-3, warmup_steps=0))
+    for one, other in zip(eager, compiled, strict=True):
+        assert set(one.keys()) == set(other.keys())
+        for key in one.keys():
+            torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4, msg=key)
+    moved = [not torch.equal(p, q) for p, q in zip(eager_parameters, learner().parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+    for one, other in zip(eager_parameters, compiled_parameters, strict=True):
+        assert (one - other).abs().mean() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_blocked_norm_equals_the_composed_one(dtype):
+    features = 24
+    value = torch.randn(2 * BLOCK // features + 5, features).to(dtype).requires_grad_()
+    layer = NormSiLU(features)
+    torch.nn.init.normal_(layer.weight)
+    gradient = torch.randn_like(value)
+    blocked = BlockedNormSiLU.apply(value, layer.weight, layer.eps)
+    normed = F.rms_norm(value.float(), (features,), layer.weight, layer.eps)
+    composed = F.silu(normed).to(dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(blocked, composed, **tolerance)
+    both = [torch.autograd.grad(out, [value, layer.weight], gradient) for out in (blocked, composed)]
+    torch.testing.assert_close(both[0][0], both[1][0], **tolerance)
+    relative = (both[0][1] - both[1][1]).norm() / both[1][1].norm()
+    assert relative < (1e-4 if dtype == torch.float32 else 0.02)
+
+
+def test_updates_in_bfloat16_learn():
+    made = learner(precision=torch.bfloat16, lr=1e-3, warmup_steps=0)
+    records = tiny_records(tiny_agent(images=False))
+    losses = [made.update(records)[0] for _ in range(40)]
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.parameters())
+    assert losses[-1]["loss_barlow"] < losses[0]["loss_barlow"]
+    assert losses[-1]["loss_reward"] < losses[0]["loss_reward"]
+
+
+def test_the_benchmark_prints_one_json_line_with_torchrl_beside_us(request, tmp_path):
+    script = request.config.rootpath / "examples" / "benchmark.py"
+    small = ["model=size1M", "model.belief=16", "model.hidden=8", "batch_size=2", "batch_length=3", "repeats=1"]
+    command = [sys.executable, str(script), *small, "precision=fp32", "--compare", "torchrl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    for measure in ("update", "torchrl_update", "acting"):
+        assert result[measure]["median_s"] > 0
+    assert result["replay"]["steps_per_s"] > 0 and result["torchrl_over_ours"] > 0
