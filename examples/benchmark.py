@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable
 
 import hydra
-import r2dreamer.envs  # noqa: F401  # isort: skip - chooses the GL backend before torchrl imports mujoco
+import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import torch
 from omegaconf import DictConfig, OmegaConf
 from support.peers import torchrl_dreamer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import support  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch

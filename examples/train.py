@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
+import support  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
@@ -206,6 +207,13 @@ class Trainer:
             self.count["updates"] += 1
         self.averages.check_finite(self.frames, self.count["updates"])
 
+    def check_weights(self) -> None:
+        """A finite loss can have a NaN gradient, which would be saved, or end in sampling from NaN probabilities."""
+        for name, part in self.agent.parts().items():
+            if not all(parameter.isfinite().all() for parameter in part.parameters()):
+                where = f"at frame {self.frames:,}, update {self.count['updates']:,}"
+                raise FloatingPointError(f"The weights of the {name} are NaN or Inf {where}.")
+
     def log(self) -> dict[str, str]:
         now = self.count | {"time": time.perf_counter()}
         passed = {name: now[name] - self.clock[name] for name in now}
@@ -255,6 +263,7 @@ class Trainer:
                 return  # an exact run repeats from its last regular checkpoint
             self.count["restarts"] += 1
             self.restart_environments()
+        self.check_weights()
         state = {
             "learner": self.learner.state(),
             "count": dict(self.count),
@@ -316,6 +325,9 @@ def main(cfg: DictConfig) -> None:
         trainer.run()
     except WorkerError:  # the environments are lost, what was learned is not
         trainer.save(leaving=True)
+        raise
+    except RuntimeError:
+        trainer.check_weights()
         raise
     finally:
         trainer.close()

@@ -53,7 +53,8 @@ class Run:
         return self.status
 
     def send(self, number):
-        os.kill(self.pid, number)
+        """To the process and those it started, as a terminal sends Ctrl-C."""
+        os.killpg(self.pid, number)
 
     def kill(self):
         with suppress(ProcessLookupError):
@@ -67,18 +68,6 @@ class Run:
     @property
     def stderr(self):
         return (self.folder / "stderr").read_text()
-
-    def children(self):
-        """Process ids of all descendants."""
-        parents = {}
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-        found, new = set(), {self.pid}
-        while new:
-            new = {pid for pid, parent in parents.items() if parent in new} - found
-            found |= new
-        return found
 
 
 class Server:
@@ -99,10 +88,10 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, folder, *overrides, script="train", **environment):
-        """Starts `python examples/{script}.py *overrides` in `folder`."""
+    def start(self, folder, *overrides, script="train", without=None):
+        """Starts `python examples/{script}.py *overrides` in `folder`; without: a package that is not installed."""
         folder.mkdir(parents=True, exist_ok=True)
-        request = {"fork": list(overrides), "folder": str(folder), "script": script, "environment": environment}
+        request = {"fork": list(overrides), "folder": str(folder), "script": script, "without": without}
         return Run(self, self.ask(**request), folder)
 
     def run(self, folder, *overrides, **more):
@@ -134,11 +123,15 @@ def serve():
 
 
 def _become(request):
+    os.setsid()
     os.chdir(request["folder"])
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(request["environment"])
+    if request["without"]:
+        for name in [name for name in sys.modules if name.split(".")[0] == request["without"]]:
+            del sys.modules[name]
+        sys.modules[request["without"]] = None  # as if it were not there
     sys.argv = [f"{request['script']}.py", *request["fork"]]
     sys.modules[request["script"]].main()

@@ -1,6 +1,7 @@
-"""The example itself: runs, repeats, resumes after a kill, stops cleanly. Real processes where a process is the point."""
+"""The example itself: it runs, repeats, resumes after a kill, stops cleanly; real processes where that is the point."""
 
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from launcher import CARTPOLE, EXAMPLES, TINY, Server, config
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
 import train
+
 from support import checkpoint as checkpoint_module
 from support.checkpoint import Checkpoints
+from support.film import film
 from support.metrics import read_metrics
 
 PENDULUM = ["env=gym", "env.task=Pendulum-v1", *TINY, "env.episode_frames=20"]
@@ -303,17 +306,26 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_resumed(serve
 
 
 def test_ctrl_c_saves_and_leaves_with_status_0(server, tmp_path):
-    logdir = tmp_path / "log"
-    run = server.start(tmp_path, *CARTPOLE, "logdir=log", "checkpoint.every=1000000")
+    logdir, command = tmp_path / "log", [*CARTPOLE, "env.parallel=true", "logdir=log", "checkpoint.every=1000000"]
+    run = server.start(tmp_path, *command)
     wait_for(run, lambda: count_lines(logdir) >= 2)
     run.send(signal.SIGINT)
     assert run.wait() == 0, run.stderr
     assert "interrupted, resume with the same command" in run.stdout and "Traceback" not in run.stderr
     saved = Checkpoints(logdir / "checkpoints").load()
     assert 40 <= saved.step < 200
-    resumed = server.run(tmp_path, *CARTPOLE, "logdir=log", "checkpoint.every=1000000")
+    resumed = server.run(tmp_path, *command)
     assert resumed.status == 0 and "finished at 200 frames" in resumed.stdout
     assert steps(logdir, "count/updates") == [40, 80, 120, 160, 200]
+
+
+def test_ctrl_c_leaves_an_exact_run_where_it_will_repeat_from(server, uninterrupted, tmp_path):
+    run = server.start(tmp_path, *EXACT, "logdir=log")
+    wait_for(run, lambda: count_lines(tmp_path / "log") >= 3)
+    run.send(signal.SIGTERM)
+    assert run.wait() == 0, run.stderr
+    assert server.run(tmp_path, *EXACT, "logdir=log").status == 0
+    assert lines(tmp_path / "log") == uninterrupted
 
 
 def test_ctrl_c_twice_leaves_at_once(server, tmp_path):
@@ -459,6 +471,16 @@ def test_a_worker_that_dies_between_two_steps_is_named_too(tmp_path, monkeypatch
 
 
 # examples/evaluate.py
+
+
+def test_what_observes_no_image_is_filmed_from_its_actions(capsys):
+    factory = functools.partial(r2dreamer.envs.make_gym, task="Pendulum-v1", time_limit=9)
+    actions = list(factory(seed=3).rollout(9)["action"])
+    frames = film(factory, 3, actions)
+    assert frames.shape == (10, 250, 250, 3) and (frames[0] != frames[-1]).any()
+    assert (frames == film(factory, 3, actions)).all() and (frames[0] != film(factory, 5, actions)[0]).any()
+    assert film(lambda seed: None, 3, actions) is None  # an environment that knows nothing of pixels
+    assert capsys.readouterr().out.startswith("No video: TypeError")
 
 
 @pytest.fixture(scope="module")

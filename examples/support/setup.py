@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.envs import WorkerError
+from r2dreamer.envs.errors import require_positive
 
 from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
 
@@ -24,6 +25,7 @@ POSITIVE = (
     "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
     "checkpoint.every", "checkpoint.keep", "replay.capacity", "env.num_envs", "env.action_repeat",
 )  # fmt: skip
+NOT_NEGATIVE = ("train_ratio", "warmup_steps", "seed")
 # What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
 FIXED = (
     "model",
@@ -65,7 +67,12 @@ def friendly_errors(main: Callable) -> Callable:
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={name} is not a device; use auto, cpu, cuda, or cuda:1 for the second GPU."
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={name}, but this PyTorch ({torch.__version__}) sees no CUDA device. Use device=auto or "
@@ -90,12 +97,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 def open_run(cfg: DictConfig) -> tuple[Path, Checkpoints, LoadedCheckpoint | None]:
     """Makes the run's directory, finds what to resume, refuses what cannot work; writes ``config.yaml``."""
-    for key in POSITIVE:
-        value = OmegaConf.select(cfg, key)
-        if value is None or value <= 0:
-            raise ValueError(f"{key}={value} must be positive.")
-    if cfg.train_ratio < 0 or cfg.warmup_steps < 0:
-        raise ValueError(f"train_ratio={cfg.train_ratio} and warmup_steps={cfg.warmup_steps} must not be negative.")
+    check_sizes(cfg)
     logdir = Path(cfg.logdir)
     try:
         logdir.mkdir(parents=True, exist_ok=True)
@@ -130,6 +132,20 @@ def open_run(cfg: DictConfig) -> tuple[Path, Checkpoints, LoadedCheckpoint | Non
     return logdir, checkpoints, saved
 
 
+def check_sizes(cfg: DictConfig) -> None:
+    widths = [f"model.{name}" for name, value in cfg.model.items() if name != "unimix" and not OmegaConf.is_list(value)]
+    layers = [key for key in widths if key.endswith("_layers")]
+    for key in (*POSITIVE, *(key for key in widths if key not in layers)):
+        value = OmegaConf.select(cfg, key)
+        if value is None and key != "model.units":
+            raise ValueError(f"{key} must be given.")
+        require_positive(**{key: value})
+    for key in (*NOT_NEGATIVE, *layers):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{key}={value} must be a number that is not negative.")
+
+
 def metrics_position(logdir: Path, saved: LoadedCheckpoint | None) -> dict[str, int] | None:
     """Where metrics.jsonl ended at the checkpoint; None for a new file, also when another run is taken further here."""
     ours = saved is not None and saved.path.resolve().is_relative_to(logdir.resolve())
@@ -153,7 +169,7 @@ def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
 
 
 class Interrupt:
-    """Ctrl-C (and SIGTERM) once: finish the step, save, leave. Twice: leave now."""
+    """Ctrl-C (and SIGTERM) once: finish the step, save, leave with status 0. Twice: leave now, with status 130."""
 
     def __init__(self):
         self.requested = False
@@ -170,4 +186,4 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nInterrupted: finishing this step and saving. Press Ctrl-C again to leave at once.", file=sys.stderr)
+        print("\nInterrupted: finishing this step, then leaving. Press Ctrl-C again to leave at once.", file=sys.stderr)
