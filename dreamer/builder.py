@@ -146,6 +146,10 @@ def build_agent(
     for name, width in {**widths, "units": hidden if units is None else units}.items():
         if width < 1:
             raise ValueError(f"model.{name}={width} must be a positive number of features.")
+    layers = dict(vector=vector_layers, reward=reward_layers, actor=actor_layers, value=value_layers)
+    for name, count in {**layers, "continue": continue_layers}.items():
+        if count < 0:
+            raise ValueError(f"model.{name}_layers={count} must not be negative.")
     units = hidden if units is None else units
     encoder = ObservationEncoder(
         observations.images,

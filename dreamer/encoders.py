@@ -38,7 +38,7 @@ class ImageEncoder(nn.Module):
                 f"Images of {height}x{width} cannot be encoded: height and width must be divisible by the encoder's "
                 f"stride {stride} ({len(multipliers)} stages of 2x2 pooling). Resize the observation, for example to "
                 f"{max(1, round(height / stride)) * stride}x{max(1, round(width / stride)) * stride} "
-                f"(env.image_size in the example trainer)."
+                f"(env.make.image_size in the example trainer)."
             )
         widths = [channels] + [depth * multiplier for multiplier in multipliers]
         self.convolutions = nn.ModuleList(

@@ -187,16 +187,15 @@ def make_replay(
             f"batch_length of at most {max(length - 1, 0)}, a capacity of at least "
             f"{num_streams * (batch_length + 1)}, or fewer environments."
         )
+    _require_storage(storage)
     rings = StreamRings(num_streams, length)
     if storage == "memmap":
         if directory is None:
             raise ValueError("replay: storage='memmap' needs a directory for its files.")
         # auto_cleanup would catch SIGINT, which belongs to the trainer.
         made = LazyMemmapStorage(num_streams * length, scratch_dir=directory, existsok=True, auto_cleanup=False)
-    elif torch.device(storage).type in ("cpu", "cuda"):
-        made = LazyTensorStorage(num_streams * length, device=torch.device(storage))
     else:
-        raise ValueError(f"replay: storage must be 'cpu', 'cuda' or 'memmap', got {storage!r}.")
+        made = LazyTensorStorage(num_streams * length, device=torch.device(storage))
     return RecordReplay(made, rings, batch_size, batch_length, latent_keys, latent_dtype)
 
 
@@ -233,7 +232,13 @@ def check_memory(
     return line
 
 
+def _require_storage(storage: str) -> None:
+    if storage not in ("cpu", "memmap") and not storage.startswith("cuda"):
+        raise ValueError(f"replay: storage must be 'cpu', 'cuda' or 'memmap', got {storage!r}.")
+
+
 def _free_bytes(storage: str, directory: str | os.PathLike | None) -> tuple[int, str]:
+    _require_storage(storage)
     if storage == "memmap":
         if directory is None:
             raise ValueError("replay: storage='memmap' needs a directory for its files.")

@@ -131,6 +131,25 @@ class WatchedParallelEnv(ParallelEnv):
                 self._ask_for_stack(process)
                 self._fail(index, f"did not answer within {self._patience:g} seconds")
 
+    def _require_all_alive(self):
+        """A worker that died between two calls: TorchRL would notice first, and name neither its task nor its seed."""
+        if not self.is_closed:
+            for index, process in enumerate(self._workers):
+                if not process.is_alive():
+                    self._fail(index, f"ended ({_describe_exit(process.exitcode)})")
+
+    def step_and_maybe_reset(self, tensordict):
+        self._require_all_alive()
+        return super().step_and_maybe_reset(tensordict)
+
+    def _step(self, tensordict):
+        self._require_all_alive()
+        return super()._step(tensordict)
+
+    def _reset(self, tensordict=None, **kwargs):
+        self._require_all_alive()
+        return super()._reset(tensordict, **kwargs)
+
     def reseed_workers(self, seeds):
         try:
             for channel, seed in zip(self.parent_channels, seeds, strict=True):

@@ -20,12 +20,11 @@ import time
 from collections.abc import Callable
 
 import hydra
+
 import support  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import torch
 from omegaconf import DictConfig, OmegaConf
-from support.peers import torchrl_dreamer
-from support.setup import friendly_errors, resolve_device, resolve_precision
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from train import Learner
@@ -33,13 +32,15 @@ from train import Learner
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
 from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay import make_replay
+from support.peers import torchrl_dreamer
+from support.setup import friendly_errors, resolve_device, resolve_precision
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:
     """[B, T] records of random content; no episode begins or ends in them."""
     example = agent.example_record()
     records = example.expand(batch, time_steps).clone()
-    for key, value in records.items(True, True):
+    for value in records.values(True, True):
         if value.dtype == torch.uint8:
             value.random_(0, 256)
         elif value.is_floating_point():

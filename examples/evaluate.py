@@ -12,11 +12,11 @@ import r2dreamer.envs  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from train import Learner, build
+from train import Learner
 
 from support.checkpoint import Checkpoints, LoadedCheckpoint
 from support.film import evaluate_seeds
-from support.setup import friendly_errors, resolve_device
+from support.setup import build, friendly_errors, resolve_device
 from support.video import write_video
 
 

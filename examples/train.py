@@ -22,8 +22,8 @@ from torchrl.objectives import SoftUpdate
 from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent, compile_parts
-from r2dreamer.envs import WorkerError, check_environment, env_seeds, make_vector_env, reseed
+from r2dreamer.dreamer import Agent, compile_parts
+from r2dreamer.envs import WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
 from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss, total_loss
@@ -32,7 +32,16 @@ from support.curves import draw_curve
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
 from support.metrics import Averages, MetricsWriter
-from support.setup import Interrupt, friendly_errors, metrics_position, open_run, resolve_device, resolve_precision
+from support.setup import (
+    Interrupt,
+    build,
+    check_weights,
+    friendly_errors,
+    metrics_position,
+    open_run,
+    resolve_device,
+    resolve_precision,
+)
 from support.video import write_video
 
 
@@ -160,6 +169,10 @@ class Trainer:
     def frames(self) -> int:
         return self.count["policy_steps"] * self.cfg.env.action_repeat
 
+    @property
+    def when(self) -> str:
+        return f"at frame {self.frames:,}, update {self.count['updates']:,}"
+
     def train_seeds(self) -> list[int]:
         return env_seeds(self.cfg.seed, self.cfg.env.num_envs, "train", self.count["restarts"])
 
@@ -206,13 +219,6 @@ class Trainer:
             self.averages.add(losses)
             self.count["updates"] += 1
         self.averages.check_finite(self.frames, self.count["updates"])
-
-    def check_weights(self) -> None:
-        """A finite loss can have a NaN gradient, which would be saved, or end in sampling from NaN probabilities."""
-        for name, part in self.agent.parts().items():
-            if not all(parameter.isfinite().all() for parameter in part.parameters()):
-                where = f"at frame {self.frames:,}, update {self.count['updates']:,}"
-                raise FloatingPointError(f"The weights of the {name} are NaN or Inf {where}.")
 
     def log(self) -> dict[str, str]:
         now = self.count | {"time": time.perf_counter()}
@@ -263,7 +269,7 @@ class Trainer:
                 return  # an exact run repeats from its last regular checkpoint
             self.count["restarts"] += 1
             self.restart_environments()
-        self.check_weights()
+        check_weights(self.agent, self.when)
         state = {
             "learner": self.learner.state(),
             "count": dict(self.count),
@@ -299,20 +305,6 @@ class Trainer:
         self.metrics.close()
 
 
-def build(make_environment, cfg: DictConfig, device: torch.device) -> tuple[Agent, list[str]]:
-    """The agent for this environment: one is made, checked against the key contract, and closed again."""
-    environment = make_environment(seed=0)
-    check_environment(environment)
-    observations = ObservationSpace.from_spec(environment.observation_spec)
-    actions = ActionSpace.from_spec(environment.action_spec)
-    environment.close()
-    torch.manual_seed(cfg.seed)
-    agent = build_agent(observations, actions, **cfg.model)
-    for part in agent.parts().values():
-        part.to(device)
-    return agent, [*observations.images, *observations.vectors]
-
-
 def rename_loss(name: str) -> str:
     return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss_") else f"train/{name}"
 
@@ -327,7 +319,7 @@ def main(cfg: DictConfig) -> None:
         trainer.save(leaving=True)
         raise
     except RuntimeError:
-        trainer.check_weights()
+        check_weights(trainer.agent, trainer.when)
         raise
     finally:
         trainer.close()

@@ -199,7 +199,6 @@ def test_a_run_is_not_continued_elsewhere_as_another_one(server, finished, tmp_p
     assert not (tmp_path / "log" / "config.yaml").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="envs/replay.py: torch.device('tape') raises its own RuntimeError first")
 def test_an_unknown_storage(server, tmp_path):
     assert "memmap" in refused(server, tmp_path, *CARTPOLE, "logdir=log", "replay.place.storage=tape")
 

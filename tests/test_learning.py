@@ -2,10 +2,10 @@
 
 import pytest
 from hydra import compose, initialize_config_module
-from support.metrics import read_metrics
 from train import Trainer
 
 from r2dreamer.envs import PROBES, make_probe
+from support.metrics import read_metrics
 
 
 @pytest.mark.timeout(1500)

@@ -453,11 +453,6 @@ def test_a_worker_that_dies_is_named_and_what_was_learned_is_saved(tmp_path, mon
     assert steps(tmp_path / "log", "count/updates") == [40, 80, 120, 160, 200]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="envs/workers.py: TorchRL's _check_start notices a worker that died between two steps before ours does, and "
-    "raises a RuntimeError that names neither task nor seed",
-)
 def test_a_worker_that_dies_between_two_steps_is_named_too(tmp_path, monkeypatch, capsys):
     collect = train.Trainer.collect
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from torchrl.envs import EnvBase
 
-from r2dreamer.envs import WorkerError
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
+from r2dreamer.envs import WorkerError, check_environment
 from r2dreamer.envs.errors import require_positive
 
 from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
@@ -139,11 +141,35 @@ def check_sizes(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is None and key != "model.units":
             raise ValueError(f"{key} must be given.")
+        if isinstance(value, float) and value.is_integer():  # hydra reads 1e6 as a float
+            value = int(value)
+            OmegaConf.update(cfg, key, value)
         require_positive(**{key: value})
     for key in (*NOT_NEGATIVE, *layers):
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{key}={value} must be a number that is not negative.")
+
+
+def build(make_environment: Callable[..., EnvBase], cfg: DictConfig, device: torch.device) -> tuple[Agent, list[str]]:
+    """The agent for this environment: one is made, checked against the key contract, and closed again."""
+    environment = make_environment(seed=0)
+    check_environment(environment)
+    observations = ObservationSpace.from_spec(environment.observation_spec)
+    actions = ActionSpace.from_spec(environment.action_spec)
+    environment.close()
+    torch.manual_seed(cfg.seed)
+    agent = build_agent(observations, actions, **cfg.model)
+    for part in agent.parts().values():
+        part.to(device)
+    return agent, [*observations.images, *observations.vectors]
+
+
+def check_weights(agent: Agent, when: str) -> None:
+    """A finite loss can have a NaN gradient, which would be saved, or end in sampling from NaN probabilities."""
+    for name, part in agent.parts().items():
+        if not all(parameter.isfinite().all() for parameter in part.parameters()):
+            raise FloatingPointError(f"The weights of the {name} are NaN or Inf {when}.")
 
 
 def metrics_position(logdir: Path, saved: LoadedCheckpoint | None) -> dict[str, int] | None:
