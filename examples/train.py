@@ -65,6 +65,7 @@ class Learner(nn.Module):
         self.replay_value_weight = algorithm.replay_value_weight
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.optimizer = make(algorithm.optimizer, trained)
+        self.learning_rate, self.final_fraction = algorithm.optimizer.lr, algorithm.final_lr_fraction
         self.slow_critic = SoftUpdate(self.value_loss, tau=algorithm.slow_critic_rate)
         self.precision, self.device = precision, trained[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -101,6 +102,11 @@ class Learner(nn.Module):
         self.scaler.update()
         self.slow_critic.step()
         return losses.detach(), latents
+
+    def anneal(self, progress: float) -> None:
+        """The learning rate falls linearly, to ``final_lr_fraction`` of itself when ``progress`` is 1."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * (1 + (self.final_fraction - 1) * min(progress, 1.0))
 
     def state(self) -> dict:
         return {
@@ -212,6 +218,7 @@ class Trainer:
 
     def update(self) -> None:
         """The updates owed for the policy steps made since the last ones."""
+        self.learner.anneal(self.frames / self.cfg.total_frames)
         for _ in range(self.ratio(self.count["policy_steps"])):
             batch = self.replay.sample_windows(self.device)
             losses, latents = self.learner.update(batch)
