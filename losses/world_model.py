@@ -36,17 +36,17 @@ class R2DreamerWorldModelLoss(LossModule):
         kl: the divergence between posterior and prior; default :class:`CategoricalKL`.
 
     Example:
-        >>> from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
-        >>> agent = build_agent(ObservationSpace({}, {"position": 3}), ActionSpace(2, discrete=False),
-        ...                     belief=16, hidden=8, classes=4, depth=2, categoricals=3)
-        >>> loss = R2DreamerWorldModelLoss(agent.world_model)
-        >>> flag = torch.zeros(5, 7, 1, dtype=torch.bool)
-        >>> records = TensorDict({"state": torch.zeros(5, 7, 12), "belief": torch.zeros(5, 7, 16),
-        ...     "action": torch.zeros(5, 7, 2), "is_init": flag, "next": {"position": torch.randn(5, 7, 3),
-        ...     "reward": torch.zeros(5, 7, 1), "done": flag, "terminated": flag}}, [5, 7])
-        >>> losses, posterior = loss(records)
+        >>> from tensordict.nn import TensorDictModule, TensorDictSequential
+        >>> def head(key, *layers):
+        ...     network = nn.Sequential(nn.Linear(3, 6), *layers)
+        ...     return TensorDictModule(network, in_keys=[("next", "position")], out_keys=[("next", key)])
+        >>> world_model = TensorDictSequential(  # in earnest: encoder, RSSM rollout, projection, reward head
+        ...     head("encoded_latents"), head("projected_latents"), head("reward", nn.Linear(6, 1)),
+        ...     *(head(f"{name}_logits", nn.Unflatten(-1, (2, 3))) for name in ("prior", "posterior")))
+        >>> records = TensorDict({"next": {"position": torch.randn(5, 7, 3), "reward": torch.zeros(5, 7, 1)}}, [5, 7])
+        >>> losses, posterior = R2DreamerWorldModelLoss(world_model)(records)
         >>> sorted(key for key in losses.keys() if key.startswith("loss_"))
-        ['loss_barlow', 'loss_continue', 'loss_dynamics', 'loss_representation', 'loss_reward']
+        ['loss_barlow', 'loss_dynamics', 'loss_representation', 'loss_reward']
     """
 
     @dataclass
