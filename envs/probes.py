@@ -87,7 +87,7 @@ class Probe(EnvBase):
         return self.blank
 
     def act(self, choice):
-        raise NotImplementedError
+        raise NotImplementedError  # each probe says what a choice earns
 
     def best_choice(self):
         """What a player who sees everything does now."""

@@ -7,7 +7,7 @@ from train import Trainer
 from r2dreamer.envs import PROBES, make_probe
 from support.metrics import read_metrics
 
-# Known failures of this configuration, measured at seed 0 after 675 updates; they wait for a mend, not for luck.
+# Known failures of this configuration, measured at seed 0 after about 600 updates; they wait for a mend, not for luck.
 OPEN = {"remember_first_frame": "0.53 of 1.0, as at random", "small_target": "4.2 of 8.0, as at random"}
 
 
