@@ -102,9 +102,13 @@ class RSSMStateEstimator(TensorDictModuleBase):
 
         A batched environment hands back only entries of its own specs; without this a ``ParallelEnv`` would drop the
         latents after every step and the policy would begin each one from zeros, silently.
+
+        What a reset writes is never read (``is_init``), so it is -1, a value no latent takes: a TorchRL 0.14 collector
+        with a ``policy_device`` carries on only those outputs of which, at its first step, no element equals the input,
+        and would drop a one-hot ``state`` that came in as zeros, silently again.
         """
         latents = {key: Unbounded((size,)) for key, size in zip(self.out_keys, self.sizes, strict=False)}
-        return TensorDictPrimer(latents, expand_specs=True)
+        return TensorDictPrimer(latents, default_value=-1.0, expand_specs=True)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         embedding, is_init = (tensordict.get(key) for key in self.keys[3:])

@@ -15,7 +15,7 @@ from r2dreamer.envs.replay import make_replay
 SEEDS = [2, 4, 6]
 
 
-def collect(*, parallel, batches=2):
+def collect(*, parallel, batches=2, **devices):
     environment = make_vector_env(functools.partial(make_gym, "CartPole-v1"), SEEDS, parallel=parallel)
     torch.manual_seed(0)
     widths = dict(belief=16, hidden=8, classes=4, depth=2, categoricals=3)
@@ -26,6 +26,7 @@ def collect(*, parallel, batches=2):
         frames_per_batch=len(SEEDS) * 30,
         total_frames=-1,
         auto_register_policy_transforms=True,
+        **devices,
     )
     torch.manual_seed(1)
     stream = iter(collector)
@@ -35,9 +36,13 @@ def collect(*, parallel, batches=2):
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-def test_every_belief_follows_from_the_step_before(parallel):
-    """A ParallelEnv returns only its own entries: without the primer every belief would start from zeros."""
-    agent, steps = collect(parallel=parallel)
+@pytest.mark.parametrize("devices", [{}, {"policy_device": "cpu"}, {"policy_device": "cpu", "storing_device": "cpu"}])
+def test_every_belief_follows_from_the_step_before(parallel, devices):
+    """A ParallelEnv returns only its own entries, and with a policy_device the collector copies only some of the policy's.
+
+    Either way latents can get lost between two steps without a word.
+    """
+    agent, steps = collect(parallel=parallel, **devices)
     assert steps["next", "done"].any() and steps["is_init"][:, 1:].any()
     for t in range(1, steps.shape[1]):
         keep = (~steps["is_init"][:, t]).float()
