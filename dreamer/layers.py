@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .deferred import Tape
+
 NORM_EPS = 1e-4
 BLOCK = 2**18  # elements that stay in a core's cache
 
@@ -26,12 +28,22 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, scale: float = 1.0):
         self.scale = scale
+        self.tapes: dict[str, Tape] = {}
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
         init_weight(self.weight, self.in_features, self.scale)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def taped_weights(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.weight.mT}
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or not self.tapes:
+            return F.linear(value, self.weight, self.bias)
+        out = self.tapes["weight"].matmul(value)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class NormSiLU(nn.Module):
@@ -118,6 +130,7 @@ class BlockLinear(nn.Module):
                 f"num_blocks={num_blocks}; choose widths that are multiples of it."
             )
         self.num_blocks = num_blocks
+        self.tapes: dict[str, Tape] = {}
         self.weight = nn.Parameter(torch.empty(num_blocks, in_features // num_blocks, out_features // num_blocks))
         self.bias = nn.Parameter(torch.zeros(out_features))
         fan_in = in_features + shared_features * num_blocks
@@ -126,9 +139,18 @@ class BlockLinear(nn.Module):
             self.shared_weight = nn.Parameter(torch.empty(out_features, shared_features))
             init_weight(self.shared_weight, fan_in)
 
+    def taped_weights(self) -> dict[str, torch.Tensor]:
+        shared = {"shared": self.shared_weight.mT} if hasattr(self, "shared_weight") else {}
+        return {"weight": self.weight, **shared}
+
     def forward(self, value: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
+        taped = not torch.compiler.is_compiling() and bool(self.tapes)
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
-        out = torch.bmm(blocks, self.weight).transpose(0, 1)  # [N, G, out/G]
-        out = out.reshape(*value.shape[:-1], -1)  # [..., out]
-        bias = self.bias if shared is None else F.linear(shared, self.shared_weight, self.bias)
+        out = self.tapes["weight"].matmul(blocks) if taped else torch.bmm(blocks, self.weight)
+        out = out.transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
+        bias = self.bias
+        if shared is not None and taped:
+            bias = self.tapes["shared"].matmul(shared) + bias.to(out.dtype)
+        elif shared is not None:
+            bias = F.linear(shared, self.shared_weight, bias)
         return out + bias.to(out.dtype)

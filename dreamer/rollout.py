@@ -10,6 +10,7 @@ from torchrl.data import Unbounded
 from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.modules import RSSMRolloutV3
 
+from .deferred import deferred_weight_gradients
 from .rssm import RSSMPosterior, RSSMPrior
 
 
@@ -57,13 +58,14 @@ class RSSMRollout(TensorDictModuleBase):
         state = tensordict.get(self.state_key)[..., 0, :].float()
         belief = tensordict.get(self.belief_key)[..., 0, :].float()
         states, beliefs, posterior_logits = [], [], []
-        for action_t, embedding_t, keep_t in zip(actions, embeddings, keep.unbind(-2), strict=True):
-            belief = prior.core.advance(state * keep_t, belief * keep_t, action_t)
-            logits = posterior.logits(belief, embedding_t)
-            state = posterior.latent.sample(logits)
-            states.append(state)
-            beliefs.append(belief)
-            posterior_logits.append(logits)
+        with deferred_weight_gradients(prior.core, posterior):
+            for action_t, embedding_t, keep_t in zip(actions, embeddings, keep.unbind(-2), strict=True):
+                belief = prior.core.advance(state * keep_t, belief * keep_t, action_t)
+                logits = posterior.logits(belief, embedding_t)
+                state = posterior.latent.sample(logits)
+                states.append(state)
+                beliefs.append(belief)
+                posterior_logits.append(logits)
         beliefs = torch.stack(beliefs, -2)  # [B, T, D]
         tensordict.set(self.prior_logits_key, prior.logits(beliefs))
         tensordict.set(self.posterior_logits_key, torch.stack(posterior_logits, -3))

@@ -1,5 +1,6 @@
 """The networks: sizes to the number, the sequence pass against single steps, routes of information and gradients."""
 
+import contextlib
 import pathlib
 
 import pytest
@@ -21,6 +22,7 @@ from r2dreamer.dreamer import (
     RSSMRollout,
     build_agent,
 )
+from r2dreamer.dreamer.deferred import deferred_weight_gradients
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 SIZES = {"12M": 11.84e6, "25M": 26.5e6, "50M": 47.1e6, "100M": 105.6e6, "200M": 187.6e6}
@@ -114,6 +116,57 @@ def test_the_sequence_pass_equals_single_steps():
         torch.testing.assert_close(out["next", "belief"][:, t], belief)
         torch.testing.assert_close(out["next", "prior_logits"][:, t], prior_logits)
         torch.testing.assert_close(out["next", "posterior_logits"][:, t], posterior_logits)
+
+
+def rollout_gradients(agent, loss, *, deferred, autocast=False, times=1):
+    """Of prior and posterior by name, zeros where there is none; the same records and draws every time."""
+    torch.manual_seed(7)
+    modules = torch.nn.ModuleList(rssm_modules(agent))
+    context = deferred_weight_gradients if deferred else lambda *_: contextlib.nullcontext()
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        patch.setattr("r2dreamer.dreamer.rollout.deferred_weight_gradients", context)
+        out = RSSMRollout(*modules)(agent.encoder(tiny_records(agent)))["next"]
+    modules.zero_grad()
+    for _ in range(times):
+        loss(out).backward(retain_graph=True)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in modules.named_parameters()}
+
+
+ROLLOUT_LOSSES = {
+    "everything": lambda out: sum(
+        out[key].float().sin().mean() for key in ("prior_logits", "posterior_logits", "state", "belief")
+    ),
+    "one belief in the middle": lambda out: out["belief"][:, 2].sin().sum(),
+    "the first logits": lambda out: out["posterior_logits"][:, 0].sin().sum(),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("loss", ROLLOUT_LOSSES)
+def test_deferred_weight_gradients_are_those_of_the_plain_loop(loss, times, autocast):
+    agent, how = tiny_agent(), dict(times=times, autocast=autocast)
+    expected = rollout_gradients(agent, ROLLOUT_LOSSES[loss], deferred=False, **how)
+    actual = rollout_gradients(agent, ROLLOUT_LOSSES[loss], deferred=True, **how)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 0
+    for name, gradient in actual.items():
+        error = (gradient - expected[name]).norm()  # bf16: the plain loop rounds each step's gradient, ours their sum
+        assert error <= (0.02 if autocast else 1e-5) * expected[name].norm(), name
+
+
+def test_a_gradient_for_the_input_alone_leaves_nothing_behind():
+    """Weights that need no gradient this time must not find this pass's pieces in their next one."""
+    agent = tiny_agent()
+    records = tiny_records(agent)
+    belief = records["belief"].requires_grad_()
+    out = RSSMRollout(*rssm_modules(agent))(agent.encoder(records))["next"]
+    loss = out["belief"].sin().sum()
+    weight = agent.prior.core.gates.weight
+    torch.autograd.grad(loss, belief, retain_graph=True)
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, weight)
+    assert first.abs().max() > 0
+    torch.testing.assert_close(first, second)
 
 
 def rssm_modules(agent, prior=None, posterior=None):
