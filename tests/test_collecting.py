@@ -5,7 +5,9 @@ import functools
 import pytest
 import torch
 from agents import tiny_agent
+from launcher import config
 from torchrl.collectors import Collector
+from train import Trainer
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import make_gym, make_vector_env
@@ -35,6 +37,15 @@ def collect(*, parallel, batches=2, **devices):
     return agent, transitions
 
 
+def follows(agent, steps):
+    """Every belief of [N, T] steps comes from the latents and the action of the step before."""
+    for t in range(1, steps.shape[1]):
+        keep = (~steps["is_init"][:, t]).float()
+        previous = (steps[key][:, t - 1].float() * keep for key in ("state", "belief", "action"))
+        belief = agent.prior(*previous)[2]
+        torch.testing.assert_close(steps["belief"][:, t], belief.detach())
+
+
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("devices", [{}, {"policy_device": "cpu"}, {"policy_device": "cpu", "storing_device": "cpu"}])
 def test_every_belief_follows_from_the_step_before(parallel, devices):
@@ -44,11 +55,7 @@ def test_every_belief_follows_from_the_step_before(parallel, devices):
     """
     agent, steps = collect(parallel=parallel, **devices)
     assert steps["next", "done"].any() and steps["is_init"][:, 1:].any()
-    for t in range(1, steps.shape[1]):
-        keep = (~steps["is_init"][:, t]).float()
-        previous = (steps[key][:, t - 1].float() * keep for key in ("state", "belief", "action"))
-        belief = agent.prior(*previous)[2]
-        torch.testing.assert_close(steps["belief"][:, t], belief.detach())
+    follows(agent, steps)
 
 
 def test_serial_and_parallel_environments_give_the_same_steps():
@@ -71,3 +78,16 @@ def test_collected_records_train_and_take_their_latents_back():
 
 def test_the_policy_needs_only_observation_and_is_init():
     assert tiny_agent().policy.in_keys == ["pixels", "speed", "is_init"]
+
+
+def test_the_trainers_own_collector_carries_the_latents(tmp_path):
+    """With the devices, parallel environments and batches the trainer sets: what is collected is one filtered stream."""
+    overrides = ["experiment=quickstart", f"logdir={tmp_path}", "progress=false", "logger=none", "env.eval_episodes=1"]
+    trainer = Trainer(config(*overrides))
+    try:
+        stream = iter(trainer.collector)
+        steps = torch.cat([next(stream).clone() for _ in range(12)], 1)
+    finally:
+        trainer.close()
+    assert steps["is_init"][:, 1:].any()
+    follows(trainer.agent, steps)

@@ -68,14 +68,17 @@ def test_ending_terminates_and_the_others_truncate():
 
 def test_the_small_target_is_four_white_pixels_in_the_band_of_the_right_choice():
     env = make_probe("small_target", seed=0, actions=4)
-    seen = set()
+    seen, backgrounds = set(), []
     for _ in range(50):
         pixels = env.reset()["pixels"]
+        backgrounds.append(torch.where((pixels == 255).all(0), 0, pixels))
         rows, columns = (pixels == 255).all(0).nonzero(as_tuple=True)
         assert len(rows) == 4 and rows.max() - rows.min() == columns.max() - columns.min() == 1
         assert set((columns * 4 // 64).tolist()) == {env.cue}
         seen.add(env.cue)
     assert seen == {0, 1, 2, 3}
+    assert all((a != b).any(0).sum() <= 8 for a, b in zip(backgrounds, backgrounds[1:], strict=False))
+    assert backgrounds[0].float().std() > 30  # busy
 
 
 @pytest.mark.parametrize(
