@@ -13,7 +13,7 @@ import support  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import Collector
@@ -31,7 +31,7 @@ from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
-from support.metrics import Averages, MetricsWriter
+from support.metrics import Averages, MetricsWriter, rename_loss
 from support.setup import (
     Interrupt,
     build,
@@ -42,6 +42,7 @@ from support.setup import (
     resolve_device,
     resolve_precision,
 )
+from support.snapshot import restore, snapshot
 from support.video import write_video
 
 
@@ -108,18 +109,6 @@ class Learner(nn.Module):
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * (1 + (self.final_fraction - 1) * min(progress, 1.0))
 
-    def state(self) -> dict:
-        return {
-            "model": self.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def load_state(self, state: dict) -> None:
-        self.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-
 
 class Trainer:
     """Collect, store, update, and now and then log, evaluate, save."""
@@ -165,7 +154,7 @@ class Trainer:
             resume_position=metrics_position(self.logdir, self.saved),
         )
         if self.saved:
-            self.restore()
+            restore(self)
         self.restart_environments()
         if self.saved:
             self.saved.restore_rng()
@@ -277,43 +266,17 @@ class Trainer:
             self.count["restarts"] += 1
             self.restart_environments()
         check_weights(self.agent, self.when)
-        state = {
-            "learner": self.learner.state(),
-            "count": dict(self.count),
-            "ratio": self.ratio.state_dict(),
-            "averages": self.averages.state_dict(),
-            "returns": self.returns.state_dict(),
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
-            "metrics": self.metrics.position(),
-        }
         try:
-            self.checkpoints.save(self.frames, state, self.replay if self.cfg.checkpoint.replay else None)
+            self.checkpoints.save(self.frames, snapshot(self), self.replay if self.cfg.checkpoint.replay else None)
         except CheckpointError as error:
             if leaving or self.frames >= self.cfg.total_frames:
                 raise
             tqdm.write(f"WARNING: {error} Training goes on; the next checkpoint tries again.", file=sys.stderr)
 
-    def restore(self) -> None:
-        state = self.saved.state
-        self.learner.load_state(state["learner"])
-        self.count = dict(state["count"])
-        self.ratio.load_state_dict(state["ratio"])
-        self.averages.load_state_dict(state["averages"])
-        self.returns.load_state_dict(state["returns"])
-        if not self.cfg.checkpoint.exact:
-            self.count["restarts"] += 1
-        if not self.saved.restore_replay(self.replay):  # left out of the checkpoint: collect anew, owe nothing for it
-            self.first_update = self.count["policy_steps"] + self.cfg.warmup_steps
-            self.ratio.reset(self.first_update)
-
     def close(self) -> None:
         self.collector.shutdown()  # closes its environments, too
         self.evaluation.close()
         self.metrics.close()
-
-
-def rename_loss(name: str) -> str:
-    return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss_") else f"train/{name}"
 
 
 @hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="config")

@@ -72,6 +72,11 @@ class Averages:
         self._groups = {tuple(names): [torch.tensor(sums, dtype=torch.float64), count] for names, sums, count in state}
 
 
+def rename_loss(name: str) -> str:
+    """The losses' own names, as a run reports them."""
+    return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss_") else f"train/{name}"
+
+
 class MetricsWriter:
     """Appends lines to `<logdir>/metrics.jsonl` and hands the same numbers to the loggers.
 

@@ -1,0 +1,36 @@
+"""What a checkpoint of the trainer holds, beside the replay and the random generators, and how it is put back."""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf
+
+
+def _stateful(trainer) -> dict[str, dict]:
+    learner = trainer.learner
+    return {
+        "learner": {"model": learner, "optimizer": learner.optimizer, "scaler": learner.scaler},
+        "trainer": {"ratio": trainer.ratio, "averages": trainer.averages, "returns": trainer.returns},
+    }
+
+
+def snapshot(trainer) -> dict:
+    groups = _stateful(trainer).items()
+    state = {group: {name: part.state_dict() for name, part in parts.items()} for group, parts in groups}
+    return state | {
+        "count": dict(trainer.count),
+        "config": OmegaConf.to_container(trainer.cfg, resolve=True),
+        "metrics": trainer.metrics.position(),
+    }
+
+
+def restore(trainer) -> None:
+    saved, cfg = trainer.saved, trainer.cfg
+    for group, parts in _stateful(trainer).items():
+        for name, part in parts.items():
+            part.load_state_dict(saved.state[group][name])
+    trainer.count = dict(saved.state["count"])
+    if not cfg.checkpoint.exact:
+        trainer.count["restarts"] += 1
+    if not saved.restore_replay(trainer.replay):  # left out of the checkpoint: collect anew, owe nothing for it
+        trainer.first_update = trainer.count["policy_steps"] + cfg.warmup_steps
+        trainer.ratio.reset(trainer.first_update)
