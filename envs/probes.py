@@ -146,7 +146,11 @@ class DelayedReward(Probe):
 
 
 class RememberFirstFrame(Probe):
-    """The first frame shows a band, the last one before the end asks for it by turning white."""
+    """The first frame shows a band; the last one before the end turns white and asks for it.
+
+    The right choice pays 1, the last band's costs 1 if it is wrong, the others nothing: were all wrong choices equal,
+    the cue alone would say nothing about the mean reward, and what is hard would be a parity, not a memory.
+    """
 
     optimum = 1.0
 
@@ -156,7 +160,13 @@ class RememberFirstFrame(Probe):
         return self.blank if self.steps != self.length - 1 else np.full_like(self.blank, 255)
 
     def act(self, choice):
-        return self.steps == self.length - 1 and choice == self.cue, False
+        if self.steps != self.length - 1:
+            return 0, False
+        return (1 if choice == self.cue else -float(choice == self.actions - 1)), False
+
+    @property
+    def random_return(self):
+        return 1 / self.actions**2
 
 
 class Ending(Probe):

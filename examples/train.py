@@ -119,7 +119,7 @@ class Trainer:
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         # Refuses what cannot be resumed before anything heavy starts.
-        self.logdir, self.checkpoints, self.saved = open_run(cfg)
+        self.logdir, self.lock, self.checkpoints, self.saved = open_run(cfg)
         self.make_environment = make_environment = hydra.utils.instantiate(cfg.env.make)
         self.agent, keys = build(make_environment, cfg, self.device)
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile)
@@ -277,6 +277,7 @@ class Trainer:
         self.collector.shutdown()  # closes its environments, too
         self.evaluation.close()
         self.metrics.close()
+        self.lock.close()
 
 
 @hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="config")

@@ -1,5 +1,7 @@
 """What a user gets wrong ends with status 1 and one readable paragraph, before anything heavy starts."""
 
+import fcntl
+
 import pytest
 from launcher import CARTPOLE, TINY, Server
 
@@ -132,6 +134,13 @@ def test_refused_before_anything_starts(server, tmp_path, name):
     for word in words:
         assert word in message, message
     assert not (tmp_path / "log" / "metrics.jsonl").exists() and not (tmp_path / "log" / "checkpoints").exists()
+
+
+def test_a_directory_that_another_run_holds(server, tmp_path):
+    (tmp_path / "log").mkdir()
+    with (tmp_path / "log" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "Another process is training in logdir=log" in refused(server, tmp_path, *CARTPOLE, "logdir=log")
 
 
 def test_a_directory_that_cannot_be_written(server, tmp_path):

@@ -32,7 +32,7 @@ def test_a_player_who_sees_everything_gets_the_optimum_and_chance_gets_the_rando
     assert play(env, lambda env: env.best_choice(), 3) == pytest.approx(env.optimum)
     torch.manual_seed(0)
     mean = play(env, lambda env: int(torch.randint(env.actions, ())), 120)
-    assert mean == pytest.approx(env.random_return, rel=0.25)
+    assert mean == pytest.approx(env.random_return, rel=0.25, abs=0.2)
     assert env.random_return < 0.6 * env.optimum
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from hydra.errors import InstantiationException
@@ -97,17 +99,22 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def open_run(cfg: DictConfig) -> tuple[Path, Checkpoints, LoadedCheckpoint | None]:
-    """Makes the run's directory, finds what to resume, refuses what cannot work; writes ``config.yaml``."""
+def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
+    """Makes the run's directory and locks it, finds what to resume, refuses what cannot work; writes ``config.yaml``."""
     check_sizes(cfg)
     logdir = Path(cfg.logdir)
     try:
         logdir.mkdir(parents=True, exist_ok=True)
-        probe = logdir / ".writable"
-        probe.touch()
-        probe.unlink()
+        lock = (logdir / ".lock").open("w")
     except OSError as error:
         raise ValueError(f"logdir={logdir} cannot be written ({error}); choose another with logdir=PATH.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+    except OSError as error:
+        raise ValueError(
+            f"Another process is training in logdir={logdir}; two would spoil each other's metrics and checkpoints. "
+            "Wait for it, stop it, or choose another directory with logdir=PATH."
+        ) from error
 
     checkpoints, saved = Checkpoints(logdir / "checkpoints", keep=cfg.checkpoint.keep), None
     if cfg.resume == "auto":
@@ -131,7 +138,7 @@ def open_run(cfg: DictConfig) -> tuple[Path, Checkpoints, LoadedCheckpoint | Non
                 "with a larger total_frames, or begin a new run with another seed or logdir."
             )
     OmegaConf.save(cfg, logdir / "config.yaml", resolve=True)
-    return logdir, checkpoints, saved
+    return logdir, lock, checkpoints, saved
 
 
 def check_sizes(cfg: DictConfig) -> None:
