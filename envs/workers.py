@@ -92,7 +92,13 @@ class WatchedParallelEnv(ParallelEnv):
         except (EOFError, OSError) as error:  # the pipe of a worker that ended before it was ready
             unready = [index for index in range(self.num_workers) if not self._worker.ready(index).exists()]
             wrote = [index for index in unready if self._worker.report(index).exists()]
-            raise self._error((wrote or unready or [0])[0], "ended or hung while it was built") from error
+            failed = self._error((wrote or unready or [0])[0], "ended or hung while it was built")
+            if not wrote:
+                failed.add_note(
+                    "In a script of your own, what it runs must stand below `if __name__ == '__main__':`, "
+                    "because every worker imports that script first."
+                )
+            raise failed from error
         finally:
             watchdog.cancel()
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import curves
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from support.curves import _common_grid, draw_curve, draw_runs, published_curve,
 
 
 def make_run(directory, steps, offset=0.0):
-    directory.mkdir()
+    directory.mkdir(parents=True)
     lines = [{"step": 0, "eval/return": 1.0 + offset}]
     lines += [{"step": step, "train/return": step / 100, "eval/return": step / 90 + offset} for step in steps]
     lines += [{"step": steps[-1] + 1, "eval/return": None}]
@@ -88,3 +89,13 @@ def test_nothing_to_draw_or_to_draw_with_is_a_notice(tmp_path, monkeypatch, caps
     assert draw_curve(run, "gym", "x", tmp_path / "curve.png") is None
     assert draw_runs([run], ["x"], tmp_path / "curve.png") is None
     assert 'pip install "torchrl-r2dreamer[plot]"' in capsys.readouterr().out
+
+
+def test_the_command_draws_the_seeds_of_a_folder_together(tmp_path, drawn, monkeypatch, capsys):
+    runs = [str(make_run(tmp_path / "mine" / f"seed{seed}", range(90, 991, 90), offset=seed)) for seed in (0, 2)]
+    monkeypatch.setattr(sys, "argv", ["curves.py", *runs, "--out", str(tmp_path / "runs.png")])
+    curves.main()
+    assert labels(drawn[0]) == ["mine (mean and range of 2 seeds)"] and "runs.png" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["curves.py", runs[0], str(tmp_path)])
+    with pytest.raises(SystemExit, match="No metrics.jsonl in"):
+        curves.main()
