@@ -4,8 +4,12 @@ import torch
 from torchrl.data import Bounded, OneHot, Unbounded
 from torchrl.envs.utils import check_env_specs
 
-# Names the agent itself writes next to the observation.
-RESERVED = ("state", "belief", "action", "reward", "done", "terminated", "truncated", "is_init", "next")
+# Names the agent itself writes next to the observation: an observation called so would be overwritten, silently.
+RESERVED = (
+    "action", "belief", "continue_pred", "done", "encoded_latents", "is_init", "loc", "next", "posterior_logits",
+    "prior_logits", "probs", "projected_latents", "reward", "reward_logits", "scale", "state", "state_value",
+    "state_value_logits", "stream", "terminated", "truncated",
+)  # fmt: skip
 
 
 def check_environment(env):

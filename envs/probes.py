@@ -222,11 +222,13 @@ PROBES = {
 }
 
 
-def make_probe(task, *, seed, image_size=64, actions=2, continuous=False):
+def make_probe(task, *, seed, image_size=64, actions=2, continuous=False, action_repeat=1):
     """One probe from PROBES, seeded."""
     if task not in PROBES:
         raise unknown_task(task, PROBES, "The probe suite")
     require_positive(image_size=image_size)
+    if action_repeat != 1:
+        raise ValueError(f"action_repeat={action_repeat}: every step of a probe asks something else; use 1.")
     if actions not in (2, 3, 4) or (continuous and actions != 2):
         raise ValueError(f"actions={actions!r} must be 2, 3 or 4, and 2 if continuous, where a sign decides.")
     if image_size < 8:

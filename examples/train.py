@@ -51,9 +51,9 @@ class Learner(nn.Module):
 
     def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: str | None = None):
         super().__init__()
-        make = hydra.utils.instantiate
+        make, bins = hydra.utils.instantiate, agent.reward.two_hot.bins
         self.world_model_loss = R2DreamerWorldModelLoss(
-            agent.world_model, make(algorithm.representation), kl=make(algorithm.kl)
+            agent.world_model, make(algorithm.representation), kl=make(algorithm.kl), num_reward_bins=len(bins)
         )
         self.actor_loss = DreamerActorLoss(
             agent.actor,
@@ -62,17 +62,18 @@ class Learner(nn.Module):
             continue_model=agent.continue_model,
             **algorithm.actor,
         )
-        self.value_loss = DreamerValueLoss(agent.value_model, **algorithm.value)
+        self.value_loss = DreamerValueLoss(agent.value_model, num_value_bins=len(bins), **algorithm.value)
+        self.to(bins.device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.optimizer = make(algorithm.optimizer, trained)
         self.learning_rate, self.final_fraction = algorithm.optimizer.lr, algorithm.final_lr_fraction
         self.slow_critic = SoftUpdate(self.value_loss, tau=algorithm.slow_critic_rate)
-        self.precision, self.device = precision, trained[0].device
+        self.precision, self.device = precision, bins.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
-        if compile == "parts":  # the losses hold copies of the modules, which share the parameters
-            compile_parts(self, agent.prior, agent.reward, agent.value, agent.continue_)
+        if compile == "parts":
+            compile_parts(*agent.parts().values())
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
@@ -132,7 +133,7 @@ class Trainer:
         self.records = RecordBuilder(streams, keys, latent_sizes=sizes)
         self.ratio = DreamerV3UpdateRatio(cfg.train_ratio / (cfg.batch_size * cfg.batch_length))
         self.returns, self.averages = EpisodeReturns(streams), Averages()
-        self.count = {"policy_steps": 0, "updates": 0, "restarts": 0}
+        self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0}
         self.first_update = cfg.warmup_steps  # in policy steps
 
         self.environments = make_vector_env(make_environment, self.train_seeds(), parallel=cfg.env.parallel)
@@ -144,6 +145,7 @@ class Trainer:
             frames_per_batch=streams * cfg.collect_steps,
             total_frames=-1,
             policy_device=self.device,
+            env_device="cpu",
             storing_device="cpu",
             exploration_type=ExplorationType.RANDOM,
             auto_register_policy_transforms=True,  # the policy's latents become entries of the environments
@@ -214,18 +216,18 @@ class Trainer:
             self.replay.write_back(batch, latents["state"], latents["belief"])
             self.averages.add(losses)
             self.count["updates"] += 1
+            self.count["replayed_steps"] += batch.numel()
         self.averages.check_finite(self.frames, self.count["updates"])
 
     def log(self) -> dict[str, str]:
         now = self.count | {"time": time.perf_counter()}
         passed = {name: now[name] - self.clock[name] for name in now}
         self.clock = now
-        replayed = now["updates"] * self.cfg.batch_size * self.cfg.batch_length
         line = {rename_loss(name): value for name, value in self.averages.pop().items()} | self.returns.pop()
         line |= {
             "count/policy_steps": now["policy_steps"],
             "count/updates": now["updates"],
-            "count/train_ratio": replayed / now["policy_steps"],
+            "count/train_ratio": now["replayed_steps"] / now["policy_steps"],
             "speed/fps": passed["policy_steps"] * self.cfg.env.action_repeat / passed["time"],
             "speed/updates_per_second": passed["updates"] / passed["time"],
         }

@@ -95,6 +95,11 @@ def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tens
         >>> two_hot_nll(torch.zeros(1, 3), torch.tensor([[0.25]]), torch.tensor([-1.0, 0.0, 1.0]))  # ln 3
         tensor([[1.0986]])
     """
+    if logits.shape[-1] != len(support):
+        raise ValueError(
+            f"The head writes {logits.shape[-1]} logits and the loss reads them as {len(support)} bins; build both with "
+            "the same number (num_reward_bins, num_value_bins)."
+        )
     targets = targets.clamp(support[0], support[-1])
     upper = torch.bucketize(targets, support).clamp_min(1)  # [..., n]
     low, high = support[upper - 1], support[upper]

@@ -129,4 +129,4 @@ class DreamerValueLoss(LossModule):
             target = torch.cat([target, slow.get(keys.value)], -1)
             weights.append(self.slow_critic_regularization)
         losses = self.prediction(predicted, keys.value_logits, keys.value, target)  # [N, H, 1 or 2]
-        return losses @ losses.new_tensor(weights), predicted.get(keys.value).detach()
+        return (losses * losses.new_tensor(weights)).sum(-1), predicted.get(keys.value).detach()

@@ -11,6 +11,7 @@ from train import Trainer
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import make_gym, make_vector_env
+from r2dreamer.envs.check import RESERVED
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import make_replay
 
@@ -47,7 +48,10 @@ def follows(agent, steps):
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("devices", [{}, {"policy_device": "cpu"}, {"policy_device": "cpu", "storing_device": "cpu"}])
+@pytest.mark.parametrize(
+    "devices",
+    [{}, {"policy_device": "cpu"}, {"policy_device": "cpu", "storing_device": "cpu", "env_device": "cpu"}],
+)
 def test_every_belief_follows_from_the_step_before(parallel, devices):
     """A ParallelEnv returns only its own entries, and with a policy_device the collector copies only some of the policy's.
 
@@ -91,3 +95,10 @@ def test_the_trainers_own_collector_carries_the_latents(tmp_path):
         trainer.close()
     assert steps["is_init"][:, 1:].any()
     follows(trainer.agent, steps)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_no_observation_may_be_called_what_the_agent_writes(discrete):
+    agent = tiny_agent(discrete=discrete)
+    written = [*agent.policy.out_keys, *agent.world_model.out_keys, *agent.value_model.out_keys]
+    assert {key if isinstance(key, str) else key[-1] for key in written} <= set(RESERVED)

@@ -89,6 +89,7 @@ def test_the_small_target_is_four_white_pixels_in_the_band_of_the_right_choice()
         ({"actions": 3, "continuous": True}, "continuous"),
         ({"image_size": 4}, "image_size=4"),
         ({"image_size": 0}, "image_size=0"),
+        ({"action_repeat": 2}, "action_repeat=2"),
     ],
 )
 def test_bad_arguments_are_named(arguments, said):

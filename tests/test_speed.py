@@ -11,15 +11,17 @@ from agents import tiny_agent, tiny_records
 from hydra import compose, initialize_config_module
 from train import Learner
 
+from r2dreamer.dreamer import FeatureMLP, ImageEncoder, ProjectionHead, VectorEncoder, compile_parts
 from r2dreamer.dreamer.layers import BLOCK, BlockedNormSiLU, NormSiLU
+from r2dreamer.losses import R2DreamerWorldModelLoss
 
 
-def learner(compile=None, precision=torch.float32, **overrides):
+def learner(compile=None, precision=torch.float32, num_bins=255, **overrides):
     with initialize_config_module("r2dreamer.configs", version_base=None):
-        algorithm = compose("algorithm/r2dreamer").algorithm
+        algorithm = compose("config").algorithm
     algorithm.actor.imagination_horizon = 3
     algorithm.optimizer.update(overrides)
-    return Learner(tiny_agent(images=False), algorithm, precision, compile)
+    return Learner(tiny_agent(images=False, num_bins=num_bins), algorithm, precision, compile)
 
 
 def three_updates(made):
@@ -68,6 +70,37 @@ def test_updates_in_bfloat16_learn():
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.parameters())
     assert losses[-1]["loss_barlow"] < losses[0]["loss_barlow"]
     assert losses[-1]["loss_reward"] < losses[0]["loss_reward"]
+
+
+def test_the_same_parameters_get_a_gradient_in_bfloat16():
+    """Imagination casts weights without a gradient; autocast must not hand those casts to the losses."""
+    reached = []
+    for precision in (torch.float32, torch.bfloat16):
+        made = learner(precision=precision, lr=1e-3, warmup_steps=0)
+        for _ in range(3):  # at first, layers before a zero output layer get none
+            made.update(tiny_records(tiny_agent(images=False)))
+        reached.append({name for name, p in made.named_parameters() if p.grad is not None and p.grad.any()})
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    assert reached[0] == reached[1] == trained
+
+
+def test_heads_and_losses_share_their_bins():
+    made = learner(num_bins=51)
+    assert len(made.world_model_loss.reward_prediction.likelihood.two_hot.bins) == 51
+    for _ in range(2):
+        made.update(tiny_records(tiny_agent(images=False, num_bins=51)))
+    with pytest.raises(ValueError, match="writes 51 logits .* 255 bins"):
+        R2DreamerWorldModelLoss(tiny_agent(num_bins=51).world_model)(tiny_records(tiny_agent()))
+
+
+def test_every_part_is_compiled():
+    agent = tiny_agent()
+    compile_parts(*agent.parts().values())
+    kinds = (ImageEncoder, VectorEncoder, FeatureMLP, ProjectionHead)
+    modules = [module for part in agent.parts().values() for module in part.modules() if isinstance(module, kinds)]
+    assert len(modules) == 7 and all(module._compiled_call_impl is not None for module in modules)
+    assert hasattr(agent.prior.core.advance, "_torchdynamo_orig_callable")
+    assert hasattr(agent.posterior.logits, "_torchdynamo_orig_callable")
 
 
 def test_the_benchmark_prints_one_json_line_with_torchrl_beside_us(request, tmp_path):

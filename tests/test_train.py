@@ -293,6 +293,16 @@ def test_without_the_replay_a_resumed_run_collects_first_and_owes_nothing_for_it
     assert seen[-1] == (240, before + 240 - 120 - 40)
 
 
+def test_a_resumed_run_trains_at_the_ratio_of_its_own_command(tmp_path):
+    before = train_here(tmp_path, *CARTPOLE, "train_ratio=7.5", "total_frames=100").count
+    after = train_here(
+        tmp_path, *CARTPOLE, "train_ratio=24", "batch_size=2", "batch_length=4", "total_frames=200"
+    ).count
+    assert after["updates"] - before["updates"] == pytest.approx(100 * 24 / (2 * 4), abs=4)
+    replayed = before["updates"] * 3 * 5 + (after["updates"] - before["updates"]) * 2 * 4
+    assert lines(tmp_path, '"count/updates"')[-1]["count/train_ratio"] == replayed / after["policy_steps"]
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_resumed(server, tmp_path):
     logdir = tmp_path / "log"
     assert server.run(tmp_path, *CARTPOLE, "logdir=log", "total_frames=100").status == 0

@@ -24,10 +24,11 @@ def snapshot(trainer) -> dict:
 
 
 def restore(trainer) -> None:
-    saved, cfg = trainer.saved, trainer.cfg
+    saved, cfg, rate = trainer.saved, trainer.cfg, trainer.ratio.ratio
     for group, parts in _stateful(trainer).items():
         for name, part in parts.items():
             part.load_state_dict(saved.state[group][name])
+    trainer.ratio.ratio = rate  # as configured now: a run may go on with another ratio or batch
     trainer.count = dict(saved.state["count"])
     if not cfg.checkpoint.exact:
         trainer.count["restarts"] += 1
