@@ -26,7 +26,7 @@ class ObservationSpace:
     vectors: dict[str, int]
 
     @classmethod
-    def from_spec(cls, spec: Composite, ignore: tuple[str, ...] = ("is_init",)) -> ObservationSpace:
+    def from_spec(cls, spec: Composite, ignore: tuple[str, ...] = ("is_init", "metrics")) -> ObservationSpace:
         """Sorts the entries of an environment's observation spec: three dimensions are images, one are vectors."""
         images, vectors = {}, {}
         for key, entry in sorted(spec.items()):

@@ -10,6 +10,7 @@ from .dmc import RenderPixels, make_dmc
 from .errors import WorkerError
 from .gym import make_gym
 from .probes import PROBES, make_probe
+from .simulator import Simulator
 from .transforms import ClippedActionScaling, FiniteCheck
 from .vector import env_seeds, make_vector_env, reseed
 
@@ -18,6 +19,7 @@ __all__ = [
     "FiniteCheck",
     "PROBES",
     "RenderPixels",
+    "Simulator",
     "WorkerError",
     "check_environment",
     "env_seeds",

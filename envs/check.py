@@ -6,9 +6,9 @@ from torchrl.envs.utils import check_env_specs
 
 # Names the agent itself writes next to the observation: an observation called so would be overwritten, silently.
 RESERVED = (
-    "action", "belief", "continue_pred", "done", "encoded_latents", "is_init", "loc", "next", "posterior_logits",
-    "prior_logits", "probs", "projected_latents", "reward", "reward_logits", "scale", "state", "state_value",
-    "state_value_logits", "stream", "terminated", "truncated",
+    "action", "belief", "continue_pred", "done", "encoded_latents", "is_init", "loc", "metrics", "next",
+    "posterior_logits", "prior_logits", "probs", "projected_latents", "reward", "reward_logits", "scale", "state",
+    "state_value", "state_value_logits", "stream", "terminated", "truncated",
 )  # fmt: skip
 
 
@@ -27,7 +27,9 @@ def check_environment(env):
 
 
 def _observations(env):
-    keys = [key for key in env.observation_spec.keys(True, True) if key != "is_init"]
+    # What stands below "metrics" is reported, not observed.
+    named = env.observation_spec.keys(True, True)
+    keys = [key for key in named if key != "is_init" and not (isinstance(key, tuple) and key[0] == "metrics")]
     if not keys:
         yield "it observes nothing: it needs an image, under 'pixels', or a vector"
     if not _is_flag(env.observation_spec, "is_init"):

@@ -10,17 +10,15 @@ Episodes end by truncation, so that only `ending` needs the continue head.
 
 import numpy as np
 import torch
-from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
-from torchrl.envs import EnvBase
 
 from .errors import require_positive, unknown_task
+from .simulator import Simulator
 from .transforms import ClippedActionScaling, finish
 
 TARGET = 2  # side of the small target, in pixels
 
 
-class Probe(EnvBase):
+class Probe(Simulator):
     """One probe: `start` begins an episode, `image` shows it, `act` answers a choice with (reward, terminated).
 
     actions: number of choices; the image shows them as vertical bands, the first on the left.
@@ -30,7 +28,9 @@ class Probe(EnvBase):
     length = 8
 
     def __init__(self, image_size=64, actions=2, continuous=False):
-        super().__init__()
+        super().__init__(
+            pixels=(3, image_size, image_size), actions=(np.full(1, -1), np.full(1, 1)) if continuous else actions
+        )
         self.size, self.actions, self.continuous = image_size, actions, continuous
         self.steps, self.cue = 0, 0
         bands = np.arange(image_size) * actions // image_size
@@ -38,41 +38,21 @@ class Probe(EnvBase):
         for choice in range(actions):
             self.bands[choice][:, :, bands == choice] = 255
         self.blank = np.full((3, image_size, image_size), 64, np.uint8)
-        self.observation_spec = Composite(pixels=Bounded(0, 255, (3, image_size, image_size), dtype=torch.uint8))
-        self.action_spec = (
-            Bounded(-1, 1, (1,), dtype=torch.float32) if continuous else OneHot(actions, dtype=torch.int64)
-        )
-        self.reward_spec = Unbounded((1,))
-        flag = Categorical(2, shape=(1,), dtype=torch.bool)
-        self.full_done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone())
         self.set_seed(0, static_seed=True)
 
-    def _set_seed(self, seed):
-        self.random = np.random.default_rng(seed)
+    def seed(self, number):
+        self.random = np.random.default_rng(number)
 
-    def _reset(self, tensordict=None):
+    def begin(self):
         self.steps = 0
         self.cue = self.draw()
         self.start()
-        flags = {name: torch.zeros(1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
-        return TensorDict({"pixels": self.pixels(), **flags}, [])
+        return self.pixels()
 
-    def _step(self, tensordict):
-        action = tensordict["action"]
-        choice = int(action[0] > 0) if self.continuous else int(action.argmax())
-        reward, terminated = self.act(choice)
+    def advance(self, action):
+        reward, terminated = self.act(int(action[0] > 0) if self.continuous else action)
         self.steps += 1
-        truncated = not terminated and self.steps >= self.length
-        return TensorDict(
-            {
-                "pixels": self.pixels(),
-                "reward": torch.tensor([float(reward)]),
-                "done": torch.tensor([terminated or truncated]),
-                "terminated": torch.tensor([terminated]),
-                "truncated": torch.tensor([truncated]),
-            },
-            [],
-        )
+        return self.pixels(), reward, terminated, self.steps >= self.length
 
     def pixels(self):
         return torch.from_numpy(self.image().copy())
