@@ -5,26 +5,43 @@ from .gl import check_chosen_gl  # isort: skip
 check_chosen_gl()  # first, because the other modules import TorchRL, and TorchRL imports MuJoCo
 
 # ruff: noqa: E402
+from .atari import make_atari
+from .atari_scores import HumanNormalizedScore
 from .check import check_environment
+from .crafter import CrafterScores, crafter_score, make_crafter
+from .custom import make_custom
 from .dmc import RenderPixels, make_dmc
 from .errors import WorkerError
 from .gym import make_gym
+from .memory_maze import make_memory_maze
+from .metaworld import make_metaworld
 from .probes import PROBES, make_probe
 from .simulator import Simulator
+from .subtle import DMCSubtle, make_dmc_subtle
 from .transforms import ClippedActionScaling, FiniteCheck
 from .vector import env_seeds, make_vector_env, reseed
 
 __all__ = [
     "ClippedActionScaling",
+    "CrafterScores",
+    "DMCSubtle",
     "FiniteCheck",
+    "HumanNormalizedScore",
     "PROBES",
     "RenderPixels",
     "Simulator",
     "WorkerError",
     "check_environment",
     "env_seeds",
+    "make_atari",
+    "crafter_score",
+    "make_crafter",
+    "make_custom",
     "make_dmc",
+    "make_dmc_subtle",
     "make_gym",
+    "make_memory_maze",
+    "make_metaworld",
     "make_probe",
     "make_vector_env",
     "reseed",

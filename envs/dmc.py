@@ -21,29 +21,34 @@ def make_dmc(task, *, seed, from_pixels, image_size=64, action_repeat=2, camera=
     from_pixels: observe the camera image, and only that, under "pixels"; without, the vectors: nothing is rendered.
     camera: index or name of the camera; None is the suite's usual one.
     """
-    require_positive(image_size=image_size, action_repeat=action_repeat)
-    suite = _import_suite()
+    suite = import_suite()
     tasks = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
     if task not in tasks:
         raise unknown_task(task, tasks, "The DeepMind Control suite")
-    domain, name = tasks[task]
+    view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
+    return build_dmc(task, *tasks[task], seed=seed, action_repeat=action_repeat, **view)
+
+
+def build_dmc(task, domain, name, *transforms, seed, from_pixels, image_size, action_repeat, camera):
+    """The suite's `domain` and `name` on the package's contract, behind `transforms`; errors call it `task`."""
+    require_positive(image_size=image_size, action_repeat=action_repeat)
     # Some tasks draw their physical constants when they are built. With one fixed draw, train and evaluation
     # environments are the same machine, and seeding an environment again is the same as building it with that seed.
-    env = suite.load(domain, name, task_kwargs={"random": 0})
+    env = import_suite().load(domain, name, task_kwargs={"random": 0})
     spec = env.action_spec()
     env = DMControlWrapper(env, frame_skip=action_repeat)
     vectors = list(env.observation_spec.keys())
     if from_pixels:
         camera = CAMERAS.get(domain, 0) if camera is None else camera
         render_pixels(env._env.physics, image_size, camera)  # what cannot render says so now, not in mid-run
-        transforms = [RenderPixels(image_size, camera), ExcludeTransform(*vectors)]
+        observing = [RenderPixels(image_size, camera), ExcludeTransform(*vectors)]
     else:
         matrices = [key for key in vectors if env.observation_spec[key].ndim > 1]
         flatten = FlattenObservation(-2, -1, in_keys=matrices, allow_positive_dim=False)
-        transforms = [flatten] if matrices else []
+        observing = [flatten] if matrices else []
     bounded = np.isfinite([spec.minimum, spec.maximum]).all()
     scaling = [ClippedActionScaling()] if bounded else []
-    return finish(env, task, seed, *transforms, DoubleToFloat(), *scaling)
+    return finish(env, task, seed, *transforms, *observing, DoubleToFloat(), *scaling)
 
 
 class RenderPixels(Transform):
@@ -83,7 +88,7 @@ def render_pixels(physics, size, camera):
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
-def _import_suite():
+def import_suite():
     choose_gl()  # before MuJoCo is imported: it reads the variable only then
     require("dm_control", "dmc")
     try:

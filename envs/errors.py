@@ -3,6 +3,8 @@
 import difflib
 import importlib
 
+from .suites import suites_with
+
 
 class WorkerError(RuntimeError):
     """An environment failed while running: names its task, its index among the environments, its seed and traceback."""
@@ -18,7 +20,10 @@ def require_positive(**sizes):
 
 
 def unknown_task(task, known, suite):
-    """The error for a task that `suite` does not have, naming the nearest ones it has."""
+    """The error for a task that `suite` does not have, naming the nearest ones it has, or the suite that has it."""
+    elsewhere = " or ".join(f"env={name}" for name in suites_with(task))
+    if elsewhere:
+        return ValueError(f"{suite} has no task {task!r}, but another suite has: use {elsewhere} env.task={task}.")
     # Case must not hide a near miss: "cartpole-v1" is one key away from "CartPole-v1".
     by_lower = {name.lower(): name for name in sorted(known)}
     nearest = [by_lower[name] for name in difflib.get_close_matches(str(task).lower(), by_lower, n=3, cutoff=0.5)]

@@ -1,5 +1,8 @@
 """Any Gymnasium environment on the package's contract: `make_gym("CartPole-v1", seed=0)`."""
 
+import contextlib
+import importlib.util
+import io
 import os
 
 import numpy as np
@@ -28,6 +31,7 @@ def make_gym(
     keys: of a dict observation, the names to keep (default: all).
     """
     gymnasium = require("gymnasium", "gym")
+    import_old_gym_quietly()
     require_positive(image_size=image_size, action_repeat=action_repeat, time_limit=time_limit)
     from .gym_wrappers import ActionRepeat, ContractActions, ContractObservations, Rendered
 
@@ -40,6 +44,13 @@ def make_gym(
     bounded = isinstance(space, gymnasium.spaces.Box) and np.isfinite([space.low, space.high]).all()
     # TorchRL builds specs on the GymWrapper; a box without bounds has no range to scale to and stays as it is.
     return finish(GymWrapper(env), task, seed, *([ClippedActionScaling()] if bounded else []))
+
+
+def import_old_gym_quietly():
+    """TorchRL imports the old `gym` where it is installed (Memory Maze needs it), which prints a notice when it is."""
+    if importlib.util.find_spec("gym") is not None:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+            importlib.import_module("gym")
 
 
 def _build(gymnasium, task, from_pixels, time_limit):

@@ -86,7 +86,9 @@ class ContractEnv(TransformedEnv):
 def finish(env, task, seed, *transforms):
     """Give `env`, after `transforms`, what the contract asks of every environment, and seed it."""
     env = ContractEnv(env, Compose(*transforms, InitTracker()), task)
-    floats = [key for key, spec in env.observation_spec.items(True, True) if spec.dtype.is_floating_point]
+    entries = env.observation_spec.items(True, True)
+    # Not what stands below "metrics": nobody learns from it, and a suite can have dozens.
+    floats = [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point]
     env.append_transform(FiniteCheck(task, floats))
     # static_seed: without it TorchRL draws the seed of a next environment, which nobody here wants.
     env.set_seed(seed, static_seed=True)

@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     if run.threads:
         torch.set_num_threads(run.threads)
 
-    make_environment = hydra.utils.instantiate(run.env.make)
+    make_environment = hydra.utils.instantiate(run.env.make_evaluation)
     agent, _ = build(make_environment, run, device)
     Learner(agent, run.algorithm, torch.float32).load_state_dict(loaded.state["learner"]["model"])
     seeds = r2dreamer.envs.env_seeds(seed, episodes, "eval")
@@ -56,6 +56,9 @@ def main(cfg: DictConfig) -> None:
 
     for episode, (score, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
         print(f"episode {episode}: return {score:.6g}, {length} steps")
+    for name, value in result.summary(hydra.utils.instantiate(run.env.scores)).items():
+        if name not in ("eval/return", "eval/return_std", "eval/length"):
+            print(f"{name.removeprefix('eval/')}: {value:.4g}")
     print(f"{run.name} at {loaded.step} frames: {result.mean:.6g} +- {result.std:.4g} over {episodes} episodes")
     if result.frames is not None:
         run_directory = loaded.path.parent.parent if loaded.path.parent.name == "checkpoints" else Path()

@@ -94,9 +94,9 @@ class Server:
         request = {"fork": list(overrides), "folder": str(folder), "script": script, "without": without}
         return Run(self, self.ask(**request), folder)
 
-    def run(self, folder, *overrides, **more):
+    def run(self, folder, *overrides, timeout=120, **more):
         run = self.start(folder, *overrides, **more)
-        run.wait()
+        run.wait(timeout)
         return run
 
     def close(self):
@@ -106,6 +106,7 @@ class Server:
 
 
 def serve():
+    import doctor  # noqa: F401
     import evaluate  # noqa: F401
     import train  # noqa: F401
 

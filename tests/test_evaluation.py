@@ -1,5 +1,6 @@
 """Evaluation plays whole first episodes greedily, carries the policy's memory, and touches nothing else."""
 
+import json
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, InitTracker, ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from support.episodes import EpisodeReturns
 from support.evaluation import evaluate
 
 
@@ -21,7 +23,7 @@ class Countdown(EnvBase):
     def __init__(self, length, pixels=True):
         super().__init__(device="cpu")
         self.length, self.pixels, self.time, self.episode = length, pixels, 0, -1
-        spec = {"time": Unbounded(1), "success": Unbounded(1)}
+        spec = {"time": Unbounded(1), "metrics": Composite(success=Unbounded(1))}
         if pixels:
             spec["pixels"] = Bounded(0, 255, (3, 4, 6), dtype=torch.uint8)
         self.observation_spec = Composite(spec)
@@ -29,7 +31,8 @@ class Countdown(EnvBase):
         self.reward_spec = Unbounded(1)
 
     def _observation(self):
-        values = {"time": torch.tensor([float(self.time)]), "success": torch.tensor([float(self.time == 2)])}
+        success = {"success": torch.tensor([float(self.time == 2)])}
+        values = {"time": torch.tensor([float(self.time)]), "metrics": TensorDict(success)}
         if self.pixels:
             values["pixels"] = torch.full((3, 4, 6), self.time, dtype=torch.uint8)
         return values
@@ -79,17 +82,17 @@ class CountingPolicy(TensorDictModuleBase):
 def test_first_episode_of_each_environment(kind):
     env = kind(2, [short, long])
     try:
-        result = evaluate(env, CountingPolicy(), episodes=2, record=True, episode_metrics=["success"])
+        result = evaluate(env, CountingPolicy(), episodes=2, record=True)
         again = evaluate(env, CountingPolicy(), episodes=2)
     finally:
         env.close()
     # The short one ends twice before the long one ends once; its second episode does not count.
     assert result.returns == [3.0, 10.0] and result.lengths == [2, 4]
-    assert result.metrics == {"success": [1.0, 1.0]}
+    assert [episode.metrics for episode in result.episodes] == [{"success": 1.0}, {"success": 1.0}]
     assert result.frames.shape == (3, 4, 6, 3) and result.frames.dtype == np.uint8
     assert result.frames[:, 0, 0, 0].tolist() == [0, 1, 2]  # with the first and the terminal observation
-    assert result.mean == 6.5 and result.std == 3.5 and result.mean_length == 3
-    assert result.summary()["eval/success"] == 1.0 and result.summary("test/")["test/return"] == 6.5
+    assert result.mean == 6.5 and result.std == 3.5 and result.summary()["eval/length"] == 3
+    assert result.summary()["eval/success"] == 1.0 and result.summary()["eval/return"] == 6.5
     assert again.lengths[0] > 2  # what it left in mid-episode was reset
 
 
@@ -150,3 +153,27 @@ def test_the_seed_decides_what_the_policy_samples():
 def test_refuses_no_episodes():
     with pytest.raises(ValueError, match="episodes=0"):
         evaluate(Countdown(1), CountingPolicy(), episodes=0)
+
+
+def test_training_episodes_sum_up_with_metrics_and_the_suites_own_scores():
+    best = lambda returns, metrics: {"best": max(returns), "successes": sum(metrics["success"])}
+    episodes = EpisodeReturns(2, best)
+    reward = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])[..., None]
+    done = torch.tensor([[False, True, False], [False, False, True]])[..., None]
+    success = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])[..., None]
+    batch = TensorDict({"next": {"reward": reward, "done": done, "metrics": {"success": success}}}, [2, 3])
+    episodes.add(batch)
+    restored = EpisodeReturns(2, best)
+    restored.load_state_dict(json.loads(json.dumps(episodes.state_dict())))
+    for each in (episodes, restored):
+        line = each.pop()
+        assert line.pop("train/episodes") == 2 and each.pop() == {}
+        assert line == {
+            "train/return": (3 + 56) / 2,
+            "train/length": 2.5,
+            "train/success": 0.5,
+            "train/best": 56,
+            "train/successes": 1,
+        }
+    episodes.add(batch)  # the first environment was in mid-episode, with 4 so far and no success in it
+    assert episodes.pop()["train/return"] == (4 + 3 + 56) / 2

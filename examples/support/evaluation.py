@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,15 +15,23 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from support.episodes import Episode, Scores, reported, summarise
+
 
 @dataclass
 class EvaluationResult:
-    """One entry an episode; `frames` is the first episode of the first environment, uint8 [T, H, W, 3]."""
+    """The episodes; `frames` is the first episode of the first environment, uint8 [T, H, W, 3]."""
 
-    returns: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
+    episodes: list[Episode] = field(default_factory=list)
     frames: np.ndarray | None = None
+
+    @property
+    def returns(self) -> list[float]:
+        return [episode.reward for episode in self.episodes]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [episode.length for episode in self.episodes]
 
     @property
     def mean(self) -> float:
@@ -34,15 +42,10 @@ class EvaluationResult:
         """Over the episodes, as numpy's default: divided by their number."""
         return statistics.pstdev(self.returns)
 
-    @property
-    def mean_length(self) -> float:
-        return statistics.fmean(self.lengths)
-
-    def summary(self, prefix: str = "eval/") -> dict[str, float]:
+    def summary(self, scores: Scores | None = None) -> dict[str, float]:
         """The entries of a metrics line."""
-        values = {"return": self.mean, "return_std": self.std, "length": self.mean_length}
-        values |= {name: statistics.fmean(each) for name, each in self.metrics.items()}
-        return {prefix + name: value for name, value in values.items()}
+        values = summarise(self.episodes, scores) | {"return_std": self.std}
+        return {f"eval/{name}": value for name, value in values.items()}
 
 
 def evaluate(
@@ -54,47 +57,40 @@ def evaluate(
     record: bool = False,
     pixels_key: str = "pixels",
     frame_fn: Callable[[], np.ndarray] | None = None,
-    episode_metrics: Sequence[str] = (),
     seed: int | None = None,
 ) -> EvaluationResult:
     """Mode actions, no gradient, the undiscounted return of whole episodes.
 
     Each environment plays its first episode after a reset, however long; taking the episodes that end first would
-    prefer the short ones. If `env` holds fewer than `episodes` environments they play several rounds.
+    prefer the short ones. Of what an environment reports below "metrics" the largest value counts. If `env` holds fewer than `episodes` environments they play several rounds.
 
     max_steps: policy steps after which an episode is cut off.
     frame_fn: gives an image [H, W, 3] of the first environment where it has no `pixels_key`.
-    episode_metrics: entries beside the reward whose largest value in an episode is reported, such as "success".
     seed: for the sampling inside the policy (latents); the environments keep their own seeds, set by the caller.
     """
     if episodes < 1:
         raise ValueError(f"episodes={episodes} must be at least 1.")
-    result = EvaluationResult(metrics={name: [] for name in episode_metrics})
+    result = EvaluationResult()
     greedy = set_exploration_type(ExplorationType.DETERMINISTIC)
     with _untouched_generators(seed), _eval_mode(policy), torch.no_grad(), greedy:
-        while len(result.returns) < episodes:
-            camera = _Camera(pixels_key, frame_fn) if record and not result.returns else None
-            returns, lengths, extras = _play_round(env, policy, max_steps, episode_metrics, camera)
-            wanted = episodes - len(result.returns)
-            result.returns += returns.tolist()[:wanted]
-            result.lengths += lengths.tolist()[:wanted]
-            for name, values in extras.items():
-                result.metrics[name] += values.tolist()[:wanted]
+        while len(result.episodes) < episodes:
+            camera = _Camera(pixels_key, frame_fn) if record and not result.episodes else None
+            result.episodes += _play_round(env, policy, max_steps, camera)[: episodes - len(result.episodes)]
             if camera is not None:
                 result.frames = camera.film()
     return result
 
 
-def _play_round(env, policy, max_steps, episode_metrics, camera):
-    """Every environment's first episode after a reset: returns, lengths and metrics, each [environments]."""
+def _play_round(env, policy, max_steps, camera):
+    """Every environment's first episode after a reset, in their order."""
     count = env.batch_size.numel()
     env_device = env.device or torch.device("cpu")
     policy_device = next((parameter.device for parameter in policy.parameters()), env_device)
     playing = torch.ones(count, dtype=torch.bool)
     returns = torch.zeros(count, dtype=torch.float64)
     lengths = torch.zeros(count, dtype=torch.int64)
-    extras = {name: torch.full((count,), -torch.inf, dtype=torch.float64) for name in episode_metrics}
     root = env.reset()
+    metrics = reported(root, (count,))
     tracks_init = "is_init" in root
     root.set("is_init", torch.ones_like(root["done"]))
     steps = 0
@@ -109,9 +105,8 @@ def _play_round(env, policy, max_steps, episode_metrics, camera):
         if camera is not None and playing[0] and done[0]:
             camera.shoot(after, live=False)
         returns += torch.where(playing, after["reward"].reshape(count).double().cpu(), 0.0)
-        for name, values in extras.items():
-            now = after[name].reshape(count, -1).amax(-1).double().cpu()
-            extras[name] = torch.where(playing, torch.maximum(values, now), values)
+        for name, now in reported(after, (count,)).items():
+            metrics[name] = torch.where(playing, torch.maximum(metrics[name], now), metrics[name])
         lengths += playing
         playing &= ~done
         steps += 1
@@ -122,7 +117,12 @@ def _play_round(env, policy, max_steps, episode_metrics, camera):
                 root.set(key, value)
         if not tracks_init:
             root.set("is_init", after["done"].clone())
-    return returns, lengths, extras
+    return [
+        Episode(
+            returns[index].item(), lengths[index].item(), {name: each[index].item() for name, each in metrics.items()}
+        )
+        for index in range(count)
+    ]
 
 
 class _Camera:

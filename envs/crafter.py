@@ -1,0 +1,89 @@
+"""Crafter, a small open world with 22 things to achieve: `make_crafter("reward", seed=0)`, and its score."""
+
+import contextlib
+import functools
+import io
+
+import numpy as np
+
+from .errors import require, require_positive, unknown_task
+from .images import to_pixels
+from .simulator import Simulator
+from .transforms import finish
+
+TASKS = ("reward", "noreward")
+ACHIEVEMENT = "achievement_"  # what the names of the metrics begin with
+SMALLEST_IMAGE = 18  # the picture is 9 cells wide, and a digit 60% of a cell
+
+
+def make_crafter(task, *, seed, image_size=64, action_repeat=1):
+    """One of the two tasks, "reward" or "noreward", seeded; every episode is another world.
+
+    Both report the 22 achievements below "metrics", as 1 from the moment they are unlocked in this episode; without
+    reward the agent is paid nothing for them. Death terminates, 10,000 frames truncate.
+
+    image_size: part of the task, as the darkness of the night is drawn, pixel by pixel, from the world's own generator.
+    """
+    require_positive(image_size=image_size, action_repeat=action_repeat)
+    if task not in TASKS:
+        raise unknown_task(task, TASKS, "Crafter")
+    if image_size < SMALLEST_IMAGE:
+        raise ValueError(f"image_size={image_size} is too small for Crafter's digits: use at least {SMALLEST_IMAGE}.")
+    with contextlib.redirect_stderr(io.StringIO()):  # Crafter tries the old gym, which prints that it is unmaintained
+        crafter = require("crafter", "crafter")
+    game = functools.partial(crafter.Env, size=(image_size, image_size), reward=task == "reward")
+    return finish(Crafter(game, crafter.constants, image_size, action_repeat), task, seed)
+
+
+class Crafter(Simulator):
+    """Upstream's game, made repeatable."""
+
+    def __init__(self, new_game, constants, image_size, action_repeat):
+        self.names = {name: ACHIEVEMENT + name for name in constants.achievements}
+        super().__init__(
+            pixels=(3, image_size, image_size), actions=len(constants.actions), metrics=self.names.values()
+        )
+        self.new_game, self.repeat = new_game, action_repeat
+
+    def seed(self, number):
+        self.game = repeatable(self.new_game(seed=number))
+
+    def begin(self):
+        return to_pixels(self.game.reset())
+
+    def advance(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            image, reward, done, info = self.game.step(action)
+            total += reward
+            if done:
+                break
+        self.metrics = {self.names[name]: float(count > 0) for name, count in info["achievements"].items()}
+        return to_pixels(image), total, info["discount"] == 0, done
+
+
+def repeatable(game):
+    """The game whose episodes depend on its seed and the actions only; other games of this process stay as they are.
+
+    Upstream keeps the creatures of a region in a set, which iterates in the order of their memory addresses, and draws
+    by number which of them vanishes: with one seed, two processes differ from the first such draw among several on.
+    """
+    balance = game._balance_chunk
+    place = lambda creature: tuple(creature.pos)  # of two creatures never the same
+    game._balance_chunk = lambda chunk, creatures: balance(chunk, sorted(creatures, key=place))
+    return game
+
+
+def crafter_score(rates):
+    """exp(mean(ln(1 + s))) - 1, a geometric mean, of success rates given as fractions and counted in percent."""
+    return float(np.expm1(np.log1p(100 * np.asarray(rates)).mean()))
+
+
+class CrafterScores:
+    """From the returns and metrics of a number of episodes to {"crafter_score": ...}; nothing from no episode."""
+
+    def __call__(self, returns: list[float], metrics: dict[str, list[float]]) -> dict[str, float]:
+        successes = [values for name, values in metrics.items() if name.startswith(ACHIEVEMENT)]
+        if not returns or not successes:
+            return {}
+        return {"crafter_score": crafter_score([np.mean(values) for values in successes])}

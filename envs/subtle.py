@@ -1,0 +1,451 @@
+"""DMC-Subtle: what matters in a task of the DeepMind Control suite, made small.
+
+`TransformedEnv(DMControlEnv("reacher", "easy", from_pixels=True), DMCSubtle())` is the paper's task, and so is
+`make_dmc_subtle("reacher", seed=0)`; `DMCSubtle(geoms="target", shrink=1 / 20)` makes any other.
+"""
+
+import difflib
+import math
+import threading
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from numbers import Real
+
+import numpy as np
+from torchrl.envs import DMControlEnv, DMControlWrapper, TransformedEnv
+from torchrl.envs.transforms import Transform
+
+from .dmc import build_dmc
+from .errors import unknown_task
+
+
+@dataclass(frozen=True)
+class Official:
+    """One of the paper's tasks: the stock task it is built on, what shrinks, and to which fraction."""
+
+    stock: tuple
+    names: dict
+    shrink: float
+    size: float | None = None  # the radius the stock task itself sets when an episode begins
+
+
+OFFICIAL = {
+    "reacher": Official(("reacher", "hard"), {"geom": ["target"]}, 1 / 3, size=0.015),
+    "finger_turn": Official(("finger", "turn_hard"), {"site": ["target"]}, 1 / 2, size=0.03),
+    "point_mass": Official(("point_mass", "easy"), {"geom": ["target", "pointmass"]}, 1 / 6),
+    "ball_in_cup_catch": Official(("ball_in_cup", "catch"), {"geom": ["ball"], "tendon": ["string"]}, 1 / 12),
+    "cartpole_swingup": Official(("cartpole", "swingup"), {"class": ["pole"]}, 1 / 20),
+}
+KINDS = {"geom": "geoms", "site": "sites", "tendon": "tendons", "class": "classes"}  # and DMCSubtle's arguments
+SIZES = {"geom": "geom_size", "site": "site_size", "tendon": "tendon_width"}  # of a compiled model
+# How many numbers say how big a shape is; a plane's third is the spacing of its grid.
+NUMBERS = {"PLANE": 2, "SPHERE": 1, "CAPSULE": 2, "CYLINDER": 2, "ELLIPSOID": 3, "BOX": 3}
+STATISTICS = ("center", "extent", "meaninertia", "meanmass", "meansize")
+
+
+def make_dmc_subtle(
+    task, *, seed, image_size=64, action_repeat=2, camera=None, shrink=None, physics="official", from_pixels=True
+):
+    """One of the five tasks, "reacher" for example, seeded; `shrink` and `physics` as in DMCSubtle."""
+    if task not in OFFICIAL:
+        raise unknown_task(task, OFFICIAL, "DMC-Subtle")
+    subtle = DMCSubtle(task, shrink=shrink, physics=physics)
+    view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
+    return build_dmc(task, *OFFICIAL[task].stock, subtle, seed=seed, action_repeat=action_repeat, **view)
+
+
+class DMCSubtle(Transform):
+    """Shrinks things in a DeepMind Control environment, however it is rendered; its specs stay as they are.
+
+    The environment itself changes when it gets this transform, also for whoever holds it without. Reset it next.
+
+    task: one of the paper's five; None is the one of the environment's domain. Or, instead of a task, what shrinks:
+        geoms, sites, tendons, default classes (their geoms and sites) of the environment's XML, one name or several.
+    shrink: what sizes are multiplied by, a number in (0, 1] or a fraction such as "1/20". None is the paper's size,
+        also where the environment has an easier task of the same domain, with a bigger target.
+    physics: "official" compiles the edited XML as the paper does: masses, inertias and the rewarded region change too.
+        "frozen" shrinks only what is seen; states and rewards stay as they were, to the bit.
+    xml, assets: what the environment was compiled from. Not needed for the tasks of the suite.
+
+        env = DMControlEnv("swimmer", "swimmer6", from_pixels=True)
+        env = TransformedEnv(env, DMCSubtle(geoms="target", shrink=1 / 4))
+    """
+
+    def __init__(
+        self, task=None, *, geoms=(), sites=(), tendons=(), classes=(), shrink=None, physics="official", xml=None,
+        assets=None,
+    ):  # fmt: skip
+        super().__init__()
+        if task is not None and task not in OFFICIAL:
+            raise unknown_task(task, OFFICIAL, "DMC-Subtle")
+        given = {kind: names for kind, names in zip(KINDS, (geoms, sites, tendons, classes), strict=True) if names}
+        names = {kind: [names] if isinstance(names, str) else list(names) for kind, names in given.items()}
+        if names and (task is not None or shrink is None):
+            raise ValueError(
+                f"DMCSubtle names {_said(names)} and has task={task!r}, shrink={shrink!r}. Names go with a shrink, such "
+                'as shrink=1/20, and without a task: a task, such as DMCSubtle("reacher"), brings its own names.'
+            )
+        if physics not in ("official", "frozen"):
+            raise ValueError(
+                f"physics={physics!r} must be 'official', where masses and rewards follow the edited XML, or 'frozen', "
+                f"where only what is seen shrinks.{_nearest(physics, ('official', 'frozen'))}"
+            )
+        self.task, self.names, self.shrink, self.physics = task, names, _fraction(shrink), physics
+        self.source = None if xml is None else (xml, assets)
+
+    def __repr__(self):
+        what = _said(self.names) or f"task={self.task!r}"
+        return f"{type(self).__name__}({what}, shrink={self.shrink}, physics={self.physics!r})"
+
+    def set_container(self, container):
+        super().set_container(container)
+        env = container
+        while isinstance(env, Transform):  # a Compose, perhaps not on an environment yet: then this is called again
+            env = env.__dict__["_container"]
+            env = None if env is None else env()
+        if env is None:
+            return
+        while isinstance(env, TransformedEnv):
+            env = env.base_env
+        if not isinstance(env, DMControlWrapper):
+            raise ValueError(
+                f"DMCSubtle works on a DMControlEnv or DMControlWrapper of this process, not on {type(env).__name__}. "
+                "Of several environments each gets its own, inside its worker: ParallelEnv(4, lambda: TransformedEnv("
+                'DMControlEnv("reacher", "easy", from_pixels=True), DMCSubtle())).'
+            )
+        physics, task = env._env.physics, env._env.task
+        begin = vars(task).get("initialize_episode")
+        shrunk = begin if isinstance(begin, Shrunk) else Shrunk(begin or partial(type(task).initialize_episode, task))
+        domain = _domain(physics)
+        shrunk.add(self._edit(domain), physics, [self.source] if self.source else _sources(env, domain))
+        task.initialize_episode = shrunk
+
+    def _edit(self, domain):
+        frozen = self.physics == "frozen"
+        if self.names:
+            return Edit(self.names, self.shrink, None, frozen)
+        tasks = {official.stock[0]: name for name, official in OFFICIAL.items()}
+        task = tasks.get(domain) if self.task is None else self.task
+        if task is None or tasks.get(domain) != task:
+            whose = f"the domain {domain!r}" if domain else "an environment that is not of the suite"
+            wanted = (
+                f"{task!r} is one of the domain {OFFICIAL[task].stock[0]!r}"
+                if task
+                else f"it has {', '.join(OFFICIAL)}"
+            )
+            raise ValueError(
+                f"DMC-Subtle has no such task for {whose}: {wanted}. On any other environment say what shrinks, as in "
+                'DMCSubtle(geoms="target", shrink=1/4).'
+            )
+        official = OFFICIAL[task]
+        if self.shrink is None:
+            return Edit(official.names, official.shrink, official.size, frozen)
+        return Edit(official.names, self.shrink, None, frozen)
+
+
+# -- what is shrunk, while episodes run -------------------------------------------------------------------------------
+
+
+@dataclass
+class Edit:
+    """What one DMCSubtle does: names by kind, the factor, and perhaps the size that it is the factor of."""
+
+    names: dict
+    shrink: float
+    size: float | None
+    frozen: bool
+
+    def __str__(self):
+        how = "frozen" if self.frozen else "official"
+        return f"{_said(self.names)} shrunk to {self.shrink:.4g} of the size, physics={how!r}"
+
+
+@dataclass
+class Part:
+    """The numbers of one thing's size in a compiled model."""
+
+    edit: Edit
+    field: str
+    index: int
+    numbers: np.ndarray
+
+    def read(self, model):
+        return getattr(model, self.field)[self.index : self.index + 1][self.numbers]  # a copy
+
+    def write(self, model, sizes):
+        getattr(model, self.field)[self.index : self.index + 1][self.numbers] = sizes
+
+    def shrink(self, model):
+        self.write(model, (self.read(model) if self.edit.size is None else self.edit.size) * self.edit.shrink)
+
+
+class Shrunk:
+    """What is shrunk in one environment. It takes the place of its task's `initialize_episode`."""
+
+    def __init__(self, begin):
+        self.begin = begin
+        self.parts, self.edits = {}, []
+
+    def __call__(self, physics):
+        parts = [part for part in self.parts.values() if not part.edit.frozen]
+        sizes = [part.read(physics.model) for part in parts]
+        self.begin(physics)
+        for part, size in zip(parts, sizes, strict=True):
+            if (part.read(physics.model) != size).any():  # the task set it, to what is big
+                part.shrink(physics.model)
+        self.dress(physics)
+
+    def add(self, edit, physics, sources):
+        if any(part.edit == edit for part in self.parts.values()):
+            return  # as when TorchRL puts a clone on the environment, to give a later transform its parent
+        source, before = _nearest_source(sources, physics.model.ptr, self.edits)
+        _, touched = _compile(source, [replace(edit, shrink=1.0)]) if self.parts else (None, [])
+        others = [self.parts[key].edit for key in touched if key in self.parts]
+        if others:
+            raise ValueError(
+                f"This environment already has {others[0]}, and DMCSubtle would make that {edit}. Build a new "
+                "environment for another size."
+            )
+        # Which numbers are a size shows at any shrink: what is frozen need not compile with the mass of a small one.
+        probe = replace(edit, shrink=0.5) if edit.frozen else edit
+        after, touched = _compile(source, [*self.edits, probe])
+        if _distance(before, after) == math.inf:
+            raise ValueError(f"DMCSubtle cannot make {edit}: the smaller mesh compiles to another number of faces.")
+        parts = {}
+        for field, index in touched:
+            old, new = (getattr(model, field)[index : index + 1] for model in (before, after))
+            parts[field, index] = Part(edit, field, index, (old != new) & (old * probe.shrink == new))
+        if not edit.frozen:
+            _adopt(physics, before, after, parts.values())
+            self.edits.append(edit)
+        self.parts |= parts
+        self.dress(physics)
+
+    def dress(self, physics):
+        """Have a physics, which forgets it when it is pickled, render what is frozen in its small size."""
+        if not isinstance(physics.render, Dressed) and any(part.edit.frozen for part in self.parts.values()):
+            physics.render = Dressed(physics, self)
+
+
+class Dressed:
+    """A physics' `render`; what is frozen is small only while it runs."""
+
+    def __init__(self, physics, shrunk):
+        self.render, self.physics, self.shrunk = physics.render, physics, shrunk
+
+    def __call__(self, *args, **kwargs):
+        model = self.physics.model
+        parts = [part for part in self.shrunk.parts.values() if part.edit.frozen]
+        sizes = [part.read(model) for part in parts]
+        try:
+            for part in parts:
+                part.shrink(model)
+            return self.render(*args, **kwargs)
+        finally:
+            for part, size in zip(parts, sizes, strict=True):
+                part.write(model, size)
+
+
+# -- the model compiled anew ------------------------------------------------------------------------------------------
+# Which masses are given and which follow from a density stands in the XML and no longer in the compiled model. So the
+# edited XML is compiled, and what comes out different is carried over into the environment's own model: all the rest,
+# a target the task has moved or a gravity the user has set, stays.
+
+
+class _Heard(Exception):
+    """Carries what a physics was about to be compiled from."""
+
+
+_listening = threading.Lock()
+
+
+def _domain(physics):
+    modules = [kind.__module__ for kind in type(physics).__mro__]
+    return next((module.split(".")[2] for module in modules if module.startswith("dm_control.suite.")), None)
+
+
+def _sources(env, domain):
+    """The (XML, assets) from which an environment of the suite may have been compiled; dm_control keeps none of them.
+
+    To begin building the task again, and to listen, works also for the tasks that put their XML together in Python.
+    """
+    from dm_control import suite
+    from dm_control.mujoco.wrapper import MjModel
+
+    tasks = [env.task_name] if isinstance(env, DMControlEnv) else suite.TASKS_BY_DOMAIN.get(domain, ())
+    ordinary, thread, sources = vars(MjModel)["from_xml_string"], threading.get_ident(), {}
+
+    def listen(xml_string, assets=None):
+        if threading.get_ident() != thread:
+            return ordinary.__func__(MjModel, xml_string, assets=assets)
+        raise _Heard(xml_string, assets)
+
+    with _listening:
+        MjModel.from_xml_string = listen
+        try:
+            for task in tasks:
+                try:
+                    suite.load(domain, task, task_kwargs={"random": 0})
+                except _Heard as heard:
+                    sources[heard.args[0]] = heard.args
+        finally:
+            MjModel.from_xml_string = ordinary
+    return list(sources.values())
+
+
+def _nearest_source(sources, model, edits):
+    """The source that compiles to `model`, apart from what a task sets in it, and what the source compiles to."""
+    compiled = [_compile(source, edits)[0] for source in sources]
+    distances = [_distance(model, other) for other in compiled]
+    if min(distances, default=math.inf) == math.inf:
+        raise ValueError(
+            "DMCSubtle needs the XML from which this environment's model was compiled, and "
+            + ("what it has compiles to another model" if sources else "dm_control keeps it only for the suite's tasks")
+            + '. Hand it over, as in DMCSubtle(geoms="target", shrink=1/4, xml=text, assets=files), where assets is a '
+            "dictionary from the names of included files to their content."
+        )
+    best = distances.index(min(distances))
+    return sources[best], compiled[best]
+
+
+def _compile(source, edits):
+    """The model compiled from an edited XML, and the fields and indices of what the last edit touched."""
+    import mujoco
+
+    xml, assets = source
+    with mujoco.MjVfs() as files:
+        for name, content in (assets or {}).items():
+            files[name] = content if isinstance(content, bytes) else content.encode()
+        spec = mujoco.MjSpec.from_string(xml if isinstance(xml, str) else xml.decode(), vfs=files)
+        touched = [_shrink_spec(spec, edit) for edit in edits]
+        try:
+            model = spec.compile(files)
+        except ValueError as error:
+            raise ValueError(
+                f"MuJoCo does not compile this environment's model with {', '.join(map(str, edits))}: {error}. A larger "
+                "shrink mends it, and so does physics='frozen' where a mass becomes too small."
+            ) from error
+    return model, [(SIZES[kind], element.id) for kind, element in (touched or [[]])[-1]]
+
+
+def _shrink_spec(spec, edit):
+    """Multiply the sizes that an edit names in a parsed XML; gives the (kind, element) it touched."""
+    elements = {"geom": spec.geoms, "site": spec.sites, "tendon": spec.tendons}
+    known = {kind: {element.name: [(kind, element)] for element in elements[kind] if element.name} for kind in elements}
+    known["class"] = {}
+    for kind in ("geom", "site"):
+        for element in elements[kind]:
+            known["class"].setdefault(element.classname.name, []).append((kind, element))
+    touched = []
+    for kind, names in edit.names.items():
+        for name in names:
+            if name not in known[kind]:
+                raise _unknown_name(kind, name, known)
+            touched += [found for found in known[kind][name] if found not in touched]
+    meshes = set()
+    for kind, element in touched:
+        shape = "" if kind == "tendon" else element.type.name.removeprefix("mjGEOM_")
+        if kind == "tendon":
+            element.width *= edit.shrink
+        elif kind == "geom" and (shape not in NUMBERS or element.meshname):
+            meshes.add(_mesh(spec, element, shape, edit, touched))
+        else:
+            size = np.array(element.size)
+            size[: NUMBERS[shape]] *= edit.shrink  # with two end points given, the compiler overwrites the length
+            element.size = size
+    for name in meshes:
+        spec.mesh(name).scale = np.array(spec.mesh(name).scale) * edit.shrink
+    return touched
+
+
+def _mesh(spec, geom, shape, edit, touched):
+    """The mesh a geom has its size from; refused where shrinking that shrinks not this geom, or not this alone."""
+    others = [other.name for other in spec.geoms if other.meshname == geom.meshname and ("geom", other) not in touched]
+    if shape == "MESH" and not edit.frozen and not others:
+        return geom.meshname
+    reason = "it comes from an asset: a height field, or a mesh that the geom is fitted to"
+    if shape == "MESH":
+        shared = f"shared with {', '.join(map(repr, others))}, which would have to be named too"
+        reason = f"it is that of the mesh {geom.meshname!r}, " + (
+            shared if others else "and physics='frozen' keeps that"
+        )
+    raise ValueError(f"DMCSubtle cannot change the size of the geom {geom.name!r}: {reason}.")
+
+
+def _adopt(physics, before, after, parts):
+    """Carry over what differs between two compiled models; sizes shrink from what they are, not from the XML's."""
+    model = physics.model.ptr
+    old, new, now = _numbers(before), _numbers(after), _numbers(model)
+    changed = {name: _differ(old[name], new[name]) for name in old}
+    for part in parts:
+        changed[part.field][part.index : part.index + 1][part.numbers] = False
+    foreign = [name for name, where in changed.items() if _differ(now[name], old[name])[where].any()]
+    if foreign:
+        raise ValueError(
+            f"DMCSubtle would overwrite {', '.join(foreign)} of this environment's model, which are not what its XML "
+            "compiles to. Make such changes after it is put on, or use physics='frozen', which needs no change here."
+        )
+    for name, where in changed.items():
+        now[name][where] = new[name][where]
+    for name in STATISTICS:
+        setattr(model.stat, name, now[name])
+    for part in parts:
+        part.shrink(model)
+    physics._reload_from_data(physics.data)  # computes what depends on the model, and drops the renderer's copy of it
+
+
+def _numbers(model):
+    """The arrays of a compiled model, by name, and copies of its statistics."""
+    values = {name: getattr(model, name) for name in dir(model) if not name.startswith("_")}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    return arrays | {name: np.array(getattr(model.stat, name)) for name in STATISTICS}
+
+
+def _differ(left, right):
+    return (left != right) & ~((left != left) & (right != right))  # NaN equals NaN
+
+
+def _distance(model, other):
+    """How many numbers differ between two compiled models; infinity for models that are not alike."""
+    left, right = _numbers(model), _numbers(other)
+    if model.names != other.names or any(left[name].shape != right[name].shape for name in left):
+        return math.inf
+    return sum(_differ(left[name], right[name]).sum() for name in left)
+
+
+# -- what a user is told ----------------------------------------------------------------------------------------------
+
+
+def _fraction(shrink):
+    if shrink is None:
+        return None
+    try:
+        number = float(Fraction(shrink)) if isinstance(shrink, str) else shrink
+    except (ValueError, ZeroDivisionError):
+        number = math.nan
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < number <= 1:
+        raise ValueError(
+            f"shrink={shrink!r} must be a number above 0 and at most 1, or a fraction such as '1/20': sizes are "
+            "multiplied by it, so a third of the size is shrink=1/3."
+        )
+    return float(number)
+
+
+def _said(names):
+    return ", ".join(f"{kind} {name!r}" for kind, group in names.items() for name in group)
+
+
+def _nearest(name, known):
+    nearest = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
+    return f" The nearest: {', '.join(nearest)}." if nearest else ""
+
+
+def _unknown_name(kind, name, known):
+    elsewhere = [
+        f" There is a {other} of that name: {KINDS[other]}={name!r}." for other in known if name in known[other]
+    ]
+    return ValueError(
+        f"This environment's model has no {kind} called {name!r}.{''.join(elsewhere)}{_nearest(name, known[kind])} "
+        f"Its {KINDS[kind]}: {', '.join(sorted(known[kind])) or 'none that has a name'}."
+    )

@@ -1,0 +1,139 @@
+"""Says what works on this machine, and how to mend what does not; exit status 1 if anything does not.
+
+python examples/doctor.py
+python examples/doctor.py env=dmc_vision env.task=walker_walk
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+
+import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
+from r2dreamer.envs import check_environment, env_seeds, make_vector_env
+from r2dreamer.envs.replay import check_memory, record_bytes
+from support.machine import opengl, packages, processor
+from support.setup import USER_ERRORS, friendly_errors
+
+# A suite, the module that tells whether it is installed, its extra, and whether MuJoCo renders it.
+SUITES = {
+    "gym": ("gymnasium", "gym", False),
+    "dmc_proprio": ("dm_control", "dmc", False),
+    "dmc_vision": ("dm_control", "dmc", True),
+    "dmc_subtle": ("dm_control", "dmc", True),
+    "metaworld": ("metaworld", "metaworld", True),
+    "atari100k": ("ale_py", "atari", False),
+    "crafter": ("crafter", "crafter", False),
+    "memory_maze": ("memory_maze", "memory_maze", True),
+    "probe": ("r2dreamer.envs", "", False),
+}
+
+
+class Report:
+    """Prints what is found as it is found, and remembers what is wrong."""
+
+    def __init__(self):
+        self.problems: list[str] = []
+
+    def line(self, text: str) -> None:
+        print(f"  {text}", flush=True)
+
+    def problem(self, text: str) -> None:
+        self.problems.append(text)
+        self.line(f"PROBLEM: {text}")
+
+
+def frames_per_second(cfg: DictConfig, count: int) -> float:
+    """Of `count` environments under random actions, each in a worker: one that dies or hangs is an error here."""
+    factory = hydra.utils.instantiate(cfg.env.make)
+    seeds = env_seeds(cfg.seed, count, "eval")
+    environments = make_vector_env(factory, seeds, parallel=True, timeout=cfg.timeout)
+    try:
+        root = environments.reset()
+        for step in range(cfg.steps + 3):
+            if step == 3:
+                start = time.perf_counter()
+            _, root = environments.step_and_maybe_reset(root.update(environments.rand_action(root)))
+        return cfg.steps * count * cfg.env.action_repeat / (time.perf_counter() - start)
+    finally:
+        environments.close()
+
+
+def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
+    """Builds the configured environment, holds it to the contract, and measures it."""
+    name = f"env={cfg.env.suite} env.task={cfg.env.task}"
+    try:
+        single = frames_per_second(cfg, 1)
+        report.line(f"{name}: {single:.0f} frames/s, {1000 * cfg.env.action_repeat / single:.2f} ms a step")
+        if not thorough:
+            return
+        environment = hydra.utils.instantiate(cfg.env.make)(seed=0)
+        check_environment(environment)
+        observations = ObservationSpace.from_spec(environment.observation_spec)
+        actions = ActionSpace.from_spec(environment.action_spec)
+        environment.close()
+        report.line(f"images {observations.images}, vectors {observations.vectors}, {actions}")
+        if cfg.env.num_envs > 1:
+            many = frames_per_second(cfg, cfg.env.num_envs)
+            report.line(f"{cfg.env.num_envs} of them in parallel: {many:.0f} frames/s")
+        agent = build_agent(observations, actions, **cfg.model)
+        size = record_bytes(agent.example_record(), latent_keys=agent.latent_sizes)
+        report.line(f"replay: {check_memory(size, cfg.replay.capacity, **cfg.replay.place)}")
+    except USER_ERRORS as error:
+        report.problem(" ".join([str(error), *getattr(error, "__notes__", [])]))
+
+
+@hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="doctor")
+@friendly_errors
+def main(cfg: DictConfig) -> None:
+    report = Report()
+    asked = any(override.startswith("env=") for override in HydraConfig.get().overrides.task)
+
+    print("Machine")
+    for line in processor():
+        report.line(line)
+    print("Packages")
+    lines, problems = packages()
+    for line in lines:
+        report.line(line)
+    for problem in problems:
+        report.problem(problem)
+
+    suites = [cfg.env.suite] if asked else list(SUITES)
+    installed = {name: importlib.util.find_spec(SUITES[name][0]) is not None for name in suites if name in SUITES}
+    if any(installed.get(name) and SUITES[name][2] for name in suites):
+        print("Renderer of MuJoCo")
+        line, problem = opengl(cfg.timeout)
+        report.line(line)
+        if problem:
+            report.problem(problem)
+
+    print("Environments")
+    for name in suites:
+        if not installed.get(name, True):
+            remedy = f'pip install "torchrl-r2dreamer[{SUITES[name][1]}]"'
+            if asked:
+                report.problem(f"{name} is not installed: {remedy}")
+            else:
+                report.line(f"{name}: not installed ({remedy})")
+        elif asked:
+            examine(cfg, report, thorough=True)
+        else:
+            overrides = [each for each in HydraConfig.get().overrides.task if not each.startswith("env")]
+            examine(hydra.compose("doctor", [f"env={name}", *overrides]), report, thorough=False)
+
+    print(f"{len(report.problems)} problems" if report.problems else "Everything that is installed works.")
+    for problem in report.problems:
+        print(f"* {problem}")
+    sys.exit(bool(report.problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Every suite trains end to end through the example, with its own config, shrunk only in model, batch and budget."""
+
+import json
+import sys
+
+import pytest
+from launcher import TINY, Server, config
+
+from r2dreamer.envs import make_dmc, make_gym, make_probe
+from r2dreamer.envs.suites import SUITES
+from support.metrics import read_metrics
+
+MAKE_ENV = """
+import torch
+from torchrl.envs import GymEnv, TransformedEnv, RewardSum
+
+def make_env(task="CartPole-v1"):
+    return GymEnv(task, categorical_action_encoding=False)
+
+def summed():
+    return TransformedEnv(make_env(), RewardSum())  # a second reward: "episode_reward" of one number, as an observation
+
+def indexed():
+    return GymEnv("CartPole-v1", categorical_action_encoding=True)
+
+def nothing():
+    return object()
+"""
+# Beside `eval/return`: what a user of the suite looks for.
+REPORTED = {
+    "dmc_vision": (),
+    "dmc_proprio": (),
+    "dmc_subtle": (),
+    "metaworld": ("eval/success",),
+    "atari100k": ("eval/human_normalized",),
+    "crafter": ("eval/crafter_score", "eval/achievement_wake_up", "train/crafter_score"),
+    "memory_maze": ("eval/targets_reached",),
+    "probe": (),
+    "custom": (),
+}
+# Sizes that keep a whole evaluation episode short; each suite's own limits are tested with the suite.
+SHORT = {
+    "atari100k": ["env.task=pong", "env.make.time_limit=600"],
+    "memory_maze": ["replay.place.storage=memmap", "total_frames=60", "eval.every=1000", "checkpoint.every=40"],
+    "metaworld": ["total_frames=60", "eval.every=1000"],
+    "custom": ["env.factory=my_envs:make_env", "env.parallel=false"],
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("suite", REPORTED)
+def test_a_few_hundred_frames_train_and_report_what_the_suite_is_about(server, tmp_path, suite):
+    (tmp_path / "my_envs.py").write_text(MAKE_ENV)
+    tiny = [each for each in TINY if not each.startswith("name=")]
+    episodes = ["env.num_envs=1", "env.eval_episodes=1", "eval.every=100000"]
+    run = server.run(tmp_path, f"env={suite}", *tiny, *episodes, "logdir=log", *SHORT.get(suite, ()), timeout=400)
+    assert run.status == 0, run.stdout + run.stderr
+    lines = list(read_metrics(tmp_path / "log"))
+    first, last = (line for line in lines if "eval/return" in line)
+    assert (first["step"], last["step"] >= 60) == (0, True)
+    assert any("loss/barlow" in line for line in lines)
+    together = {key for line in lines for key in line}
+    assert together >= {key for key in REPORTED[suite] if key.startswith("eval/")}
+    if "train/return" in together:
+        assert together >= {*REPORTED[suite]}
+
+
+def test_budgets_repeats_and_ratios_are_those_of_the_papers_table():
+    table = {  # frames, repeat, train ratio
+        "dmc_proprio": (500_000, 2, 512),
+        "dmc_vision": (1_000_000, 2, 512),
+        "dmc_subtle": (1_000_000, 2, 512),
+        "metaworld": (1_000_000, 2, 512),
+        "atari100k": (400_000, 4, 128),
+        "crafter": (1_000_000, 1, 512),
+        "memory_maze": (100_000_000, 1, 512),
+    }
+    for suite, numbers in table.items():
+        cfg = config(f"env={suite}")
+        assert (cfg.total_frames, cfg.env.action_repeat, cfg.train_ratio) == numbers, suite
+        assert cfg.env.suite == suite
+
+
+def test_a_task_of_another_suite_is_sent_there():
+    for make, task, suite in (
+        (make_gym, "walker_walk", "env=dmc_vision or env=dmc_proprio"),
+        (make_dmc, "door-open", "env=metaworld"),
+        (make_probe, "alien", "env=atari100k"),
+        (make_dmc, "9x9", "env=memory_maze"),
+    ):
+        with pytest.raises(ValueError, match="another suite") as refused:
+            make(task, seed=0, **({"from_pixels": False} if make is make_dmc else {}))
+        assert f"use {suite} env.task={task}." in str(refused.value)
+
+
+def test_every_suite_lists_its_own_default_task():
+    for suite, tasks in SUITES.items():
+        assert config(f"env={suite}").env.task in tasks(), suite
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("my_envs", "must say"),
+        ("other_envs:make_env", "No module named"),
+        ("my_envs:make_envs", "has no 'make_envs'. It has:"),
+        ("my_envs:nothing", "returned a object, not a TorchRL environment"),
+        ("my_envs:indexed", "make it OneHot"),
+    ],
+)
+def test_a_factory_that_does_not_fit_is_answered_with_what_is_wrong(server, tmp_path, factory, said):
+    (tmp_path / "my_envs.py").write_text(MAKE_ENV)
+    run = server.run(tmp_path, "env=custom", f"env.factory={factory}", *TINY)
+    assert run.status == 1 and said in " ".join(run.stderr.split()), run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_custom_environment_needs_a_factory(server, tmp_path):
+    run = server.run(tmp_path, "env=custom", *TINY)
+    assert run.status == 1 and "env.factory" in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+def test_evaluation_plays_whole_games_where_training_ends_them_with_a_life():
+    import hydra
+
+    cfg = config("env=atari100k", "env.task=breakout", "env.lives=discount")
+    train, evaluation = (hydra.utils.instantiate(cfg.env[key])(seed=0) for key in ("make", "make_evaluation"))
+    assert (train.base_env.lives, evaluation.base_env.lives) == ("discount", "unused")
+    returns = [2.0, 4.0]
+    assert "human_normalized" in hydra.utils.instantiate(cfg.env.scores)(returns, {})
+    assert hydra.utils.instantiate(cfg.env.train_scores)(returns, {}) == {}
+
+
+# -- examples/doctor.py -----------------------------------------------------------------------------------------------
+
+
+def doctor(server, folder, *overrides, **more):
+    run = server.run(folder, "steps=5", "model=size1M", *overrides, script="doctor", **more)
+    return run.status, run.stdout + run.stderr
+
+
+def test_the_doctor_finds_a_healthy_suite_healthy(server, tmp_path):
+    status, said = doctor(server, tmp_path, "env=dmc_vision", "env.task=reacher_easy", "env.num_envs=2")
+    assert status == 0, said
+    for part in ("frames/s", "2 of them in parallel", "a record x 500000 records", "llvmpipe", "works."):
+        assert part in said, said
+
+
+def test_the_doctor_says_what_is_ill_and_how_to_mend_it(server, tmp_path):
+    for overrides, without, remedy in (
+        (["env=crafter"], "crafter", 'pip install "torchrl-r2dreamer[crafter]"'),
+        (["env=gym", "env.task=CartPole-v9"], None, "CartPole-v1"),
+        (["env=gym", "replay.capacity=1000000000000"], None, "does not fit"),
+    ):
+        status, said = doctor(server, tmp_path, *overrides, without=without)
+        assert status == 1 and remedy in " ".join(said.split()), said
+
+
+def test_a_driver_that_does_not_render_is_a_problem_with_a_way_out(tmp_path):
+    import subprocess
+
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import support.machine as m, json; print(json.dumps(m.opengl(0.01)))"
+    import launcher
+
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(launcher.EXAMPLES)], capture_output=True, text=True, check=True
+    )
+    line, problem = json.loads(out.stdout)
+    assert "hangs" in line and "MUJOCO_GL=osmesa" in problem
