@@ -128,15 +128,11 @@ class DMCSubtle(Transform):
         tasks = {official.stock[0]: name for name, official in OFFICIAL.items()}
         task = tasks.get(domain) if self.task is None else self.task
         if task is None or tasks.get(domain) != task:
-            whose = f"the domain {domain!r}" if domain else "an environment that is not of the suite"
-            wanted = (
-                f"{task!r} is one of the domain {OFFICIAL[task].stock[0]!r}"
-                if task
-                else f"it has {', '.join(OFFICIAL)}"
-            )
+            whose = f"one of the domain {domain!r}" if domain else "one that is not of the suite"
+            meant = f" {task!r}: that is one of {OFFICIAL[task].stock[0]!r}" if task else ""
             raise ValueError(
-                f"DMC-Subtle has no such task for {whose}: {wanted}. On any other environment say what shrinks, as in "
-                'DMCSubtle(geoms="target", shrink=1/4).'
+                f"DMCSubtle was put on an environment, {whose}, for which it has no task{meant}. Its tasks: {', '.join(OFFICIAL)}. "
+                'Anywhere else say what shrinks, as in DMCSubtle(geoms="target", shrink=1/4).'
             )
         official = OFFICIAL[task]
         if self.shrink is None:
@@ -194,7 +190,7 @@ class Shrunk:
         for part, size in zip(parts, sizes, strict=True):
             if (part.read(physics.model) != size).any():  # the task set it, to what is big
                 part.shrink(physics.model)
-        self.dress(physics)
+        self.render_small(physics)
 
     def add(self, edit, physics, sources):
         if any(part.edit == edit for part in self.parts.values()):
@@ -220,15 +216,15 @@ class Shrunk:
             _adopt(physics, before, after, parts.values())
             self.edits.append(edit)
         self.parts |= parts
-        self.dress(physics)
+        self.render_small(physics)
 
-    def dress(self, physics):
-        """Have a physics, which forgets it when it is pickled, render what is frozen in its small size."""
-        if not isinstance(physics.render, Dressed) and any(part.edit.frozen for part in self.parts.values()):
-            physics.render = Dressed(physics, self)
+    def render_small(self, physics):
+        """Have a physics render what is frozen small; it forgets that when it is pickled, so every episode says it."""
+        if not isinstance(physics.render, SmallRender) and any(part.edit.frozen for part in self.parts.values()):
+            physics.render = SmallRender(physics, self)
 
 
-class Dressed:
+class SmallRender:
     """A physics' `render`; what is frozen is small only while it runs."""
 
     def __init__(self, physics, shrunk):
@@ -253,8 +249,8 @@ class Dressed:
 # a target the task has moved or a gravity the user has set, stays.
 
 
-class _Heard(Exception):
-    """Carries what a physics was about to be compiled from."""
+class _Source(Exception):
+    """The (XML, assets) that a physics was about to be compiled from."""
 
 
 _listening = threading.Lock()
@@ -279,7 +275,7 @@ def _sources(env, domain):
     def listen(xml_string, assets=None):
         if threading.get_ident() != thread:
             return ordinary.__func__(MjModel, xml_string, assets=assets)
-        raise _Heard(xml_string, assets)
+        raise _Source(xml_string, assets)
 
     with _listening:
         MjModel.from_xml_string = listen
@@ -287,8 +283,8 @@ def _sources(env, domain):
             for task in tasks:
                 try:
                     suite.load(domain, task, task_kwargs={"random": 0})
-                except _Heard as heard:
-                    sources[heard.args[0]] = heard.args
+                except _Source as source:
+                    sources[source.args[0]] = source.args
         finally:
             MjModel.from_xml_string = ordinary
     return list(sources.values())
@@ -301,7 +297,7 @@ def _nearest_source(sources, model, edits):
     if min(distances, default=math.inf) == math.inf:
         raise ValueError(
             "DMCSubtle needs the XML from which this environment's model was compiled, and "
-            + ("what it has compiles to another model" if sources else "dm_control keeps it only for the suite's tasks")
+            + ("what it has compiles to another model" if sources else "only for the suite's tasks can it find that")
             + '. Hand it over, as in DMCSubtle(geoms="target", shrink=1/4, xml=text, assets=files), where assets is a '
             "dictionary from the names of included files to their content."
         )
@@ -322,8 +318,10 @@ def _compile(source, edits):
         try:
             model = spec.compile(files)
         except ValueError as error:
+            if not edits:
+                raise
             raise ValueError(
-                f"MuJoCo does not compile this environment's model with {', '.join(map(str, edits))}: {error}. A larger "
+                f"MuJoCo does not compile this environment's model with {', '.join(map(str, edits))}: {' '.join(str(error).split())}. A larger "
                 "shrink mends it, and so does physics='frozen' where a mass becomes too small."
             ) from error
     return model, [(SIZES[kind], element.id) for kind, element in (touched or [[]])[-1]]
@@ -368,7 +366,7 @@ def _mesh(spec, geom, shape, edit, touched):
     if shape == "MESH":
         shared = f"shared with {', '.join(map(repr, others))}, which would have to be named too"
         reason = f"it is that of the mesh {geom.meshname!r}, " + (
-            shared if others else "and physics='frozen' keeps that"
+            shared if others else "which only physics='official' can shrink"
         )
     raise ValueError(f"DMCSubtle cannot change the size of the geom {geom.name!r}: {reason}.")
 

@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 import support  # noqa: F401 - sets how threads wait, before torch is imported
-from r2dreamer.envs import make_dmc
+from r2dreamer.envs import make_dmc, make_dmc_subtle
 from r2dreamer.envs.errors import require
-from r2dreamer.envs.subtle import OFFICIAL, make_dmc_subtle
+from r2dreamer.envs.subtle import OFFICIAL
 
 SEED = 8
 

@@ -121,9 +121,8 @@ class Trainer:
             torch.set_num_threads(cfg.threads)
         # Refuses what cannot be resumed before anything heavy starts.
         self.logdir, self.lock, self.checkpoints, self.saved = open_run(cfg)
-        make, make_evaluation = (hydra.utils.instantiate(cfg.env[key]) for key in ("make", "make_evaluation"))
-        self.make_evaluation = make_evaluation
-        self.agent, keys = build(make, cfg, self.device)
+        self.suite = suite = hydra.utils.instantiate(cfg.env, _convert_="all")
+        self.agent, keys = build(suite["make"], cfg, self.device)
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile)
 
         streams, sizes = cfg.env.num_envs, self.agent.latent_sizes
@@ -133,14 +132,13 @@ class Trainer:
         self.replay = make_replay(cfg.replay.capacity, streams, cfg.batch_size, cfg.batch_length, **cfg.replay.place)
         self.records = RecordBuilder(streams, keys, latent_sizes=sizes)
         self.ratio = DreamerV3UpdateRatio(cfg.train_ratio / (cfg.batch_size * cfg.batch_length))
-        self.scores, train_scores = (hydra.utils.instantiate(cfg.env[key]) for key in ("scores", "train_scores"))
-        self.returns, self.averages = EpisodeReturns(streams, train_scores), Averages()
+        self.returns, self.averages = EpisodeReturns(streams, suite["train_scores"]), Averages()
         self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0}
         self.first_update = cfg.warmup_steps  # in policy steps
 
-        self.environments = make_vector_env(make, self.train_seeds(), parallel=cfg.env.parallel)
+        self.environments = make_vector_env(suite["make"], self.train_seeds(), parallel=cfg.env.parallel)
         self.evaluation_seeds = env_seeds(cfg.seed, cfg.eval.episodes, "eval")
-        self.evaluation = make_vector_env(make_evaluation, self.evaluation_seeds, parallel=cfg.env.parallel)
+        self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, parallel=cfg.env.parallel)
         self.collector = Collector(
             self.environments,
             self.agent.policy,
@@ -246,9 +244,9 @@ class Trainer:
             self.evaluation_seeds,
             seed=cfg.seed,
             record=cfg.eval.video,
-            make_environment=self.make_evaluation if last else None,
+            make_environment=self.suite["make_evaluation"] if last else None,
         )
-        self.metrics.write(self.frames, result.summary(self.scores))
+        self.metrics.write(self.frames, result.summary(self.suite["scores"]))
         if result.frames is not None:
             write_video(self.logdir / "eval.mp4", result.frames, fps=30)
             self.metrics.video(self.frames, "eval/video", result.frames, fps=30)

@@ -33,6 +33,17 @@ def test_docstring_examples(name):
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS).failed == 0
 
 
+def block_with(name):
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if name in block)
+    return block
+
+
+def test_the_transform_in_the_readme_steps():
+    names = {}
+    exec(block_with("DMCSubtle"), names)
+    assert names["env"].rollout(2)["next", "pixels"].dtype == torch.uint8
+
+
 def test_the_swap_in_the_readme_trains():
     torch.manual_seed(0)
     world_model, env, actor, value = torchrl_parts()
@@ -52,8 +63,7 @@ def test_the_swap_in_the_readme_trains():
         "value_loss": value_loss,
         "target_updater": SoftUpdate(value_loss, tau=0.02),
     }
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(block, names)
+    exec(block_with("R2DreamerWorldModelLoss"), names)
     metrics = names["stepper"].step(None, sample())
     assert metrics["loss_barlow"].isfinite()
 
