@@ -1,10 +1,14 @@
 """Every suite trains end to end through the example, with its own config, shrunk only in model, batch and budget."""
 
+import csv
+import importlib.resources
 import json
+import subprocess
 import sys
 
+import hydra
 import pytest
-from launcher import TINY, Server, config
+from launcher import EXAMPLES, TINY, Server, config
 
 from r2dreamer.envs import make_dmc, make_gym, make_probe
 from r2dreamer.envs.suites import SUITES
@@ -71,6 +75,21 @@ def test_a_few_hundred_frames_train_and_report_what_the_suite_is_about(server, t
         assert together >= {*REPORTED[suite]}
 
 
+@pytest.mark.parametrize(("suite", "count"), [("dmc_vision", 20), ("dmc_proprio", 18)])
+def test_every_task_of_the_published_benchmarks_steps(suite, count):
+    table = importlib.resources.files("r2dreamer.configs").joinpath("reference_curves.csv").read_text()
+    rows = csv.DictReader(table.splitlines())
+    tasks = sorted({row["task"].removeprefix("dmc_") for row in rows if row["suite"] == suite})
+    assert len(tasks) == count
+    for task in tasks:
+        env = make_dmc(task, seed=1, from_pixels=suite == "dmc_vision")
+        observed = env.rollout(2)["next"]
+        names = {key for key in observed.keys() if key not in ("reward", "done", "terminated", "truncated", "is_init")}
+        assert (names == {"pixels"}) == (suite == "dmc_vision"), task
+        assert all(observed[name].float().isfinite().all() for name in names)
+        env.close()
+
+
 def test_budgets_repeats_and_ratios_are_those_of_the_papers_table():
     table = {  # frames, repeat, train ratio
         "dmc_proprio": (500_000, 2, 512),
@@ -127,8 +146,6 @@ def test_a_custom_environment_needs_a_factory(server, tmp_path):
 
 
 def test_evaluation_plays_whole_games_where_training_ends_them_with_a_life():
-    import hydra
-
     cfg = config("env=atari100k", "env.task=breakout", "env.lives=discount")
     train, evaluation = (hydra.utils.instantiate(cfg.env[key])(seed=0) for key in ("make", "make_evaluation"))
     assert (train.base_env.lives, evaluation.base_env.lives) == ("discount", "unused")
@@ -163,13 +180,7 @@ def test_the_doctor_says_what_is_ill_and_how_to_mend_it(server, tmp_path):
 
 
 def test_a_driver_that_does_not_render_is_a_problem_with_a_way_out(tmp_path):
-    import subprocess
-
     code = "import sys; sys.path.insert(0, sys.argv[1]); import support.machine as m, json; print(json.dumps(m.opengl(0.01)))"
-    import launcher
-
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(launcher.EXAMPLES)], capture_output=True, text=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", code, str(EXAMPLES)], capture_output=True, text=True, check=True)
     line, problem = json.loads(out.stdout)
     assert "hangs" in line and "MUJOCO_GL=osmesa" in problem
