@@ -4,8 +4,6 @@ python examples/train.py env=dmc_vision env.task=walker_walk
 python examples/train.py experiment=quickstart
 """
 
-from __future__ import annotations
-
 import sys
 import time
 
