@@ -3,9 +3,12 @@
 import fcntl
 
 import pytest
+import torch
 from launcher import CARTPOLE, TINY, Server
+from tensordict import TensorDict
 
 from support.metrics import read_metrics
+from support.setup import friendly_errors
 
 WORLD = """
 import gymnasium
@@ -222,3 +225,16 @@ def test_a_run_is_not_overwritten(server, finished, tmp_path):
     message = refused(server, tmp_path, *CARTPOLE, "total_frames=120", f"logdir={finished}", "resume=false")
     assert "already holds a run" in message and "resume=auto" in message
     assert list(read_metrics(finished)) == before
+
+
+def test_ctrl_c_in_the_middle_of_a_model_leaves_as_anywhere_else():
+    module = torch.nn.Linear(1, 1)
+
+    @friendly_errors
+    def main(cfg):
+        with TensorDict.from_module(module).to_module(module):
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        main(None)
+    assert left.value.code == 130

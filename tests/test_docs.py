@@ -17,6 +17,7 @@ from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3O
 import r2dreamer.dreamer
 import r2dreamer.envs
 import r2dreamer.losses
+from r2dreamer.envs.gl import choose_gl
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
@@ -39,6 +40,7 @@ def block_with(name):
 
 
 def test_the_transform_in_the_readme_steps():
+    choose_gl()  # in place of the `export` the block's first line speaks of
     names = {}
     exec(block_with("DMCSubtle"), names)
     assert names["env"].rollout(2)["next", "pixels"].dtype == torch.uint8

@@ -43,6 +43,11 @@ FIXED = (
 )
 
 
+def leave_at_once() -> None:
+    print("Left at once, without saving.", file=sys.stderr)
+    sys.exit(130)
+
+
 def friendly_errors(main: Callable) -> Callable:
     """A user's mistake ends the program with one paragraph and status 1; HYDRA_FULL_ERROR=1 brings the traceback."""
 
@@ -51,8 +56,7 @@ def friendly_errors(main: Callable) -> Callable:
         try:
             main(cfg)
         except KeyboardInterrupt:
-            print("Left at once, without saving.", file=sys.stderr)
-            sys.exit(130)
+            leave_at_once()
         except (*USER_ERRORS, InstantiationException) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -64,6 +68,11 @@ def friendly_errors(main: Callable) -> Callable:
                 paragraph = textwrap.fill(paragraph, 110, break_long_words=False, break_on_hyphens=False)
             print(f"\n{paragraph}\n(HYDRA_FULL_ERROR=1 shows the traceback.)", file=sys.stderr)
             sys.exit(1)
+        except RuntimeError as error:
+            # What a KeyboardInterrupt becomes on its way out of tensordict's `with params.to_module(...)`.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                leave_at_once()
+            raise
 
     return wrapped
 
