@@ -165,7 +165,7 @@ def doctor(server, folder, *overrides, **more):
 def test_the_doctor_finds_a_healthy_suite_healthy(server, tmp_path):
     status, said = doctor(server, tmp_path, "env=dmc_vision", "env.task=reacher_easy", "env.num_envs=2")
     assert status == 0, said
-    for part in ("frames/s", "2 of them in parallel", "a record x 500000 records", "llvmpipe", "works."):
+    for part in ("frames/s", "2 of them in parallel", "a record x 500000 records", "Renderer of MuJoCo", "works."):
         assert part in said, said
 
 
