@@ -38,13 +38,13 @@ class Simulator(EnvBase):
         self.full_done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone())
 
     def begin(self):
-        raise NotImplementedError
+        raise NotImplementedError  # each suite begins its own episodes
 
     def advance(self, action):
-        raise NotImplementedError
+        raise NotImplementedError  # and says what an action does
 
     def seed(self, number):
-        raise NotImplementedError
+        raise NotImplementedError  # and which generators it has
 
     def _set_seed(self, seed):
         self.seed(seed)

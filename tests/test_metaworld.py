@@ -240,7 +240,7 @@ def test_a_closed_or_forgotten_environment_leaves_no_thread():
         closed.reset()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*")
+@pytest.mark.filterwarnings("ignore:.*fork.*")  # forking beside threads is what this test is about
 def test_a_forked_process_is_told_that_it_has_no_renderer(reach):
     child = os.fork()
     if child == 0:
