@@ -33,7 +33,11 @@ class FeatureMLP(nn.Module):
         self.layers = mlp(features, units, layers, out_features, scale=scale)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
-        return self.layers(torch.cat([state, belief.to(state.dtype)], -1)).float()
+        first, *others = self.layers
+        value = first.joined(state, belief.to(state.dtype))
+        for layer in others:
+            value = layer(value)
+        return value.float()
 
 
 class TwoHotMLP(FeatureMLP):
@@ -56,7 +60,7 @@ class ProjectionHead(nn.Module):
         self.linear = Linear(features, embedding_size, bias=False)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
-        return self.linear(torch.cat([state, belief.to(state.dtype)], -1))
+        return self.linear.joined(state, belief.to(state.dtype))
 
 
 class NormalParameters(nn.Module):

@@ -45,6 +45,11 @@ class Linear(nn.Linear):
         out = self.tapes["weight"].matmul(value)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
+    def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """``forward`` of the two beside each other, which are never copied together."""
+        left, right = self.weight.split([first.shape[-1], second.shape[-1]], -1)
+        return F.linear(first, left, self.bias) + F.linear(second, right)
+
 
 class NormSiLU(nn.Module):
     """RMSNorm of the last dimension (float32 gain, no shift), then SiLU; float32 inside, the input's dtype outside."""
