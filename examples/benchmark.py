@@ -32,8 +32,9 @@ from train import Learner
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
 from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay import make_replay
+from support.devices import resolve_device, resolve_precision
 from support.peers import torchrl_dreamer
-from support.setup import friendly_errors, resolve_device, resolve_precision
+from support.setup import friendly_errors
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:

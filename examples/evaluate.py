@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from train import Learner
 
 from support.checkpoint import Checkpoints, LoadedCheckpoint
+from support.devices import resolve_device
 from support.film import evaluate_seeds
-from support.setup import build, friendly_errors, resolve_device
+from support.setup import build, friendly_errors
 from support.video import write_video
 
 

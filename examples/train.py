@@ -27,19 +27,11 @@ from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
 from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss, total_loss
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
+from support.devices import resolve_device, resolve_precision
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
 from support.metrics import Averages, MetricsWriter, rename_loss
-from support.setup import (
-    Interrupt,
-    build,
-    check_weights,
-    friendly_errors,
-    metrics_position,
-    open_run,
-    resolve_device,
-    resolve_precision,
-)
+from support.setup import Interrupt, build, check_weights, friendly_errors, metrics_position, open_run
 from support.snapshot import restore, snapshot
 from support.video import write_video
 
@@ -54,11 +46,7 @@ class Learner(nn.Module):
             agent.world_model, make(algorithm.representation), kl=make(algorithm.kl), num_reward_bins=len(bins)
         )
         self.actor_loss = DreamerActorLoss(
-            agent.actor,
-            agent.value_model,
-            agent.imagination,
-            continue_model=agent.continue_model,
-            **algorithm.actor,
+            agent.actor, agent.value_model, agent.imagination, continue_model=agent.continue_model, **algorithm.actor
         )
         self.value_loss = DreamerValueLoss(agent.value_model, num_value_bins=len(bins), **algorithm.value)
         self.to(bins.device)  # the losses have buffers of their own
@@ -121,6 +109,7 @@ class Trainer:
         self.logdir, self.lock, self.checkpoints, self.saved = open_run(cfg)
         self.suite = suite = hydra.utils.instantiate(cfg.env, _convert_="all")
         self.agent, keys = build(suite["make"], cfg, self.device)
+        self.stream = hydra.utils.instantiate(cfg.collector, self.agent.policy)
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile)
 
         streams, sizes = cfg.env.num_envs, self.agent.latent_sizes
@@ -137,9 +126,9 @@ class Trainer:
         self.environments = make_vector_env(suite["make"], self.train_seeds(), parallel=cfg.env.parallel)
         self.evaluation_seeds = env_seeds(cfg.seed, cfg.eval.episodes, "eval")
         self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, parallel=cfg.env.parallel)
-        self.collector = Collector(
+        collector = Collector(
             self.environments,
-            self.agent.policy,
+            self.stream.policy,
             frames_per_batch=streams * cfg.collect_steps,
             total_frames=-1,
             policy_device=self.device,
@@ -148,6 +137,7 @@ class Trainer:
             exploration_type=ExplorationType.RANDOM,
             auto_register_policy_transforms=True,  # the policy's latents become entries of the environments
         )
+        self.stream.start(collector)
         self.metrics = MetricsWriter(
             self.logdir,
             loggers=[hydra.utils.instantiate(logger, logdir=self.logdir) for logger in (cfg.logger or {}).values()],
@@ -158,7 +148,7 @@ class Trainer:
         self.restart_environments()
         if self.saved:
             self.saved.restore_rng()
-        self.clock = self.count | {"time": time.perf_counter()}
+        self.clock = self.now()
 
     @property
     def frames(self) -> int:
@@ -167,6 +157,9 @@ class Trainer:
     @property
     def when(self) -> str:
         return f"at frame {self.frames:,}, update {self.count['updates']:,}"
+
+    def now(self) -> dict[str, float]:
+        return self.count | {"time": time.perf_counter(), "waited": self.stream.waited}
 
     def train_seeds(self) -> list[int]:
         return env_seeds(self.cfg.seed, self.cfg.env.num_envs, "train", self.count["restarts"])
@@ -178,11 +171,11 @@ class Trainer:
             print(f"{self.logdir}: {parts} parameters, {self.learner.precision} on {self.device}")
             print(f"Replay: {self.memory}")
         score = None if self.saved else self.evaluate()
-        stream, total = iter(self.collector), cfg.total_frames
+        total = cfg.total_frames
         with Interrupt() as interrupt, tqdm(total=total, initial=self.frames, disable=not cfg.progress) as bar:
             while self.frames < total and not interrupt.requested:
                 before = self.frames
-                self.collect(next(stream))
+                self.collect(self.stream.next(self.count["updates"]))
                 if self.count["policy_steps"] >= self.first_update and self.replay.can_sample():
                     self.update()
                 due = lambda every, before=before: self.frames // every > before // every
@@ -218,7 +211,7 @@ class Trainer:
         self.averages.check_finite(self.frames, self.count["updates"])
 
     def log(self) -> dict[str, str]:
-        now = self.count | {"time": time.perf_counter()}
+        now = self.now()
         passed = {name: now[name] - self.clock[name] for name in now}
         self.clock = now
         line = {rename_loss(name): value for name, value in self.averages.pop().items()} | self.returns.pop()
@@ -226,14 +219,17 @@ class Trainer:
             "count/policy_steps": now["policy_steps"],
             "count/updates": now["updates"],
             "count/train_ratio": now["replayed_steps"] / now["policy_steps"],
+            "count/policy_lag": self.stream.lag,
             "speed/fps": passed["policy_steps"] * self.cfg.env.action_repeat / passed["time"],
             "speed/updates_per_second": passed["updates"] / passed["time"],
+            "speed/waiting": passed["waited"] / passed["time"],  # share of the time that collecting kept the learner
         }
         self.metrics.write(self.frames, line)
         return {"updates/s": f"{line['speed/updates_per_second']:.1f}", "return": f"{self.returns.latest:.4g}"}
 
     def evaluate(self) -> str:
         """Mode actions in environments of their own, the same seeds every time."""
+        self.stream.pause()
         cfg = self.cfg
         last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
         result = evaluate_seeds(
@@ -252,11 +248,12 @@ class Trainer:
 
     def restart_environments(self) -> None:
         """New episodes everywhere, from seeds that depend on the run's seed and on how often this happened."""
+        self.stream.pause()
         self.replay.truncate_streams()
         self.records.reset()
         self.returns.reset()
         reseed(self.environments, self.train_seeds())
-        self.collector.reset()
+        self.stream.restart()
 
     def save(self, leaving: bool = False) -> None:
         """leaving: an extra checkpoint because the run ends early; it must succeed, as must the one at the end."""
@@ -265,6 +262,7 @@ class Trainer:
                 return  # an exact run repeats from its last regular checkpoint
             self.count["restarts"] += 1
             self.restart_environments()
+        self.stream.pause()  # the generators are saved, too
         check_weights(self.agent, self.when)
         try:
             self.checkpoints.save(self.frames, snapshot(self), self.replay if self.cfg.checkpoint.replay else None)
@@ -274,7 +272,7 @@ class Trainer:
             tqdm.write(f"WARNING: {error} Training goes on; the next checkpoint tries again.", file=sys.stderr)
 
     def close(self) -> None:
-        self.collector.shutdown()  # closes its environments, too
+        self.stream.close()
         self.evaluation.close()
         self.metrics.close()
         self.lock.close()

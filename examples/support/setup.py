@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import hydra
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -77,40 +78,14 @@ def friendly_errors(main: Callable) -> Callable:
     return wrapped
 
 
-def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device={name} is not a device; use auto, cpu, cuda, or cuda:1 for the second GPU."
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={name}, but this PyTorch ({torch.__version__}) sees no CUDA device. Use device=auto or "
-            "device=cpu, or install a CUDA build of PyTorch and check nvidia-smi."
-        )
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """auto is bfloat16 where the hardware multiplies it natively (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if name in names:
-        return names[name]
-    if name != "auto":
-        raise ValueError(f"precision={name} is not one of auto, {', '.join(names)}.")
-    if device.type == "cuda":
-        return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities()
-    fast = any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
-
-
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
     """Makes the run's directory and locks it, finds what to resume, refuses what cannot work; writes ``config.yaml``."""
     check_sizes(cfg)
+    if cfg.checkpoint.exact and not hydra.utils.get_class(cfg.collector._target_).repeats:
+        raise ValueError(
+            "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which no run does whose "
+            "environments step while it learns; use collector=sync, or checkpoint.exact=false."
+        )
     logdir = Path(cfg.logdir)
     try:
         logdir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,99 @@
+"""How batches come from the collector: one after another with learning, or the next one while the learner learns."""
+
+from __future__ import annotations
+
+import copy
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+from torchrl.collectors import Collector
+
+
+class Alternating:
+    """`collector=sync`: environments wait while the learner learns. What a run does depends on its seed alone.
+
+    policy: the one to collect with.
+    waited: seconds the learner has waited for batches.
+    lag: how many updates older than the learner the weights were that acted in the latest batch.
+    """
+
+    repeats = True
+
+    def __init__(self, policy: TensorDictModuleBase):
+        self.policy, self.waited, self.lag = policy, 0.0, 0
+
+    def start(self, collector: Collector) -> None:
+        self.collector, self.batches = collector, iter(collector)
+
+    def next(self, updates: int) -> TensorDict:
+        """The next batch; `updates` is how many the learner has made."""
+        start = time.perf_counter()
+        batch = self._take(updates)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def _take(self, updates: int) -> TensorDict:
+        return next(self.batches)
+
+    def pause(self) -> None:
+        """Until the next batch is asked for, nothing steps, draws random numbers or reads the weights."""
+
+    def restart(self) -> None:
+        """Episodes begin anew; a batch of the old ones that nobody took is dropped."""
+        self.pause()
+        self.collector.reset()
+
+    def close(self) -> None:
+        self.pause()
+        self.collector.shutdown()  # closes its environments, too
+
+
+class Overlapping(Alternating):
+    """`collector=async`: while the learner uses one batch a thread collects the next one.
+
+    The thread acts with a copy of the policy, whose weights are the learner's when the batch begins: the learner writes
+    its own in place, and records its recurrence on the modules themselves. Updates are owed for the batches taken, so the
+    train ratio stays what it is. Both threads draw from the same random generators: a seed no longer repeats a run.
+    """
+
+    repeats = False
+
+    def __init__(self, policy: TensorDictModuleBase):
+        super().__init__(copy.deepcopy(policy))
+        self.learned = policy
+        self.thread = ThreadPoolExecutor(1, "collect")
+        self.begun: tuple[Future, int] | None = None  # the batch under way, and the updates its weights had seen
+
+    def _begin(self, updates: int) -> tuple[Future, int]:
+        copy_weights(self.learned, self.policy)
+        return self.thread.submit(next, self.batches), updates
+
+    def _take(self, updates: int) -> TensorDict:
+        future, then = self.begun or self._begin(updates)
+        self.begun = None  # should it have failed, too
+        batch = future.result()
+        self.lag = updates - then
+        self.begun = self._begin(updates)
+        return batch
+
+    def pause(self) -> None:
+        if self.begun:
+            wait([self.begun[0]])
+
+    def restart(self) -> None:
+        super().restart()
+        self.begun = None
+
+    def close(self) -> None:
+        super().close()
+        self.thread.shutdown()
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    for here, there in zip(source.parameters(), target.parameters(), strict=True):
+        there.data.copy_(here.data)
+    for here, there in zip(source.buffers(), target.buffers(), strict=True):
+        there.copy_(here)
