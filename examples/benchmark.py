@@ -34,7 +34,7 @@ from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay import make_replay
 from support.devices import resolve_device, resolve_precision
 from support.peers import torchrl_dreamer
-from support.setup import friendly_errors
+from support.script import script
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:
@@ -146,8 +146,7 @@ def benchmark(cfg: DictConfig) -> dict:
     return result
 
 
-@hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="benchmark")
-@friendly_errors
+@script("benchmark")
 def main(cfg: DictConfig) -> None:
     if cfg.compare not in (None, "torchrl"):
         raise ValueError(f"compare={cfg.compare} is not known; the only peer in this process is compare=torchrl.")

@@ -20,7 +20,7 @@ from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import check_environment, env_seeds, make_vector_env
 from r2dreamer.envs.replay import check_memory, record_bytes
 from support.machine import opengl, packages, processor
-from support.setup import USER_ERRORS, friendly_errors
+from support.script import USER_ERRORS, script
 
 # A suite, the module that tells whether it is installed, its extra, and whether MuJoCo renders it.
 SUITES = {
@@ -90,8 +90,7 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
         report.problem(" ".join([str(error), *getattr(error, "__notes__", [])]))
 
 
-@hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="doctor")
-@friendly_errors
+@script("doctor")
 def main(cfg: DictConfig) -> None:
     report = Report()
     asked = any(override.startswith("env=") for override in HydraConfig.get().overrides.task)

@@ -17,7 +17,8 @@ from train import Learner
 from support.checkpoint import Checkpoints, LoadedCheckpoint
 from support.devices import resolve_device
 from support.film import evaluate_seeds
-from support.setup import build, friendly_errors
+from support.script import script
+from support.setup import build
 from support.video import write_video
 
 
@@ -31,8 +32,7 @@ def load(path: str | None) -> tuple[LoadedCheckpoint, DictConfig]:
     return loaded, OmegaConf.create(loaded.state["config"])
 
 
-@hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="evaluate")
-@friendly_errors
+@script("evaluate")
 def main(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device)
     loaded, run = load(cfg.checkpoint)

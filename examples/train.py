@@ -31,7 +31,8 @@ from support.devices import resolve_device, resolve_precision
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
 from support.metrics import Averages, MetricsWriter, rename_loss
-from support.setup import Interrupt, build, check_weights, friendly_errors, metrics_position, open_run
+from support.script import Interrupt, script
+from support.setup import build, check_weights, metrics_position, open_run
 from support.snapshot import restore, snapshot
 from support.video import write_video
 
@@ -278,8 +279,7 @@ class Trainer:
         self.lock.close()
 
 
-@hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name="config")
-@friendly_errors
+@script("config")
 def main(cfg: DictConfig) -> None:
     trainer = Trainer(cfg)
     try:

@@ -8,7 +8,7 @@ from launcher import CARTPOLE, TINY, Server
 from tensordict import TensorDict
 
 from support.metrics import read_metrics
-from support.setup import friendly_errors
+from support.script import friendly_errors
 
 WORLD = """
 import gymnasium
@@ -76,7 +76,8 @@ def refused(server, folder, *overrides, **more):
     paragraph, _, hint = paragraph.partition("\n\nSet the environment variable HYDRA_FULL_ERROR")  # Hydra's own
     assert "Traceback" not in paragraph and len(paragraph) < 1200, paragraph
     assert hint or "\n\n" not in paragraph
-    return " ".join(paragraph.split())
+    suggestion = hint.partition("stack trace.")[2]
+    return " ".join((paragraph + suggestion).split())
 
 
 def task(name):
@@ -84,8 +85,11 @@ def task(name):
 
 
 COMMANDS = {
-    "misspelt key": ([*CARTPOLE, "train_ratoi=3"], ["Could not override 'train_ratoi'"]),
-    "misspelt nested key": ([*CARTPOLE, "model.believe=3"], ["Could not override 'model.believe'"]),
+    "misspelt key": ([*CARTPOLE, "train_ratoi=3"], ["Could not override 'train_ratoi'", "Did you mean train_ratio"]),
+    "misspelt nested key": (
+        [*CARTPOLE, "model.believe=3"],
+        ["Could not override 'model.believe'", "Did you mean model.belief"],
+    ),
     "unknown env group": (["env=atari", *TINY], ["env/atari", "dmc_proprio", "gym", "probe"]),
     "unknown model": ([*CARTPOLE, "model=size13M"], ["size13M", "size12M"]),
     "unknown gym task": (["env=gym", "env.task=cartpole-v1", *TINY], ["'cartpole-v1'", "CartPole-v1"]),

@@ -1,30 +1,22 @@
-"""What happens around training: devices, the run's directory, refusals, Ctrl-C, errors a user can read."""
+"""What happens before training: sizes are checked, the run's directory is opened and locked, the agent is built."""
 
 from __future__ import annotations
 
 import fcntl
-import functools
-import os
-import signal
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 import hydra
 import torch
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
-from r2dreamer.envs import WorkerError, check_environment
+from r2dreamer.envs import check_environment
 from r2dreamer.envs.errors import require_positive
 
-from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
-
-USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
+from .checkpoint import Checkpoints, LoadedCheckpoint
 
 POSITIVE = (
     "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
@@ -42,40 +34,6 @@ FIXED = (
     "algorithm",
     "replay.capacity",
 )
-
-
-def leave_at_once() -> None:
-    print("Left at once, without saving.", file=sys.stderr)
-    sys.exit(130)
-
-
-def friendly_errors(main: Callable) -> Callable:
-    """A user's mistake ends the program with one paragraph and status 1; HYDRA_FULL_ERROR=1 brings the traceback."""
-
-    @functools.wraps(main)
-    def wrapped(cfg: DictConfig) -> None:
-        try:
-            main(cfg)
-        except KeyboardInterrupt:
-            leave_at_once()
-        except (*USER_ERRORS, InstantiationException) as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            cause = error
-            while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-                cause = cause.__cause__
-            paragraph = " ".join([f"{type(cause).__name__}: {cause}", *getattr(cause, "__notes__", [])])
-            if "\n" not in paragraph:  # a worker's traceback keeps its lines
-                paragraph = textwrap.fill(paragraph, 110, break_long_words=False, break_on_hyphens=False)
-            print(f"\n{paragraph}\n(HYDRA_FULL_ERROR=1 shows the traceback.)", file=sys.stderr)
-            sys.exit(1)
-        except RuntimeError as error:
-            # What a KeyboardInterrupt becomes on its way out of tensordict's `with params.to_module(...)`.
-            if isinstance(error.__context__, KeyboardInterrupt):
-                leave_at_once()
-            raise
-
-    return wrapped
 
 
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
@@ -183,24 +141,3 @@ def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
             f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
             f"Repeat {key}={old}, or start afresh in another logdir."
         )
-
-
-class Interrupt:
-    """Ctrl-C (and SIGTERM) once: finish the step, save, leave with status 0. Twice: leave now, with status 130."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> Interrupt:
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nInterrupted: finishing this step, then leaving. Press Ctrl-C again to leave at once.", file=sys.stderr)

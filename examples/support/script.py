@@ -1,0 +1,131 @@
+"""What every example script is wrapped in: its configuration, Ctrl-C, and errors a user can read."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+import signal
+import sys
+import textwrap
+from collections.abc import Callable
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from r2dreamer.envs import WorkerError
+
+from .checkpoint import CheckpointError
+
+USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
+
+
+def script(config_name: str) -> Callable:
+    """Makes `main(cfg)` a command line: hydra's overrides of this configuration, errors as paragraphs."""
+
+    def decorate(main: Callable) -> Callable:
+        run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
+
+        @functools.wraps(main)
+        def command() -> None:
+            try:
+                run(friendly_errors(main))()
+            except SystemExit as left:
+                if isinstance(left.__context__, ConfigCompositionException):  # hydra has said what is wrong
+                    suggest(config_name, left.__context__)
+                raise
+
+        return command
+
+    return decorate
+
+
+def suggest(config_name: str, error: ConfigCompositionException) -> None:
+    """Names the key that a misspelt one is nearest to."""
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if not unknown:
+        return
+    wrong = unknown[1]
+    known = keys_of(config_name, [each for each in sys.argv[1:] if wrong not in each])
+    # A key of the right section first, then one of that name in any section.
+    near = difflib.get_close_matches(wrong, known, n=2, cutoff=0.75)
+    last = wrong.rpartition(".")[2]
+    near += [key for key in known if key.rpartition(".")[2] == last]
+    if near:
+        print(f"Did you mean {' or '.join(dict.fromkeys(near))}?", file=sys.stderr)
+
+
+def keys_of(config_name: str, overrides: list[str]) -> list[str]:
+    """All keys that can be given, "model.belief" for example."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
+        try:
+            cfg = hydra.compose(config_name, overrides)
+        except Exception:  # another override is wrong, too
+            cfg = hydra.compose(config_name)
+    found, waiting = [], [("", OmegaConf.to_container(cfg, resolve=False))]
+    while waiting:
+        prefix, section = waiting.pop()
+        for name, value in section.items():
+            found.append(prefix + str(name))
+            if isinstance(value, dict):
+                waiting.append((f"{prefix}{name}.", value))
+    return found
+
+
+def leave_at_once() -> None:
+    print("Left at once, without saving.", file=sys.stderr)
+    sys.exit(130)
+
+
+def friendly_errors(main: Callable) -> Callable:
+    """A user's mistake ends the program with one paragraph and status 1; HYDRA_FULL_ERROR=1 brings the traceback."""
+
+    @functools.wraps(main)
+    def wrapped(cfg: DictConfig) -> None:
+        try:
+            main(cfg)
+        except KeyboardInterrupt:
+            leave_at_once()
+        except (*USER_ERRORS, InstantiationException) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            cause = error
+            while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            paragraph = " ".join([f"{type(cause).__name__}: {cause}", *getattr(cause, "__notes__", [])])
+            if "\n" not in paragraph:  # a worker's traceback keeps its lines
+                paragraph = textwrap.fill(paragraph, 110, break_long_words=False, break_on_hyphens=False)
+            print(f"\n{paragraph}\n(HYDRA_FULL_ERROR=1 shows the traceback.)", file=sys.stderr)
+            sys.exit(1)
+        except RuntimeError as error:
+            # What a KeyboardInterrupt becomes on its way out of tensordict's `with params.to_module(...)`.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                leave_at_once()
+            raise
+
+    return wrapped
+
+
+class Interrupt:
+    """Ctrl-C (and SIGTERM) once: finish the step, save, leave with status 0. Twice: leave now, with status 130."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> Interrupt:
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nInterrupted: finishing this step, then leaving. Press Ctrl-C again to leave at once.", file=sys.stderr)

@@ -1,0 +1,78 @@
+"""How fast environments are collected from, beside the same simulators stepped without TorchRL; one JSON line each.
+
+    python examples/throughput.py env=dmc_vision env.task=walker_walk
+    python examples/throughput.py env=crafter counts=[1,4]
+
+`collector`: frames per second through the trainer's collector and parallel environments, under random actions; `bare`:
+the simulators inside of them stepped by Gymnasium's AsyncVectorEnv with the same action repeat and images. The two take
+turns, `rounds` times; medians.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
+import hydra
+from gymnasium.vector import AsyncVectorEnv
+from omegaconf import DictConfig
+from torchrl.collectors import Collector
+from torchrl.modules import RandomPolicy
+
+from r2dreamer.envs import env_seeds, make_vector_env
+from support.bare import bare
+from support.script import script
+
+
+def rate(step: Callable[[], object], seconds: float) -> float:
+    """Steps per second."""
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        step()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def measure(cfg: DictConfig, count: int) -> dict[str, float]:
+    factory, seeds = hydra.utils.instantiate(cfg.env.make), env_seeds(cfg.seed, count, "train")
+    frames = count * cfg.env.action_repeat
+    environments = make_vector_env(factory, seeds, parallel=True)
+    collector = Collector(
+        environments,
+        RandomPolicy(environments.full_action_spec),
+        frames_per_batch=count * cfg.collect_steps,
+        total_frames=-1,
+        storing_device="cpu",
+    )
+    batches = iter(collector)
+    simulators = AsyncVectorEnv([functools.partial(bare, factory, seed) for seed in seeds], context="forkserver")
+    simulators.reset()
+    sample = lambda: simulators.step(simulators.action_space.sample())
+    found = {"collector": [], "bare": []}
+    for turn in range(cfg.rounds + 1):  # the first turn warms up
+        seconds = cfg.seconds if turn else cfg.seconds / 4
+        rates = cfg.collect_steps * rate(lambda: next(batches), seconds), rate(sample, seconds)
+        if turn:
+            for name, value in zip(found, rates, strict=True):
+                found[name].append(frames * value)
+    collector.shutdown()
+    simulators.close()
+    rates = {name: statistics.median(values) for name, values in found.items()}
+    return rates | {"ratio": statistics.median(a / b for a, b in zip(*found.values(), strict=True))}
+
+
+@script("throughput")
+def main(cfg: DictConfig) -> None:
+    for count in cfg.counts:
+        rates = {name: float(f"{value:.3g}") for name, value in measure(cfg, count).items()}
+        line = {"env": cfg.env.suite, "task": cfg.env.task, "environments": count}
+        print(json.dumps(line | {"collect_steps": cfg.collect_steps} | rates), flush=True)
+
+
+if __name__ == "__main__":
+    main()
