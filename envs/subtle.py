@@ -4,20 +4,19 @@
 `make_dmc_subtle("reacher", seed=0)`; `DMCSubtle(geoms="target", shrink=1 / 20)` makes any other.
 """
 
-import difflib
 import math
-import threading
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from numbers import Real
 
 import numpy as np
-from torchrl.envs import DMControlEnv, DMControlWrapper, TransformedEnv
+from torchrl.envs import DMControlWrapper, TransformedEnv
 from torchrl.envs.transforms import Transform
 
 from .dmc import build_dmc
 from .errors import unknown_task
+from .recompile import KINDS, adopt, compile_edited, distance, domain_of, nearest, nearest_source, sources_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,6 @@ OFFICIAL = {
     "ball_in_cup_catch": Official(("ball_in_cup", "catch"), {"geom": ["ball"], "tendon": ["string"]}, 1 / 12),
     "cartpole_swingup": Official(("cartpole", "swingup"), {"class": ["pole"]}, 1 / 20),
 }
-KINDS = {"geom": "geoms", "site": "sites", "tendon": "tendons", "class": "classes"}  # and DMCSubtle's arguments
-SIZES = {"geom": "geom_size", "site": "site_size", "tendon": "tendon_width"}  # of a compiled model
-# How many numbers say how big a shape is; a plane's third is the spacing of its grid.
-NUMBERS = {"PLANE": 2, "SPHERE": 1, "CAPSULE": 2, "CYLINDER": 2, "ELLIPSOID": 3, "BOX": 3}
-STATISTICS = ("center", "extent", "meaninertia", "meanmass", "meansize")
 
 
 def make_dmc_subtle(
@@ -89,7 +83,7 @@ class DMCSubtle(Transform):
         if physics not in ("official", "frozen"):
             raise ValueError(
                 f"physics={physics!r} must be 'official', where masses and rewards follow the edited XML, or 'frozen', "
-                f"where only what is seen shrinks.{_nearest(physics, ('official', 'frozen'))}"
+                f"where only what is seen shrinks.{nearest(physics, ('official', 'frozen'))}"
             )
         self.task, self.names, self.shrink, self.physics = task, names, _fraction(shrink), physics
         self.source = None if xml is None else (xml, assets)
@@ -117,8 +111,8 @@ class DMCSubtle(Transform):
         physics, task = env._env.physics, env._env.task
         begin = vars(task).get("initialize_episode")
         shrunk = begin if isinstance(begin, Shrunk) else Shrunk(begin or partial(type(task).initialize_episode, task))
-        domain = _domain(physics)
-        shrunk.add(self._edit(domain), physics, [self.source] if self.source else _sources(env, domain))
+        domain = domain_of(physics)
+        shrunk.add(self._edit(domain), physics, [self.source] if self.source else sources_of(env, domain))
         task.initialize_episode = shrunk
 
     def _edit(self, domain):
@@ -195,8 +189,8 @@ class Shrunk:
     def add(self, edit, physics, sources):
         if any(part.edit == edit for part in self.parts.values()):
             return  # as when TorchRL puts a clone on the environment, to give a later transform its parent
-        source, before = _nearest_source(sources, physics.model.ptr, self.edits)
-        _, touched = _compile(source, [replace(edit, shrink=1.0)]) if self.parts else (None, [])
+        source, before = nearest_source(sources, physics.model.ptr, self.edits)
+        _, touched = compile_edited(source, [replace(edit, shrink=1.0)]) if self.parts else (None, [])
         others = [self.parts[key].edit for key in touched if key in self.parts]
         if others:
             raise ValueError(
@@ -205,15 +199,15 @@ class Shrunk:
             )
         # Which numbers are a size shows at any shrink: what is frozen need not compile with the mass of a small one.
         probe = replace(edit, shrink=0.5) if edit.frozen else edit
-        after, touched = _compile(source, [*self.edits, probe])
-        if _distance(before, after) == math.inf:
+        after, touched = compile_edited(source, [*self.edits, probe])
+        if distance(before, after) == math.inf:
             raise ValueError(f"DMCSubtle cannot make {edit}: the smaller mesh compiles to another number of faces.")
         parts = {}
         for field, index in touched:
             old, new = (getattr(model, field)[index : index + 1] for model in (before, after))
             parts[field, index] = Part(edit, field, index, (old != new) & (old * probe.shrink == new))
         if not edit.frozen:
-            _adopt(physics, before, after, parts.values())
+            adopt(physics, before, after, parts.values())
             self.edits.append(edit)
         self.parts |= parts
         self.render_small(physics)
@@ -243,175 +237,6 @@ class SmallRender:
                 part.write(model, size)
 
 
-# -- the model compiled anew ------------------------------------------------------------------------------------------
-# Which masses are given and which follow from a density stands in the XML and no longer in the compiled model. So the
-# edited XML is compiled, and what comes out different is carried over into the environment's own model: all the rest,
-# a target the task has moved or a gravity the user has set, stays.
-
-
-class _Source(Exception):
-    """The (XML, assets) that a physics was about to be compiled from."""
-
-
-_listening = threading.Lock()
-
-
-def _domain(physics):
-    modules = [kind.__module__ for kind in type(physics).__mro__]
-    return next((module.split(".")[2] for module in modules if module.startswith("dm_control.suite.")), None)
-
-
-def _sources(env, domain):
-    """The (XML, assets) from which an environment of the suite may have been compiled; dm_control keeps none of them.
-
-    To begin building the task again, and to listen, works also for the tasks that put their XML together in Python.
-    """
-    from dm_control import suite
-    from dm_control.mujoco.wrapper import MjModel
-
-    tasks = [env.task_name] if isinstance(env, DMControlEnv) else suite.TASKS_BY_DOMAIN.get(domain, ())
-    ordinary, thread, sources = vars(MjModel)["from_xml_string"], threading.get_ident(), {}
-
-    def listen(xml_string, assets=None):
-        if threading.get_ident() != thread:
-            return ordinary.__func__(MjModel, xml_string, assets=assets)
-        raise _Source(xml_string, assets)
-
-    with _listening:
-        MjModel.from_xml_string = listen
-        try:
-            for task in tasks:
-                try:
-                    suite.load(domain, task, task_kwargs={"random": 0})
-                except _Source as source:
-                    sources[source.args[0]] = source.args
-        finally:
-            MjModel.from_xml_string = ordinary
-    return list(sources.values())
-
-
-def _nearest_source(sources, model, edits):
-    """The source that compiles to `model`, apart from what a task sets in it, and what the source compiles to."""
-    compiled = [_compile(source, edits)[0] for source in sources]
-    distances = [_distance(model, other) for other in compiled]
-    if min(distances, default=math.inf) == math.inf:
-        raise ValueError(
-            "DMCSubtle needs the XML from which this environment's model was compiled, and "
-            + ("what it has compiles to another model" if sources else "only for the suite's tasks can it find that")
-            + '. Hand it over, as in DMCSubtle(geoms="target", shrink=1/4, xml=text, assets=files), where assets is a '
-            "dictionary from the names of included files to their content."
-        )
-    best = distances.index(min(distances))
-    return sources[best], compiled[best]
-
-
-def _compile(source, edits):
-    """The model compiled from an edited XML, and the fields and indices of what the last edit touched."""
-    import mujoco
-
-    xml, assets = source
-    with mujoco.MjVfs() as files:
-        for name, content in (assets or {}).items():
-            files[name] = content if isinstance(content, bytes) else content.encode()
-        spec = mujoco.MjSpec.from_string(xml if isinstance(xml, str) else xml.decode(), vfs=files)
-        touched = [_shrink_spec(spec, edit) for edit in edits]
-        try:
-            model = spec.compile(files)
-        except ValueError as error:
-            if not edits:
-                raise
-            raise ValueError(
-                f"MuJoCo does not compile this environment's model with {', '.join(map(str, edits))}: {' '.join(str(error).split())}. A larger "
-                "shrink mends it, and so does physics='frozen' where a mass becomes too small."
-            ) from error
-    return model, [(SIZES[kind], element.id) for kind, element in (touched or [[]])[-1]]
-
-
-def _shrink_spec(spec, edit):
-    """Multiply the sizes that an edit names in a parsed XML; gives the (kind, element) it touched."""
-    elements = {"geom": spec.geoms, "site": spec.sites, "tendon": spec.tendons}
-    known = {kind: {element.name: [(kind, element)] for element in elements[kind] if element.name} for kind in elements}
-    known["class"] = {}
-    for kind in ("geom", "site"):
-        for element in elements[kind]:
-            known["class"].setdefault(element.classname.name, []).append((kind, element))
-    touched = []
-    for kind, names in edit.names.items():
-        for name in names:
-            if name not in known[kind]:
-                raise _unknown_name(kind, name, known)
-            touched += [found for found in known[kind][name] if found not in touched]
-    meshes = set()
-    for kind, element in touched:
-        shape = "" if kind == "tendon" else element.type.name.removeprefix("mjGEOM_")
-        if kind == "tendon":
-            element.width *= edit.shrink
-        elif kind == "geom" and (shape not in NUMBERS or element.meshname):
-            meshes.add(_mesh(spec, element, shape, edit, touched))
-        else:
-            size = np.array(element.size)
-            size[: NUMBERS[shape]] *= edit.shrink  # with two end points given, the compiler overwrites the length
-            element.size = size
-    for name in meshes:
-        spec.mesh(name).scale = np.array(spec.mesh(name).scale) * edit.shrink
-    return touched
-
-
-def _mesh(spec, geom, shape, edit, touched):
-    """The mesh a geom has its size from; refused where shrinking that shrinks not this geom, or not this alone."""
-    others = [other.name for other in spec.geoms if other.meshname == geom.meshname and ("geom", other) not in touched]
-    if shape == "MESH" and not edit.frozen and not others:
-        return geom.meshname
-    reason = "it comes from an asset: a height field, or a mesh that the geom is fitted to"
-    if shape == "MESH":
-        shared = f"shared with {', '.join(map(repr, others))}, which would have to be named too"
-        reason = f"it is that of the mesh {geom.meshname!r}, " + (
-            shared if others else "which only physics='official' can shrink"
-        )
-    raise ValueError(f"DMCSubtle cannot change the size of the geom {geom.name!r}: {reason}.")
-
-
-def _adopt(physics, before, after, parts):
-    """Carry over what differs between two compiled models; sizes shrink from what they are, not from the XML's."""
-    model = physics.model.ptr
-    old, new, now = _numbers(before), _numbers(after), _numbers(model)
-    changed = {name: _differ(old[name], new[name]) for name in old}
-    for part in parts:
-        changed[part.field][part.index : part.index + 1][part.numbers] = False
-    foreign = [name for name, where in changed.items() if _differ(now[name], old[name])[where].any()]
-    if foreign:
-        raise ValueError(
-            f"DMCSubtle would overwrite {', '.join(foreign)} of this environment's model, which are not what its XML "
-            "compiles to. Make such changes after it is put on, or use physics='frozen', which needs no change here."
-        )
-    for name, where in changed.items():
-        now[name][where] = new[name][where]
-    for name in STATISTICS:
-        setattr(model.stat, name, now[name])
-    for part in parts:
-        part.shrink(model)
-    physics._reload_from_data(physics.data)  # computes what depends on the model, and drops the renderer's copy of it
-
-
-def _numbers(model):
-    """The arrays of a compiled model, by name, and copies of its statistics."""
-    values = {name: getattr(model, name) for name in dir(model) if not name.startswith("_")}
-    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-    return arrays | {name: np.array(getattr(model.stat, name)) for name in STATISTICS}
-
-
-def _differ(left, right):
-    return (left != right) & ~((left != left) & (right != right))  # NaN equals NaN
-
-
-def _distance(model, other):
-    """How many numbers differ between two compiled models; infinity for models that are not alike."""
-    left, right = _numbers(model), _numbers(other)
-    if model.names != other.names or any(left[name].shape != right[name].shape for name in left):
-        return math.inf
-    return sum(_differ(left[name], right[name]).sum() for name in left)
-
-
 # -- what a user is told ----------------------------------------------------------------------------------------------
 
 
@@ -432,18 +257,3 @@ def _fraction(shrink):
 
 def _said(names):
     return ", ".join(f"{kind} {name!r}" for kind, group in names.items() for name in group)
-
-
-def _nearest(name, known):
-    nearest = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
-    return f" The nearest: {', '.join(nearest)}." if nearest else ""
-
-
-def _unknown_name(kind, name, known):
-    elsewhere = [
-        f" There is a {other} of that name: {KINDS[other]}={name!r}." for other in known if name in known[other]
-    ]
-    return ValueError(
-        f"This environment's model has no {kind} called {name!r}.{''.join(elsewhere)}{_nearest(name, known[kind])} "
-        f"Its {KINDS[kind]}: {', '.join(sorted(known[kind])) or 'none that has a name'}."
-    )

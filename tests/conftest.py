@@ -1,5 +1,20 @@
+"""What all tests share: how threads wait, and one process with everything imported, from which runs are forked."""
+
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.register_assert_rewrite("launcher", "saving", "subtle_oracle", "toys")  # whose asserts, too, say what differs
+
+from launcher import Server  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import support  # noqa: E402, F401 - sets how threads wait, before torch is imported
+
+
+@pytest.fixture(scope="session")
+def server():
+    server = Server()
+    yield server
+    server.close()

@@ -24,6 +24,7 @@ train_ratio=5 total_frames=200 env.num_envs=2 env.eval_episodes=2 replay.capacit
 eval.video=false checkpoint.every=50 collect_steps=2
 """.split()  # noqa: SIM905
 CARTPOLE = ["env=gym", "env.task=CartPole-v1", *TINY]
+PENDULUM = ["env=gym", "env.task=Pendulum-v1", *TINY, "env.episode_frames=20"]
 
 
 def config(*overrides, name="config"):
@@ -31,6 +32,39 @@ def config(*overrides, name="config"):
 
     with initialize_config_module("r2dreamer.configs", version_base=None):
         return compose(name, list(overrides))
+
+
+def train_here(logdir, *overrides):
+    """In this process; returns the finished trainer."""
+    import train
+
+    trainer = train.Trainer(config(*overrides, f"logdir={logdir}"))
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    return trainer
+
+
+def lines(logdir, containing="", timings=False):
+    from support.metrics import read_metrics
+
+    return list(read_metrics(logdir, timings=timings, containing=containing))
+
+
+def steps(logdir, key):
+    return [line["step"] for line in lines(logdir, f'"{key}"')]
+
+
+def count_lines(logdir):
+    file = logdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def wait_for(run, condition):
+    while not condition():
+        assert run.poll() is None, f"ended with {run.status} too early: {run.stderr}"
+        time.sleep(0.002)
 
 
 class Run:

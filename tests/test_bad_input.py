@@ -4,7 +4,7 @@ import fcntl
 
 import pytest
 import torch
-from launcher import CARTPOLE, TINY, Server
+from launcher import CARTPOLE, TINY
 from tensordict import TensorDict
 
 from support.metrics import read_metrics
@@ -48,13 +48,6 @@ class Graph(World):
 for name in ("World", "NaNSpeed", "InfiniteReward", "TwoHands", "Graph"):
     gymnasium.register(f"{name}-v0", globals()[name])
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

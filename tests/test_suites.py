@@ -8,7 +8,7 @@ import sys
 
 import hydra
 import pytest
-from launcher import EXAMPLES, TINY, Server, config
+from launcher import EXAMPLES, TINY, config
 
 from r2dreamer.envs import make_dmc, make_gym, make_probe
 from r2dreamer.envs.suites import SUITES
@@ -49,13 +49,6 @@ SHORT = {
     "metaworld": ["total_frames=60", "eval.every=1000"],
     "custom": ["env.factory=my_envs:make_env", "env.parallel=false"],
 }
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("suite", REPORTED)

@@ -30,9 +30,9 @@ def script(config_name: str) -> Callable:
         run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
 
         @functools.wraps(main)
-        def command() -> None:
+        def command(cfg: DictConfig | None = None) -> None:
             try:
-                run(friendly_errors(main))()
+                run(friendly_errors(main))(cfg)
             except SystemExit as left:
                 if isinstance(left.__context__, ConfigCompositionException):  # hydra has said what is wrong
                     suggest(config_name, left.__context__)

@@ -1,0 +1,127 @@
+"""What environments say to bad input, to a missing package and to a missing renderer."""
+
+import functools
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+from torchrl.envs import DMControlEnv, GymEnv
+from toys import FACTORIES
+
+from r2dreamer.envs import check_environment, env_seeds, gl, make_dmc, make_gym, make_probe, make_vector_env, reseed
+
+
+@pytest.mark.parametrize(("trouble", "said"), [("nan", "observation 'body_angles'"), ("reward", "reward")])
+def test_numbers_that_are_not_finite_are_refused_by_name_step_and_task(trouble, said):
+    env = make_gym(f"Toy-{trouble}-v0", seed=0)
+    with pytest.raises(ValueError, match=f"{said} is not finite at step 3.*Toy-{trouble}-v0"):
+        env.rollout(5)
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "nearest"),
+    [
+        (make_gym, "cartpole-v1", "CartPole-v1"),
+        (make_gym, "Pendulumm-v1", "Pendulum-v1"),
+        (functools.partial(make_dmc, from_pixels=False), "walker_wlak", "walker_walk"),
+        (functools.partial(make_dmc, from_pixels=False), "ball_in_cup_cach", "ball_in_cup_catch"),
+        (make_probe, "small_targets", "small_target"),
+    ],
+)
+def test_an_unknown_task_is_answered_with_the_nearest(make, task, nearest):
+    with pytest.raises(ValueError, match=f"has no task '{task}'.*{nearest}"):
+        make(task, seed=0)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_action_space_that_is_not_supported_is_named(number):
+    with pytest.raises(
+        ValueError, match="action space.*(MultiDiscrete|MultiBinary|Tuple|Text).*Supported are Discrete"
+    ):
+        make_gym(f"Toy-space{number}-v0", seed=0)
+
+
+@pytest.mark.parametrize("size", ["image_size", "action_repeat", "time_limit"])
+@pytest.mark.parametrize("value", [0, -3, 1.5])
+def test_sizes_are_positive_whole_numbers(size, value):
+    with pytest.raises(ValueError, match=f"{size}={value}"):
+        make_gym("CartPole-v1", seed=0, **{size: value})
+    if size != "time_limit":
+        with pytest.raises(ValueError, match=f"{size}={value}"):
+            make_dmc("walker_walk", seed=0, from_pixels=True, **{size: value})
+
+
+def test_other_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"keys=\['cam'\].*camera"):
+        make_gym("Toy-v0", seed=0, keys=["cam"])
+    with pytest.raises(ValueError, match="camera=9"):
+        make_dmc("walker_walk", seed=0, from_pixels=True, camera=9)
+    with pytest.raises(ValueError, match="split='test'"):
+        env_seeds(0, 1, "test")
+    with pytest.raises(ValueError, match="3 seeds for 1 environments"):
+        reseed(make_vector_env(FACTORIES["gym state"], [1], parallel=False), [1, 2, 3])
+    with pytest.raises(ValueError, match="seeds is empty"):
+        make_vector_env(FACTORIES["gym state"], [], parallel=False)
+
+
+def test_the_validator_names_what_is_wrong_and_the_remedy():
+    with pytest.raises(ValueError, match="is_init.*InitTracker.*ClippedActionScaling"):
+        check_environment(GymEnv("Pendulum-v1"))
+    with pytest.raises(ValueError, match="float64.*DoubleToFloat.*'action'.*'reward'"):
+        check_environment(DMControlEnv("cartpole", "swingup"))
+    with pytest.raises(ValueError, match="unbatched"):
+        check_environment(make_vector_env(FACTORIES["gym state"], [1], parallel=False))
+
+
+@pytest.mark.parametrize(("module", "extra"), [("gymnasium", "gym"), ("dm_control", "dmc")])
+def test_a_missing_extra_is_answered_with_the_pip_line(monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)  # what makes Python say it cannot be imported
+    with pytest.raises(ImportError, match=rf'pip install "torchrl-r2dreamer\[{extra}\]"'):
+        make_gym("CartPole-v1", seed=0) if extra == "gym" else make_dmc("walker_walk", seed=0, from_pixels=False)
+
+
+def test_a_missing_renderer_is_answered_with_variable_and_package(monkeypatch):
+    from dm_control.mujoco import Physics
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("No OpenGL rendering backend is available.")
+
+    monkeypatch.setattr(Physics, "render", broken)
+    with pytest.raises(ImportError, match="(?s)MUJOCO_GL=egl.*osmesa.*apt-get install libegl1 libgl1 libgles2"):
+        make_dmc("walker_walk", seed=0, from_pixels=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib, "import_module", _import_without_gl(importlib.import_module))
+    with pytest.raises(ImportError, match="MUJOCO_GL"):
+        make_dmc("walker_walk", seed=0, from_pixels=False)
+
+
+def test_a_renderer_chosen_by_the_user_that_does_not_work_is_explained_on_import():
+    environment = {**os.environ, "MUJOCO_GL": "nonsense"}
+    command = [sys.executable, "-c", "import r2dreamer.envs"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "MUJOCO_GL is nonsense. Set MUJOCO_GL=egl" in result.stderr
+
+
+def _import_without_gl(real):
+    def import_module(name, *args):
+        if name == "dm_control.suite":
+            raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+        return real(name, *args)
+
+    return import_module
+
+
+@pytest.mark.parametrize(
+    ("environment", "chosen"), [({}, "egl"), ({"DISPLAY": ":0"}, None), ({"MUJOCO_GL": "osmesa"}, "osmesa")]
+)
+def test_egl_is_chosen_only_without_a_display_and_a_wish(monkeypatch, environment, chosen):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(gl.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(gl.sys, "platform", "linux")
+    gl.choose_gl()
+    assert os.environ.get("MUJOCO_GL") == chosen

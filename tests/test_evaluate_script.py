@@ -1,0 +1,93 @@
+"""examples/evaluate.py repeats the trainer's own numbers, films them, and says what it cannot evaluate."""
+
+import functools
+
+import pytest
+from launcher import PENDULUM, lines
+
+import r2dreamer.envs  # isort: skip  # before TorchRL
+import torch
+
+from support import checkpoint as checkpoint_module
+from support.checkpoint import Checkpoints
+from support.film import film
+
+
+def test_what_observes_no_image_is_filmed_from_its_actions(capsys):
+    factory = functools.partial(r2dreamer.envs.make_gym, task="Pendulum-v1", time_limit=9)
+    actions = list(factory(seed=3).rollout(9)["action"])
+    frames = film(factory, 3, actions)
+    assert frames.shape == (10, 250, 250, 3) and (frames[0] != frames[-1]).any()
+    assert (frames == film(factory, 3, actions)).all() and (frames[0] != film(factory, 5, actions)[0]).any()
+    assert film(lambda seed: None, 3, actions) is None  # an environment that knows nothing of pixels
+    assert capsys.readouterr().out.startswith("No video: TypeError")
+
+
+@pytest.fixture(scope="module")
+def trained(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    faster = ["algorithm.optimizer.lr=1e-2", "algorithm.optimizer.warmup_steps=1", "env.eval_episodes=3"]
+    run = server.run(folder, *PENDULUM, *faster, "logdir=log")
+    assert run.status == 0, run.stderr
+    return folder / "log"
+
+
+def returns(output):
+    return [float(line.split()[3].rstrip(",")) for line in output.splitlines() if line.startswith("episode")]
+
+
+def test_evaluate_repeats_the_trainers_own_numbers_and_films(server, trained, tmp_path):
+    run = server.run(tmp_path, f"checkpoint={trained}", script="evaluate")
+    assert run.status == 0, run.stderr
+    first, *_, last = lines(trained, '"eval/return"')
+    assert first["eval/return"] != last["eval/return"]  # so that untrained weights would show
+    found = torch.tensor(returns(run.stdout), dtype=torch.float64)
+    assert len(found) == 3
+    assert found.mean().item() == pytest.approx(last["eval/return"], rel=1e-5)
+    assert found.std(correction=0).item() == pytest.approx(last["eval/return_std"], rel=1e-4)
+    assert f"{last['eval/return']:.6g} +- {last['eval/return_std']:.4g} over 3 episodes" in run.stdout
+    assert (trained / "eval.mp4").stat().st_size > 1000
+
+
+def test_evaluate_takes_one_checkpoint_other_seeds_and_more_episodes(server, trained, tmp_path):
+    earlier = min((trained / "checkpoints").glob("step_*"))
+    more = ["episodes=5", "seed=7", "video=false"]
+    one = server.run(tmp_path / "one", f"checkpoint={earlier}", *more, script="evaluate")
+    assert one.status == 0 and len(returns(one.stdout)) == 5
+    assert f"at {int(earlier.name.removeprefix('step_'))} frames" in one.stdout
+    newest = server.run(tmp_path / "two", f"checkpoint={trained}/checkpoints", *more, script="evaluate")
+    assert newest.status == 0 and returns(newest.stdout) != returns(one.stdout)
+    assert not any(tmp_path.rglob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("nothing", "checkpoint=DIR is missing"),
+        ("elsewhere", "there is no checkpoint at"),
+        ("corrupt", "state.pt"),
+        ("format", "has the format 99"),
+        ("foreign", "was not saved by examples/train.py"),
+        ("episodes", "episodes=0 must be at least 1"),
+    ],
+)
+def test_evaluate_refuses(server, trained, tmp_path, what, says):
+    path = tmp_path / "checkpoints" / "step_000000001"
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"weights": torch.zeros(3)})
+    if what == "corrupt":
+        (path / "state.pt").write_bytes(b"nothing")
+    if what == "format":
+        manifest = (path / "manifest.json").read_text()
+        monkey = checkpoint_module.json.loads(manifest)
+        monkey["manifest"]["format"] = 99
+        monkey["crc32"] = checkpoint_module._json_crc32(monkey["manifest"])
+        (path / "manifest.json").write_text(checkpoint_module.json.dumps(monkey))
+    arguments = {
+        "nothing": [],
+        "elsewhere": [f"checkpoint={tmp_path}/nowhere"],
+        "episodes": [f"checkpoint={trained}", "episodes=0"],
+    }.get(what, [f"checkpoint={path}"])
+    run = server.run(tmp_path / "run", *arguments, script="evaluate")
+    assert run.status == 1 and says in " ".join(run.stderr.split())
+    assert "Traceback" not in run.stderr and "\n\n" not in run.stderr.strip()

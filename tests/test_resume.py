@@ -1,0 +1,164 @@
+"""A run that was killed or left goes on as if nothing had happened; real processes where that is the point."""
+
+import signal
+import time
+
+import pytest
+from launcher import CARTPOLE, config, count_lines, lines, steps, train_here, wait_for
+
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
+import torch
+import train
+
+from support.checkpoint import Checkpoints
+
+EXACT = [*CARTPOLE, "checkpoint.exact=true", "algorithm.optimizer.lr=1e-2", "algorithm.optimizer.warmup_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = server.run(folder, *EXACT, "logdir=log")
+    assert run.status == 0, run.stderr
+    return lines(folder / "log")
+
+
+def before_the_first_checkpoint(run, logdir):
+    wait_for(run, lambda: count_lines(logdir) >= 2)
+    assert not (logdir / "checkpoints" / "step_000000052").exists()
+
+
+def just_after_a_checkpoint(run, logdir):
+    wait_for(run, lambda: any((logdir / "checkpoints").glob("step_*")))
+
+
+def between_two_checkpoints(run, logdir):
+    wait_for(run, lambda: 80 in steps(logdir, "count/updates") if count_lines(logdir) else False)
+
+
+def while_saving(run, logdir):
+    """Stopped first, and only killed when it is certain that the save is under way."""
+    directory = logdir / "checkpoints"
+    wait_for(run, lambda: any(directory.glob("step_*")))
+    while True:
+        wait_for(run, lambda: any(directory.glob(".saving-*")))
+        run.send(signal.SIGSTOP)
+        time.sleep(0.01)
+        if any(directory.glob(".saving-*")):
+            return
+        run.send(signal.SIGCONT)
+
+
+def after_the_last_regular_checkpoint(run, logdir):
+    wait_for(run, lambda: count_lines(logdir) and 160 in steps(logdir, "eval/return"))
+
+
+MOMENTS = [
+    before_the_first_checkpoint,
+    just_after_a_checkpoint,
+    between_two_checkpoints,
+    while_saving,
+    after_the_last_regular_checkpoint,
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
+def test_a_run_killed_and_resumed_logs_what_the_uninterrupted_one_did(server, uninterrupted, tmp_path, moment):
+    command, logdir = [*EXACT, "logdir=log"], tmp_path / "log"
+    run = server.start(tmp_path, *command)
+    moment(run, logdir)
+    run.kill()
+    assert run.status == -signal.SIGKILL and count_lines(logdir) < len(uninterrupted)
+    if moment is while_saving:
+        assert any((logdir / "checkpoints").glob(".saving-*"))
+    with_timings = lines(logdir, timings=True)[:2]
+    resumed = server.run(tmp_path, *command)
+    assert resumed.status == 0, resumed.stderr
+    assert lines(logdir) == uninterrupted
+    from_the_start = lines(logdir, timings=True)[:2] != with_timings
+    assert from_the_start == (moment is before_the_first_checkpoint)
+    assert not any((logdir / "checkpoints").glob(".*"))
+
+
+def test_a_run_killed_again_and_again_without_exact_neither_loses_nor_doubles_a_line(server, tmp_path):
+    command, logdir = [*CARTPOLE, "logdir=log"], tmp_path / "log"
+    for step in (80, 160):
+        run = server.start(tmp_path, *command)
+        wait_for(run, lambda step=step: count_lines(logdir) and step in steps(logdir, "count/updates"))
+        run.kill()
+    assert server.run(tmp_path, *command).status == 0
+    assert steps(logdir, "count/updates") == [40, 80, 120, 160, 200]
+    assert steps(logdir, "eval/return") == [0, 80, 160, 200]
+
+
+def fifty_updates(trainer):
+    losses = []
+    for _ in range(50):
+        batch = trainer.replay.sample_windows()
+        found, latents = trainer.learner.update(batch)
+        trainer.replay.write_back(batch, latents["state"], latents["belief"])
+        losses.append(torch.stack([found[name].reshape(()) for name in sorted(found.keys())]))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_restored_learner_makes_the_same_fifty_updates_bit_for_bit(tmp_path, exact):
+    overrides = [*CARTPOLE, f"checkpoint.exact={exact}", "total_frames=100", "eval.every=100"]
+    trainer = train_here(tmp_path, *overrides)
+    saved_at = trainer.frames
+    trainer.save = None  # the run has saved at its end; nothing has happened since
+    Checkpoints(tmp_path / "checkpoints").load().restore_rng()
+    expected = fifty_updates(trainer)
+
+    restored = train.Trainer(config(*overrides, "total_frames=200", f"logdir={tmp_path}"))
+    assert restored.frames == saved_at
+    restored.saved.restore_replay(restored.replay)  # a resumed run ends the episodes it cannot continue
+    restored.saved.restore_rng()
+    found = fifty_updates(restored)
+    restored.close()
+    assert expected.isfinite().all() and not torch.equal(expected[0], expected[1])
+    assert torch.equal(found, expected)
+
+
+def test_without_the_replay_a_resumed_run_collects_first_and_owes_nothing_for_it(tmp_path):
+    overrides = [*CARTPOLE, "checkpoint.replay=false", "warmup_steps=40", "train_ratio=15"]
+    before = train_here(tmp_path, *overrides, "total_frames=120").count["updates"]
+    after = train.Trainer(config(*overrides, "total_frames=240", f"logdir={tmp_path}"))
+    seen = []
+    update = after.update
+    after.update = lambda: (update(), seen.append((after.frames, after.count["updates"])))
+    after.run()
+    after.close()
+    assert len(after.replay) <= 240 - 120 + 40  # nothing of what came before, and the records of ended episodes
+    assert seen[0][0] >= 120 + 40 and seen[0][1] - before <= 4  # one update a policy step; four steps are taken at once
+    assert seen[-1] == (240, before + 240 - 120 - 40)
+
+
+def test_a_resumed_run_trains_at_the_ratio_of_its_own_command(tmp_path):
+    before = train_here(tmp_path, *CARTPOLE, "train_ratio=7.5", "total_frames=100").count
+    after = train_here(
+        tmp_path, *CARTPOLE, "train_ratio=24", "batch_size=2", "batch_length=4", "total_frames=200"
+    ).count
+    assert after["updates"] - before["updates"] == pytest.approx(100 * 24 / (2 * 4), abs=4)
+    replayed = before["updates"] * 3 * 5 + (after["updates"] - before["updates"]) * 2 * 4
+    assert lines(tmp_path, '"count/updates"')[-1]["count/train_ratio"] == replayed / after["policy_steps"]
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_resumed(server, tmp_path):
+    logdir = tmp_path / "log"
+    assert server.run(tmp_path, *CARTPOLE, "logdir=log", "total_frames=100").status == 0
+    newest = max((logdir / "checkpoints").glob("step_*"))
+    with open(newest / "state.pt", "r+b") as file:
+        file.truncate(1000)
+    run = server.run(tmp_path, *CARTPOLE, "logdir=log")
+    assert run.status == 0 and f"checkpoint {newest.name} is damaged" in run.stderr
+    assert steps(logdir, "count/updates") == [40, 80, 120, 160, 200]
+
+
+def test_ctrl_c_leaves_an_exact_run_where_it_will_repeat_from(server, uninterrupted, tmp_path):
+    run = server.start(tmp_path, *EXACT, "logdir=log")
+    wait_for(run, lambda: count_lines(tmp_path / "log") >= 3)
+    run.send(signal.SIGTERM)
+    assert run.wait() == 0, run.stderr
+    assert server.run(tmp_path, *EXACT, "logdir=log").status == 0
+    assert lines(tmp_path / "log") == uninterrupted

@@ -1,0 +1,101 @@
+"""Several environments at once, in one process or in workers: seeds, equal results, and the name of what fails."""
+
+import functools
+import os
+import signal
+import time
+
+import pytest
+import torch
+from toys import FACTORIES, every_factory, same, trajectory
+
+from r2dreamer.envs import WorkerError, env_seeds, make_gym, make_vector_env, reseed
+
+
+def test_train_and_eval_seeds_never_meet():
+    train, evaluation = set(), set()
+    for run in range(20):
+        for generation in range(3):
+            mine = env_seeds(run, 16, "train", generation)
+            assert len(set(mine)) == 16 and mine[:4] == env_seeds(run, 4, "train", generation)
+            train.update(mine)
+            evaluation.update(env_seeds(run, 16, "eval", generation))
+    assert not train & evaluation and max(train | evaluation) < 2**31
+    assert len(train) == 20 * 3 * 16
+
+
+@every_factory
+def test_a_reseeded_environment_is_as_good_as_new(factory):
+    old = make_vector_env(factory, [1, 2], parallel=False)
+    trajectory(old, 3)
+    reseed(old, [8, 9])
+    new = make_vector_env(factory, [8, 9], parallel=False)
+    assert new.batch_size == (2,)
+    assert same(trajectory(old), trajectory(new))
+
+
+@pytest.mark.parametrize("name", ["gym dict", "dmc vision", "probe"])
+def test_workers_give_what_one_process_gives_also_after_reseeding(name):
+    serial = make_vector_env(FACTORIES[name], [1, 2], parallel=False)
+    threads = torch.get_num_threads()
+    parallel = make_vector_env(FACTORIES[name], [1, 2], parallel=True)
+    assert same(trajectory(serial), trajectory(parallel))
+    for env in (serial, parallel):
+        reseed(env, [6, 7])
+    assert same(trajectory(serial), trajectory(parallel))
+    parallel.close()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("raise", "the toy broke"),
+        ("hang", r"did not answer within 2 seconds.*in step"),
+        ("kill", "killed by SIGKILL"),
+        ("nan", "observation 'body_angles' is not finite at step 3"),
+    ],
+)
+def test_a_worker_that_fails_is_named_with_its_seed_and_traceback(trouble, said):
+    task = f"toys:Toy-{trouble}-v0"
+    env = make_vector_env(functools.partial(make_gym, task), [40, 42], parallel=True, timeout=2)
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=f"(?s)environment [01] .*{task}.*seed 4[02].*{said}"):
+        env.rollout(5)
+    assert time.monotonic() - started < 6
+    env.close()
+
+
+def test_one_failing_worker_among_healthy_ones_is_the_one_named():
+    env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=True)
+    env.reset()
+    os.kill(env._workers[1].pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="environment 1 .*CartPole-v1.*seed 5"):
+        env.rollout(2)
+    env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=True)
+    os.kill(env._workers[2].pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="environment 2 .*seed 6"):
+        reseed(env, [1, 2, 3])
+
+
+def builds_only_here(task, parent, trouble, seed):
+    """A factory that works in the process that made it and fails in every worker."""
+    if os.getpid() != parent:
+        if trouble == "hang":
+            time.sleep(60)
+        raise RuntimeError("no simulator here")
+    return make_gym(task, seed=seed)
+
+
+@pytest.mark.parametrize(("trouble", "said"), [("raise", "no simulator here"), ("hang", "in builds_only_here")])
+def test_a_worker_that_cannot_be_built_is_named_too(trouble, said):
+    factory = functools.partial(builds_only_here, "CartPole-v1", os.getpid(), trouble)
+    with pytest.raises(WorkerError, match=f"(?s)environment 0 .*CartPole-v1.*seed 12.*{said}"):
+        make_vector_env(factory, [12], parallel=True, timeout=3)
+
+
+def test_an_exception_without_workers_carries_task_and_seed():
+    env = make_vector_env(functools.partial(make_gym, "Toy-raise-v0"), [40, 42], parallel=False)
+    with pytest.raises(ArithmeticError) as caught:
+        env.rollout(5)
+    assert "Toy-raise-v0" in caught.value.__notes__[0] and "seed 40" in caught.value.__notes__[0]
