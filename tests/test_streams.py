@@ -76,7 +76,7 @@ def test_async_collects_while_the_learner_learns():
         waited[kind] = stream.waited
         stream.close()
     assert waited[Alternating] > 0.29  # all six
-    assert 0.04 < waited[Overlapping] < 0.15  # the first
+    assert 0.04 < waited[Overlapping] < waited[Alternating] / 2  # the first
 
 
 def test_after_a_pause_nothing_runs_and_after_a_restart_the_batch_in_hand_is_dropped():
