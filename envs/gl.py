@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 
 def choose_gl():
@@ -38,4 +39,14 @@ def missing_gl(error):
         f"MuJoCo could not render ({type(error).__name__}: {error}); MUJOCO_GL is {used}. Set MUJOCO_GL=egl, or "
         "MUJOCO_GL=osmesa where there is no GPU driver, before Python starts; on Debian and Ubuntu the libraries come "
         "with `apt-get install libegl1 libgl1 libgles2` (libosmesa6 for osmesa)."
+    )
+
+
+def hanging_gl(driver=Path("/proc/driver/nvidia/version")):
+    """What a user is told when a worker never came back from rendering."""
+    version = driver.read_text().splitlines()[0].strip() if driver.exists() else "the system's OpenGL driver"
+    return (
+        f"It hung in the renderer: MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'unset')}, {version}. Drivers can hang when "
+        "many processes render at once: use fewer (env.num_envs), MUJOCO_GL=osmesa (apt-get install libosmesa6), or "
+        "another driver; `python examples/doctor.py` asks the driver by itself."
     )

@@ -3,6 +3,7 @@
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 from torchrl.envs import ParallelEnv
 
 from .errors import WorkerError
+from .gl import hanging_gl
 
 
 def start_fork_server():
@@ -193,10 +195,13 @@ class WatchedParallelEnv(ParallelEnv):
     def _error(self, index, what):
         report = self._worker.report(index)
         text = report.read_text().strip() if report.exists() else ""
-        return WorkerError(
+        error = WorkerError(
             f"The worker of environment {index} (task {self._worker.task!r}, seed {self._env_seeds[index]}) {what}. "
             + (f"Its traceback:\n{text}" if text else "It left no traceback.")
         )
+        if re.search(r"\bin render$", text, re.MULTILINE):  # a stack as faulthandler dumps it, of a worker that hung
+            error.add_note(hanging_gl())
+        return error
 
     def close(self, *, raise_if_closed=False):
         threads = torch.get_num_threads()

@@ -10,6 +10,7 @@ import torch
 from toys import FACTORIES, every_factory, same, trajectory
 
 from r2dreamer.envs import WorkerError, env_seeds, make_gym, make_vector_env, reseed
+from r2dreamer.envs.gl import hanging_gl
 
 
 def test_train_and_eval_seeds_never_meet():
@@ -64,6 +65,17 @@ def test_a_worker_that_fails_is_named_with_its_seed_and_traceback(trouble, said)
         env.rollout(5)
     assert time.monotonic() - started < 6
     env.close()
+
+
+def test_a_worker_that_hangs_in_the_renderer_is_answered_with_the_driver_and_the_way_out(tmp_path):
+    env = make_vector_env(functools.partial(make_gym, "toys:Toy-freeze-v0"), [40], parallel=True, timeout=2)
+    with pytest.raises(WorkerError, match="did not answer") as caught:
+        env.rollout(5)
+    env.close()
+    assert "MUJOCO_GL" in caught.value.__notes__[0] and "env.num_envs" in caught.value.__notes__[0]
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14\nGCC version:\n")
+    assert "550.54.14." in hanging_gl(version) and "GCC" not in hanging_gl(version)
 
 
 def test_one_failing_worker_among_healthy_ones_is_the_one_named():
