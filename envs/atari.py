@@ -65,10 +65,11 @@ def _find_rom(task):
     from ale_py import ALEInterface, roms
 
     games = roms.get_all_rom_ids()
-    path = roms.get_rom_path(task) if task in games else None
-    # Some games that come with ALE are for two players only; loading one would end the process.
-    if path is None or ALEInterface.isSupportedROM(path) is None:
-        raise unknown_task(task, set(games) - {task}, "Atari")
+    if task not in games:
+        raise unknown_task(task, games, "Atari")
+    path = roms.get_rom_path(task)
+    if path is None or ALEInterface.isSupportedROM(path) is None:  # loading it would end the process
+        raise ValueError(f"Atari's {task!r} is for two players only, or not supported by ALE: choose another game.")
     return path
 
 

@@ -76,7 +76,8 @@ def _reward_and_flags(env):
         yield f"'reward' is {reward.dtype} of shape {tuple(reward.shape)}, not float32 [1]: cast or unsqueeze it"
     for flag in ("done", "terminated", "truncated"):
         if not _is_flag(env.full_done_spec, flag):
-            yield f"{flag!r} is missing or not bool [1]: an episode says whether it terminated or was truncated"
+            remedy = "append torchrl.envs.StepCounter(max_steps)" if flag == "truncated" else "give it as bool [1]"
+            yield f"{flag!r} is missing or not bool [1]: an episode terminates or is truncated, {remedy}"
 
 
 def _is_flag(specs, name):

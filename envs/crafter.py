@@ -80,10 +80,29 @@ def crafter_score(rates):
 
 
 class CrafterScores:
-    """From the returns and metrics of a number of episodes to {"crafter_score": ...}; nothing from no episode."""
+    """From the returns and metrics of a number of episodes to {"crafter_score": ...}; nothing from no episode.
+
+    cumulative: count all episodes there ever were, as the published scores do. The score of a few episodes is biased: the
+        mean of logarithms takes an achievement that none of them happened to unlock for an impossible one.
+    """
+
+    def __init__(self, cumulative: bool = False):
+        self.cumulative = cumulative
+        self.load_state_dict({"episodes": 0, "successes": {}})
 
     def __call__(self, returns: list[float], metrics: dict[str, list[float]]) -> dict[str, float]:
-        successes = [values for name, values in metrics.items() if name.startswith(ACHIEVEMENT)]
-        if not returns or not successes:
+        if not self.cumulative:
+            self.load_state_dict({"episodes": 0, "successes": {}})
+        self.episodes += len(returns)
+        for name, values in metrics.items():
+            if name.startswith(ACHIEVEMENT):
+                self.successes[name] = self.successes.get(name, 0.0) + sum(values)
+        if not self.episodes or not self.successes:
             return {}
-        return {"crafter_score": crafter_score([np.mean(values) for values in successes])}
+        return {"crafter_score": crafter_score([count / self.episodes for count in self.successes.values()])}
+
+    def state_dict(self) -> dict:
+        return {"episodes": self.episodes, "successes": dict(self.successes)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.episodes, self.successes = state["episodes"], dict(state["successes"])

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from .transforms import finish
 
@@ -25,9 +25,6 @@ def make_custom(factory, *, seed, task=None, **kwargs):
             "torchrl.envs.GymWrapper for Gymnasium's, torchrl.envs.DMControlWrapper for dm_control's; or, if it is "
             "registered with Gymnasium, use env=gym env.task=NAME."
         )
-    if isinstance(env, TransformedEnv) and "is_init" in env.observation_spec.keys():
-        env.set_seed(seed, static_seed=True)
-        return env
     return finish(env, task or factory, seed)
 
 

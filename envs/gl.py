@@ -47,6 +47,6 @@ def hanging_gl(driver=Path("/proc/driver/nvidia/version")):
     version = driver.read_text().splitlines()[0].strip() if driver.exists() else "the system's OpenGL driver"
     return (
         f"It hung in the renderer: MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'unset')}, {version}. Drivers can hang when "
-        "many processes render at once: use fewer (env.num_envs), MUJOCO_GL=osmesa (apt-get install libosmesa6), or "
+        "many processes render at once: use fewer (env.num_envs, env.eval_episodes), MUJOCO_GL=osmesa (apt-get install libosmesa6), or "
         "another driver; `python examples/doctor.py` asks the driver by itself."
     )

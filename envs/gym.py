@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import io
 import os
+import traceback
 
 import numpy as np
 from torchrl.envs import GymWrapper
 
 from .errors import require, require_positive, unknown_task
+from .gl import choose_gl, missing_gl
 from .transforms import ClippedActionScaling, finish
 
 
@@ -38,7 +40,9 @@ def make_gym(
     env = _build(gymnasium, task, from_pixels, time_limit)
     env = ActionRepeat(ContractActions(env, task), action_repeat)
     if from_pixels:
-        env = Rendered(env)
+        choose_gl()
+        with _explained(task):
+            env = Rendered(env)
     env = ContractObservations(env, image_size, grayscale, keys, task)
     space = env.action_space
     bounded = isinstance(space, gymnasium.spaces.Box) and np.isfinite([space.low, space.high]).all()
@@ -53,14 +57,33 @@ def import_old_gym_quietly():
             importlib.import_module("gym")
 
 
+@contextlib.contextmanager
+def _explained(task):
+    """What is missing to build or to draw a task, said with its remedy."""
+    from gymnasium.error import DependencyNotInstalled, Error
+
+    try:
+        yield
+    except DependencyNotInstalled as error:
+        raise ImportError(f"Gymnasium's task {task!r} needs a package that is missing: {error}") from error
+    except (Error, ValueError):
+        raise
+    except Exception as error:
+        files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+        if any("mujoco" in file for file in files):
+            raise missing_gl(error) from error
+        raise
+
+
 def _build(gymnasium, task, from_pixels, time_limit):
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame must not open a window to render an array
     kwargs = {"render_mode": "rgb_array"} if from_pixels else {}
     if time_limit is not None:
         kwargs["max_episode_steps"] = time_limit
     try:
-        return gymnasium.make(task, disable_env_checker=True, **kwargs)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise ImportError(f"Gymnasium's task {task!r} needs a package that is missing: {error}") from error
-    except gymnasium.error.UnregisteredEnv as error:
+        with _explained(task):
+            return gymnasium.make(task, disable_env_checker=True, **kwargs)
+    except gymnasium.error.DeprecatedEnv as error:
+        raise ValueError(f"Gymnasium no longer has {task!r}: {error}") from error
+    except gymnasium.error.Error as error:  # not registered, or not even a name
         raise unknown_task(task, gymnasium.registry, "Gymnasium") from error

@@ -214,9 +214,17 @@ def record_bytes(
 
 
 def check_memory(
-    bytes_per_record: int, capacity: int, storage: str = "cpu", directory: str | os.PathLike | None = None
+    bytes_per_record: int,
+    capacity: int,
+    storage: str = "cpu",
+    directory: str | os.PathLike | None = None,
+    *,
+    saved_in: str | os.PathLike | None = None,
 ) -> str:
-    """One line that says what a replay takes and what is free; raises MemoryError if it does not fit."""
+    """One line that says what a replay takes and what is free; raises MemoryError if it does not fit.
+
+    saved_in: where checkpoints keep a copy of it, which takes up to twice as much again; a line warns if that may not fit.
+    """
     free, where = _free_bytes(storage, directory)
     total = bytes_per_record * capacity
     line = (
@@ -229,6 +237,14 @@ def check_memory(
             f"the replay does not fit: {line}. Use a smaller replay.capacity (at most {free // bytes_per_record} fit "
             f"now), {other}, or smaller images."
         )
+    if saved_in is not None:
+        disk, path = _free_bytes("memmap", saved_in)
+        needed = 2 * total + (total if storage == "memmap" else 0)
+        if needed > disk:
+            line += (
+                f". WARNING: with its checkpoints it grows to {_readable(needed)} on {path}, where {_readable(disk)} are "
+                "free; checkpoint.replay=false leaves it out of them"
+            )
     return line
 
 

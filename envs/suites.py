@@ -12,7 +12,7 @@ def suites_with(task):
     found = []
     for suite, tasks in SUITES.items():
         with contextlib.suppress(Exception):  # an extra is missing, or cannot be imported: no hint from there
-            if str(task) in tasks():
+            if str(task).removesuffix("-v3") in tasks() or str(task) in tasks():
                 found.append(suite)
     return found
 

@@ -85,7 +85,8 @@ class ContractEnv(TransformedEnv):
 
 def finish(env, task, seed, *transforms):
     """Give `env`, after `transforms`, what the contract asks of every environment, and seed it."""
-    env = ContractEnv(env, Compose(*transforms, InitTracker()), task)
+    starts = [] if "is_init" in env.observation_spec.keys() else [InitTracker()]
+    env = ContractEnv(env, Compose(*transforms, *starts), task)
     entries = env.observation_spec.items(True, True)
     # Not what stands below "metrics": nobody learns from it, and a suite can have dozens.
     floats = [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point]

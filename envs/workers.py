@@ -199,7 +199,8 @@ class WatchedParallelEnv(ParallelEnv):
             f"The worker of environment {index} (task {self._worker.task!r}, seed {self._env_seeds[index]}) {what}. "
             + (f"Its traceback:\n{text}" if text else "It left no traceback.")
         )
-        if re.search(r"\bin render$", text, re.MULTILINE):  # a stack as faulthandler dumps it, of a worker that hung
+        # A stack as faulthandler dumps it of a process that hangs, not the traceback of one that failed in rendering.
+        if re.search(r"line \d+ in render$", text, re.MULTILINE):
             error.add_note(hanging_gl())
         return error
 

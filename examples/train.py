@@ -114,9 +114,11 @@ class Trainer:
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile)
 
         streams, sizes = cfg.env.num_envs, self.agent.latent_sizes
-        self.memory = check_memory(
-            record_bytes(self.agent.example_record(), latent_keys=sizes), cfg.replay.capacity, **cfg.replay.place
+        size, saved_in = (
+            record_bytes(self.agent.example_record(), sizes),
+            self.logdir if cfg.checkpoint.replay else None,
         )
+        self.memory = check_memory(size, cfg.replay.capacity, **cfg.replay.place, saved_in=saved_in)
         self.replay = make_replay(cfg.replay.capacity, streams, cfg.batch_size, cfg.batch_length, **cfg.replay.place)
         self.records = RecordBuilder(streams, keys, latent_sizes=sizes)
         self.ratio = DreamerV3UpdateRatio(cfg.train_ratio / (cfg.batch_size * cfg.batch_length))
@@ -124,9 +126,10 @@ class Trainer:
         self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0}
         self.first_update = cfg.warmup_steps  # in policy steps
 
-        self.environments = make_vector_env(suite["make"], self.train_seeds(), parallel=cfg.env.parallel)
+        workers = {"parallel": cfg.env.parallel, "timeout": cfg.timeout}
+        self.environments = make_vector_env(suite["make"], self.train_seeds(), **workers)
         self.evaluation_seeds = env_seeds(cfg.seed, cfg.eval.episodes, "eval")
-        self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, parallel=cfg.env.parallel)
+        self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, **workers)
         collector = Collector(
             self.environments,
             self.stream.policy,
@@ -202,6 +205,8 @@ class Trainer:
     def update(self) -> None:
         """The updates owed for the policy steps made since the last ones."""
         self.learner.anneal(self.frames / self.cfg.total_frames)
+        if not self.count["updates"]:
+            self.stream.pause()  # the first update may compile, and that concerns the whole process
         for _ in range(self.ratio(self.count["policy_steps"])):
             batch = self.replay.sample_windows(self.device)
             losses, latents = self.learner.update(batch)
@@ -284,11 +289,11 @@ def main(cfg: DictConfig) -> None:
     trainer = Trainer(cfg)
     try:
         trainer.run()
-    except WorkerError:  # the environments are lost, what was learned is not
-        trainer.save(leaving=True)
-        raise
-    except RuntimeError:
-        check_weights(trainer.agent, trainer.when)
+    except Exception as error:
+        if trainer.stream.failed or isinstance(error, WorkerError):  # environments are lost, what was learned is not
+            trainer.save(leaving=True)
+        elif isinstance(error, RuntimeError):
+            check_weights(trainer.agent, trainer.when)
         raise
     finally:
         trainer.close()

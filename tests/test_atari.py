@@ -295,7 +295,7 @@ def test_an_unknown_game_is_answered_with_the_nearest(task, nearest):
 
 
 def test_a_game_for_two_players_is_refused_instead_of_ending_the_process():
-    with pytest.raises(ValueError, match="Atari has no task 'combat'"):
+    with pytest.raises(ValueError, match="two players only"):
         make_atari("combat", seed=0)
 
 

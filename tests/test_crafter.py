@@ -183,7 +183,21 @@ def test_scores_come_from_the_metrics_of_episodes_and_survive_pickling():
     metrics = {"achievement_a": [1.0, 0.0], "achievement_b": [1.0, 1.0], "success": [0.0, 0.0]}
     scores = pickle.loads(pickle.dumps(CrafterScores()))
     assert scores([2.1, 0.9], metrics) == {"crafter_score": pytest.approx(5151**0.5 - 1)}
+    assert scores([2.1, 0.9], metrics) == {"crafter_score": pytest.approx(5151**0.5 - 1)}  # remembers nothing
     assert scores([], {name: [] for name in metrics}) == {} == scores([1.0], {"success": [1.0]})
+
+
+def test_the_training_score_counts_all_episodes_so_far_also_after_a_resume():
+    scores = CrafterScores(cumulative=True)
+    assert scores([], {}) == {}
+    assert scores([1.0], {"achievement_a": [1.0], "achievement_b": [0.0]})["crafter_score"] == pytest.approx(
+        101**0.5 - 1
+    )
+    resumed = CrafterScores(cumulative=True)
+    resumed.load_state_dict(scores.state_dict())
+    for each in (scores, resumed):
+        found = each([0.0] * 3, {"achievement_a": [0.0] * 3, "achievement_b": [1.0, 0.0, 0.0]})["crafter_score"]
+        assert found == pytest.approx(26.0 - 1)  # a quarter of four episodes each
 
 
 def test_the_configuration_builds_the_environment_and_its_scores():

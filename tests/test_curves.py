@@ -44,6 +44,7 @@ def test_published_rows_are_those_of_the_source():
     assert curve["mean"][-1] == pytest.approx(960.4, abs=0.05) and (curve["std"] >= 0).all()
     assert published_curve("dmc_proprio", "walker_walk")["frames"][-1] == 500_000
     assert published_curve("gym", "CartPole-v1") is None
+    assert published_curve("atari100k", "alien")["frames"][-1] == 400_000
 
 
 def test_curve_with_the_published_one(tmp_path, drawn):

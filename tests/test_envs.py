@@ -1,16 +1,18 @@
 """An environment keeps the contract: what it observes, how it is acted on, when its episodes end."""
 
+import functools
 import importlib.resources
 
 import hydra
 import pytest
 import torch
+from launcher import config
 from omegaconf import OmegaConf
 from torchrl.data import Bounded, OneHot
 from torchrl.envs.utils import check_env_specs
 from toys import FACTORIES, every_factory, same, trajectory
 
-from r2dreamer.envs import check_environment, env_seeds, make_dmc, make_gym
+from r2dreamer.envs import check_environment, env_seeds, make_dmc, make_gym, make_vector_env
 
 
 @every_factory
@@ -103,3 +105,22 @@ def test_falling_terminates_and_time_truncates():
     episode = make_dmc("cartpole_balance", seed=0, from_pixels=False).rollout(600)
     assert episode.shape == (500,) and episode[-1]["next", "truncated"].item()
     assert not episode["next", "terminated"].any() and episode[0]["is_init"].item() and not episode[1:]["is_init"].any()
+
+
+@pytest.mark.parametrize(("task", "camera"), [("quadruped_walk", 2), ("fish_swim", 3), ("cartpole_balance", 0)])
+def test_each_domain_has_its_usual_camera(task, camera):
+    usual, given, other = (
+        make_dmc(task, seed=0, from_pixels=True, camera=each).reset()["pixels"] for each in (None, camera, -1)
+    )
+    assert torch.equal(usual, given) and not torch.equal(usual, other)
+
+
+def test_gymnasiums_mujoco_tasks_are_seen_from_workers_of_their_own():
+    factory = functools.partial(make_gym, "HalfCheetah-v5", from_pixels=True)
+    workers = make_vector_env(factory, [4, 6], parallel=True)
+    seen = trajectory(workers, steps=2)
+    workers.close()
+    assert seen["pixels"].shape == (2, 2, 3, 64, 64) and seen["pixels"].float().std() > 10
+    assert config("env=gym", "env.from_pixels=true").env.parallel and not config("env=gym").env.parallel
+    alone = factory(seed=4)
+    assert torch.equal(alone.reset()["pixels"], seen["pixels"][0, 0])

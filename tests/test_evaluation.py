@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase, InitTracker, ParallelEnv, SerialEnv, Transform
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from support.episodes import EpisodeReturns
-from support.evaluation import evaluate
+from support.evaluation import LONGEST_FILM, _Camera, evaluate
 
 
 class Countdown(EnvBase):
@@ -177,3 +177,11 @@ def test_training_episodes_sum_up_with_metrics_and_the_suites_own_scores():
         }
     episodes.add(batch)  # the first environment was in mid-episode, with 4 so far and no success in it
     assert episodes.pop()["train/return"] == (4 + 3 + 56) / 2
+
+
+def test_a_film_is_not_longer_than_anybody_watches():
+    camera = _Camera("pixels", None)
+    frame = TensorDict({"pixels": torch.zeros(3, 4, 4, dtype=torch.uint8)})
+    for _ in range(LONGEST_FILM + 5):
+        camera.shoot(frame)
+    assert len(camera.film()) == LONGEST_FILM

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -150,6 +151,24 @@ def test_a_worker_that_dies_is_named_and_what_was_learned_is_saved(tmp_path, mon
     (tmp_path / "deadly").unlink()
     assert train_here(tmp_path / "log", *overrides[:-1]).frames == 200
     assert steps(tmp_path / "log", "count/updates") == [40, 80, 120, 160, 200]
+
+
+def test_a_simulator_that_fails_in_this_process_leaves_what_was_learned(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mortal.py").write_text(MORTAL.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise OSError('gone')"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mortal", raising=False)
+    collect = train.Trainer.collect
+
+    def deadly(self, transitions):
+        collect(self, transitions)
+        if self.frames == 120:
+            (tmp_path / "deadly").touch()
+
+    monkeypatch.setattr(train.Trainer, "collect", deadly)
+    task = ["env=gym", "env.task=mortal:Mortal-v0", *TINY, "env.parallel=false"]
+    message = main_fails(capsys, *task, f"logdir={tmp_path / 'log'}")
+    assert "gone" in message and "'mortal:Mortal-v0', environment seed" in " ".join(message.split())
+    assert Checkpoints(tmp_path / "log" / "checkpoints").load().step == 120
 
 
 def test_a_worker_that_dies_between_two_steps_is_named_too(tmp_path, monkeypatch, capsys):

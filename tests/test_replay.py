@@ -1,4 +1,5 @@
 import random
+import shutil
 import time
 
 import pytest
@@ -239,6 +240,10 @@ def test_memory_is_predicted_to_the_byte_and_refused_beyond_what_is_free(tmp_pat
     line = check_memory(12_600, 1000)
     assert line.startswith("12.6 kB a record x 1000 records = 12.6 MB on cpu; ") and line.endswith(" free")
     assert "disk" in check_memory(12_600, 1000, "memmap", tmp_path / "not" / "yet")
+    assert "WARNING" not in check_memory(12_600, 1000, saved_in=tmp_path)
+    _, _, free = shutil.disk_usage(tmp_path)
+    line = check_memory(1, int(0.4 * free), "memmap", tmp_path, saved_in=tmp_path)  # fits, three times does not
+    assert "WARNING" in line and "checkpoint.replay=false" in line
     with pytest.raises(MemoryError, match=r"smaller replay.capacity .*storage=memmap"):
         check_memory(12_600, 10**12)
 

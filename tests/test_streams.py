@@ -1,19 +1,24 @@
-"""collector=sync and collector=async: who waits for whom, with which weights, and that errors arrive."""
+"""collector=sync and collector=async: who waits for whom, with which weights, and what it survives."""
 
 import json
+import os
+import signal
 import threading
 import time
 
 import pytest
 import torch
-from launcher import CARTPOLE, config
+from launcher import CARTPOLE, config, count_lines, steps, train_here, wait_for
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import train
 from test_collecting import follows
 
+from support.checkpoint import Checkpoints
 from support.metrics import read_metrics
 from support.streams import Alternating, Overlapping
+
+ASYNC = [*CARTPOLE, "collector=async", "env.parallel=true"]
 
 
 class Batches:
@@ -105,9 +110,8 @@ def test_what_breaks_in_the_thread_is_raised_where_the_batch_is_asked_for():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("collect")]
 
 
-@pytest.mark.parametrize("parallel", [True, False])
-def test_async_trains_to_the_end_at_its_train_ratio(tmp_path, parallel):
-    overrides = [*CARTPOLE, "collector=async", f"env.parallel={parallel}", f"logdir={tmp_path}"]
+def test_async_trains_to_the_end_at_its_train_ratio(tmp_path):
+    overrides = [*ASYNC, f"logdir={tmp_path}"]
     trainer = train.Trainer(config(*overrides))
     try:
         trainer.run()
@@ -129,7 +133,7 @@ def test_async_trains_to_the_end_at_its_train_ratio(tmp_path, parallel):
 
 def test_async_steps_are_one_filtered_stream_while_the_learner_learns(tmp_path):
     """The latents a thread collects follow from each other, though the learner's modules change and are recorded on."""
-    trainer = train.Trainer(config(*CARTPOLE, "collector=async", f"logdir={tmp_path}", "algorithm.optimizer.lr=0.0"))
+    trainer = train.Trainer(config(*ASYNC, f"logdir={tmp_path}", "algorithm.optimizer.lr=0.0"))
     batches, collect = [], trainer.collect
 
     def keep(transitions):
@@ -141,14 +145,65 @@ def test_async_steps_are_one_filtered_stream_while_the_learner_learns(tmp_path):
         trainer.run()
     finally:
         trainer.close()
+    ours, learned = (
+        {value.data_ptr() for value in policy.parameters()} for policy in (trainer.stream.policy, trainer.agent.policy)
+    )
+    assert ours and not ours & learned
     # Up to the first save or evaluation no stream is interrupted, and lr 0 leaves the weights what they were.
     follows(trainer.agent, torch.cat(batches, 1))
 
 
-def test_exact_checkpoints_are_refused_with_async(tmp_path):
-    with pytest.raises(ValueError, match="collector=sync"):
-        train.Trainer(config(*CARTPOLE, "collector=async", "checkpoint.exact=true", f"logdir={tmp_path}/run"))
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [(["checkpoint.exact=true"], "collector=sync"), (["env.parallel=false"], "env.parallel=true")],
+)
+def test_what_async_cannot_do_is_refused(tmp_path, overrides, said):
+    with pytest.raises(ValueError, match=said):
+        train.Trainer(config(*ASYNC, *overrides, f"logdir={tmp_path}/run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_async_survives_ctrl_c_and_kills_and_logs_every_line_once(server, tmp_path):
+    command, logdir = [*ASYNC, "logdir=log"], tmp_path / "log"
+    for step, number in ((80, signal.SIGINT), (160, signal.SIGKILL)):
+        run = server.start(tmp_path, *command)
+        wait_for(run, lambda step=step: count_lines(logdir) and step in steps(logdir, "count/updates"))
+        run.send(number)
+        assert run.wait() == (0 if number == signal.SIGINT else -number), run.stderr
+    assert server.run(tmp_path, *command).status == 0
+    assert steps(logdir, "count/updates") == [40, 80, 120, 160, 200]
+    assert steps(logdir, "eval/return") == [0, 80, 160, 200]
+
+
+def test_async_leaves_at_the_second_ctrl_c_also_while_it_collects(server, tmp_path):
+    slow = ["collect_steps=100000", "total_frames=1000000", "replay.capacity=1000000"]  # minutes for a single batch
+    run = server.start(tmp_path, *ASYNC, *slow, "logdir=log")
+    wait_for(run, lambda: count_lines(tmp_path / "log") >= 1)
+    while "Press Ctrl-C again" not in run.stderr:
+        time.sleep(0.5)  # the first evaluation may still be ending
+        run.send(signal.SIGINT)
+        time.sleep(0.2)
+    run.send(signal.SIGINT)
+    assert run.wait(timeout=30) == 130
+    assert "Traceback" not in run.stderr and not any((tmp_path / "log" / "checkpoints").glob("step_*"))
+
+
+def test_a_worker_that_dies_under_async_is_named_and_what_was_learned_is_saved(tmp_path, monkeypatch, capsys):
+    collect = train.Trainer.collect
+
+    def deadly(self, transitions):
+        collect(self, transitions)
+        if self.frames == 120:
+            os.kill(self.environments._workers[1].pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Trainer, "collect", deadly)
+        with pytest.raises(SystemExit):
+            train.main(config(*ASYNC, f"logdir={tmp_path}"))
+    said = capsys.readouterr().err
+    assert "WorkerError" in said and "'CartPole-v1'" in said and "killed by SIGKILL" in said
+    assert Checkpoints(tmp_path / "checkpoints").load().step in (120, 124)  # one batch may have been there already
+    assert train_here(tmp_path, *ASYNC).frames == 200
 
 
 def test_sync_logs_how_long_it_waits_and_no_lag(tmp_path):

@@ -27,6 +27,11 @@ def summed():
 def indexed():
     return GymEnv("CartPole-v1", categorical_action_encoding=True)
 
+def counted():
+    from torchrl.envs import InitTracker, ObservationNorm
+    broken = ObservationNorm(loc=float("nan"), scale=1.0, in_keys=["observation"])
+    return TransformedEnv(TransformedEnv(make_env(), InitTracker()), broken)  # begins episodes itself, and is ill
+
 def nothing():
     return object()
 """
@@ -103,6 +108,7 @@ def test_a_task_of_another_suite_is_sent_there():
     for make, task, suite in (
         (make_gym, "walker_walk", "env=dmc_vision or env=dmc_proprio"),
         (make_dmc, "door-open", "env=metaworld"),
+        (make_dmc, "door-open-v3", "env=metaworld"),
         (make_probe, "alien", "env=atari100k"),
         (make_dmc, "9x9", "env=memory_maze"),
     ):
@@ -133,6 +139,12 @@ def test_a_factory_that_does_not_fit_is_answered_with_what_is_wrong(server, tmp_
     assert "Traceback" not in run.stderr
 
 
+def test_a_custom_environment_with_its_own_is_init_is_watched_like_any_other(server, tmp_path):
+    (tmp_path / "my_envs.py").write_text(MAKE_ENV)
+    run = server.run(tmp_path, "env=custom", "env.factory=my_envs:counted", *TINY)
+    assert run.status == 1 and "observation 'observation' is not finite" in run.stderr, run.stderr
+
+
 def test_a_custom_environment_needs_a_factory(server, tmp_path):
     run = server.run(tmp_path, "env=custom", *TINY)
     assert run.status == 1 and "env.factory" in run.stderr and "Traceback" not in run.stderr, run.stderr
@@ -158,7 +170,14 @@ def doctor(server, folder, *overrides, **more):
 def test_the_doctor_finds_a_healthy_suite_healthy(server, tmp_path):
     status, said = doctor(server, tmp_path, "env=dmc_vision", "env.task=reacher_easy", "env.num_envs=2")
     assert status == 0, said
-    for part in ("frames/s", "2 of them in parallel", "a record x 500000 records", "Renderer of MuJoCo", "works."):
+    for part in (
+        "ms for a 64x64 image",
+        "frames/s",
+        "2 of them in parallel",
+        "a record x 500000 records",
+        "Renderer of MuJoCo",
+        "works.",
+    ):
         assert part in said, said
 
 

@@ -73,6 +73,11 @@ def test_a_worker_that_hangs_in_the_renderer_is_answered_with_the_driver_and_the
         env.rollout(5)
     env.close()
     assert "MUJOCO_GL" in caught.value.__notes__[0] and "env.num_envs" in caught.value.__notes__[0]
+    env = make_vector_env(functools.partial(make_gym, "toys:Toy-broken-v0"), [40], parallel=True)
+    with pytest.raises(WorkerError, match="in render\n") as caught:
+        env.rollout(5)
+    env.close()
+    assert not hasattr(caught.value, "__notes__")  # it failed in rendering, but did not hang
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14\nGCC version:\n")
     assert "550.54.14." in hanging_gl(version) and "GCC" not in hanging_gl(version)

@@ -48,7 +48,7 @@ class Toy(gymnasium.Env):
             raise ArithmeticError("the toy broke")
         if now and self.trouble == "hang":
             time.sleep(60)
-        if now and self.trouble == "freeze":
+        if now and self.trouble in ("freeze", "broken"):
             self.render()
         if now and self.trouble == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -56,10 +56,12 @@ class Toy(gymnasium.Env):
         return self._observe(np.nan if now and self.trouble == "nan" else 0.0), reward, self.steps == 5, False, {}
 
     def render(self):
+        if self.trouble == "broken":
+            raise ArithmeticError("no picture")
         time.sleep(60)  # as a driver does that hangs
 
 
-for trouble in ("raise", "hang", "freeze", "kill", "nan", "reward"):
+for trouble in ("raise", "hang", "freeze", "broken", "kill", "nan", "reward"):
     gymnasium.register(f"Toy-{trouble}-v0", Toy, kwargs={"trouble": trouble})
 gymnasium.register("Toy-v0", Toy)
 for number, space in enumerate((spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2), spaces.Tuple([]), spaces.Text(3))):

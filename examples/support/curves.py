@@ -83,7 +83,7 @@ def read_curve(logdir: str | os.PathLike, key: str) -> tuple[np.ndarray, np.ndar
 
 def published_curve(suite: str, task: str) -> dict | None:
     """DreamerV3's published curve: frames, mean and std, each [N], and the number of seeds; None if there is none."""
-    names = {task, f"dmc_{task}"}  # the published tables write dmc_walker_walk
+    names = {task, f"dmc_{task}", f"atari_{task}"}  # as the published tables write them
     with resources.files("r2dreamer.configs").joinpath("reference_curves.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["suite"] == suite and row["task"] in names]
     if not rows:

@@ -80,8 +80,11 @@ class EpisodeReturns:
         return {f"train/{name}": value for name, value in line.items()}
 
     def state_dict(self) -> dict:
-        return {"finished": [vars(episode) for episode in self.finished], "latest": self.latest}
+        scores = self.scores.state_dict() if hasattr(self.scores, "state_dict") else {}
+        return {"finished": [vars(episode) for episode in self.finished], "latest": self.latest, "scores": scores}
 
     def load_state_dict(self, state: dict) -> None:
         self.finished = [Episode(**episode) for episode in state["finished"]]
         self.latest = state["latest"]
+        if state.get("scores"):
+            self.scores.load_state_dict(state["scores"])

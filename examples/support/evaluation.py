@@ -17,6 +17,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from support.episodes import Episode, Scores, reported, summarise
 
+LONGEST_FILM = 1000  # frames; a game of Atari can last 27,000 steps
+
 
 @dataclass
 class EvaluationResult:
@@ -133,6 +135,8 @@ class _Camera:
 
     def shoot(self, observation: TensorDictBase, live: bool = True) -> None:
         """live: the environment still is where `observation` was made; an ended one has been reset already."""
+        if len(self.frames) == LONGEST_FILM:
+            return
         pixels = observation.get(self.pixels_key, None)
         if pixels is not None:
             self.frames.append(_to_image(pixels[0] if observation.batch_size else pixels))

@@ -10,7 +10,7 @@ from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import Agent
 from r2dreamer.envs import make_gym, reseed
-from support.evaluation import EvaluationResult, evaluate
+from support.evaluation import LONGEST_FILM, EvaluationResult, evaluate
 
 SIDE = 192  # about how many pixels the shorter side of a film gets
 
@@ -41,7 +41,7 @@ def evaluate_seeds(
     finally:
         hook.remove()
     if record and image is None and make_environment is not None:
-        result.frames = film(make_environment, seeds[0], actions[: result.lengths[0]])
+        result.frames = film(make_environment, seeds[0], actions[: min(result.lengths[0], LONGEST_FILM)])
     return result
 
 

@@ -39,11 +39,18 @@ FIXED = (
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
     """Makes the run's directory and locks it, finds what to resume, refuses what cannot work; writes ``config.yaml``."""
     check_sizes(cfg)
-    if cfg.checkpoint.exact and not hydra.utils.get_class(cfg.collector._target_).repeats:
-        raise ValueError(
-            "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which no run does whose "
-            "environments step while it learns; use collector=sync, or checkpoint.exact=false."
-        )
+    check_environment_keys(cfg)
+    if not hydra.utils.get_class(cfg.collector._target_).repeats:
+        if cfg.checkpoint.exact:
+            raise ValueError(
+                "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which no run does whose "
+                "environments step while it learns; use collector=sync, or checkpoint.exact=false."
+            )
+        if not cfg.env.parallel:
+            raise ValueError(
+                "collector=async steps the environments while the learner learns, which needs workers of their own: "
+                "add env.parallel=true, or use collector=sync."
+            )
     logdir = Path(cfg.logdir)
     try:
         logdir.mkdir(parents=True, exist_ok=True)
@@ -98,6 +105,15 @@ def check_sizes(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{key}={value} must be a number that is not negative.")
+
+
+def check_environment_keys(cfg: DictConfig) -> None:
+    """What stands both below env and below env.make is set below env: frames are counted and scores chosen by it."""
+    for key, value in cfg.env.make.items():
+        if key in cfg.env and cfg.env[key] != value:
+            raise ValueError(
+                f"env.make.{key}={value}, but env.{key}={cfg.env[key]}: say env.{key}={value}, which sets both."
+            )
 
 
 def build(make_environment: Callable[..., EnvBase], cfg: DictConfig, device: torch.device) -> tuple[Agent, list[str]]:

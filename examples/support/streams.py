@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, TransformedEnv
+
+PATIENCE = 5.0  # seconds for a batch under way when the program ends
 
 
 class Alternating:
     """`collector=sync`: environments wait while the learner learns. What a run does depends on its seed alone.
 
     policy: the one to collect with.
-    waited: seconds the learner has waited for batches.
+    waited: seconds the learner has waited for batches, or for collecting to pause.
     lag: how many updates older than the learner the weights were that acted in the latest batch.
+    failed: the latest batch never came.
     """
 
     repeats = True
 
     def __init__(self, policy: TensorDictModuleBase):
-        self.policy, self.waited, self.lag = policy, 0.0, 0
+        self.policy, self.waited, self.lag, self.failed = policy, 0.0, 0, False
 
     def start(self, collector: Collector) -> None:
         self.collector, self.batches = collector, iter(collector)
 
     def next(self, updates: int) -> TensorDict:
         """The next batch; `updates` is how many the learner has made."""
-        start = time.perf_counter()
-        batch = self._take(updates)
-        self.waited += time.perf_counter() - start
-        return batch
-
-    def _take(self, updates: int) -> TensorDict:
-        return next(self.batches)
+        with self._waiting():
+            self.failed = True
+            batch = self._take(updates)
+            self.failed = False
+            return batch
 
     def pause(self) -> None:
         """Until the next batch is asked for, nothing steps, draws random numbers or reads the weights."""
+        with self._waiting():
+            self._finish()
 
     def restart(self) -> None:
         """Episodes begin anew; a batch of the old ones that nobody took is dropped."""
@@ -47,8 +53,22 @@ class Alternating:
         self.collector.reset()
 
     def close(self) -> None:
-        self.pause()
+        self.pause()  # also after a second Ctrl-C: environments in mid-step cannot be closed
         self.collector.shutdown()  # closes its environments, too
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def _take(self, updates: int) -> TensorDict:
+        return next(self.batches)
+
+    def _finish(self) -> None:
+        """Nothing is ever under way between two batches."""
 
 
 class Overlapping(Alternating):
@@ -57,6 +77,7 @@ class Overlapping(Alternating):
     The thread acts with a copy of the policy, whose weights are the learner's when the batch begins: the learner writes
     its own in place, and records its recurrence on the modules themselves. Updates are owed for the batches taken, so the
     train ratio stays what it is. Both threads draw from the same random generators: a seed no longer repeats a run.
+    Environments step in workers of their own (`env.parallel=true`): an OpenGL context belongs to one thread.
     """
 
     repeats = False
@@ -72,14 +93,14 @@ class Overlapping(Alternating):
         return self.thread.submit(next, self.batches), updates
 
     def _take(self, updates: int) -> TensorDict:
-        future, then = self.begun or self._begin(updates)
-        self.begun = None  # should it have failed, too
-        batch = future.result()
+        self.begun = self.begun or self._begin(updates)
+        future, then = self.begun
+        batch = future.result()  # an error of the thread is raised here, and again if somebody asks again
         self.lag = updates - then
         self.begun = self._begin(updates)
         return batch
 
-    def pause(self) -> None:
+    def _finish(self) -> None:
         if self.begun:
             wait([self.begun[0]])
 
@@ -88,8 +109,17 @@ class Overlapping(Alternating):
         self.begun = None
 
     def close(self) -> None:
+        if self.begun and not wait([self.begun[0]], timeout=PATIENCE).done:  # nobody waits minutes for a second Ctrl-C
+            kill_workers(self.collector.env)
         super().close()
         self.thread.shutdown()
+
+
+def kill_workers(environment: EnvBase) -> None:
+    while isinstance(environment, TransformedEnv):
+        environment = environment.base_env
+    for process in environment._workers:
+        process.kill()
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
