@@ -48,7 +48,9 @@ class Linear(nn.Linear):
     def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """``forward`` of the two beside each other, which are never copied together."""
         left, right = self.weight.split([first.shape[-1], second.shape[-1]], -1)
-        return F.linear(first, left, self.bias) + F.linear(second, right)
+        # As matrices: of a batch of strided ones torch makes a bmm without gradients, with a copy of the weight for each.
+        one, other = first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])
+        return (F.linear(one, left, self.bias) + F.linear(other, right)).view(*first.shape[:-1], -1)
 
 
 class NormSiLU(nn.Module):

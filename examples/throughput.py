@@ -19,7 +19,7 @@ from collections.abc import Callable
 import support  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
-from gymnasium.vector import AsyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from omegaconf import DictConfig
 from torchrl.collectors import Collector
 from torchrl.modules import RandomPolicy
@@ -50,18 +50,24 @@ def measure(cfg: DictConfig, count: int) -> dict[str, float]:
         storing_device="cpu",
     )
     batches = iter(collector)
-    simulators = AsyncVectorEnv([functools.partial(bare, factory, seed) for seed in seeds], context="forkserver")
-    simulators.reset()
-    sample = lambda: simulators.step(simulators.action_space.sample())
+    simulators = AsyncVectorEnv(
+        [functools.partial(bare, factory, seed) for seed in seeds],
+        context="forkserver",
+        autoreset_mode=AutoresetMode.SAME_STEP,  # as ours: no step is a mere reset
+    )
     found = {"collector": [], "bare": []}
-    for turn in range(cfg.rounds + 1):  # the first turn warms up
-        seconds = cfg.seconds if turn else cfg.seconds / 4
-        rates = cfg.collect_steps * rate(lambda: next(batches), seconds), rate(sample, seconds)
-        if turn:
-            for name, value in zip(found, rates, strict=True):
-                found[name].append(frames * value)
-    collector.shutdown()
-    simulators.close()
+    try:
+        simulators.reset()
+        sample = lambda: simulators.step(simulators.action_space.sample())
+        for turn in range(cfg.rounds + 1):  # the first turn warms up
+            seconds = cfg.seconds if turn else cfg.seconds / 4
+            rates = cfg.collect_steps * rate(lambda: next(batches), seconds), rate(sample, seconds)
+            if turn:
+                for name, value in zip(found, rates, strict=True):
+                    found[name].append(frames * value)
+    finally:
+        collector.shutdown()
+        simulators.close()
     rates = {name: statistics.median(values) for name, values in found.items()}
     return rates | {"ratio": statistics.median(a / b for a, b in zip(*found.values(), strict=True))}
 

@@ -332,3 +332,10 @@ def test_a_joined_linear_is_the_linear_of_both():
     layer.bias.data.normal_()
     first, second = torch.randn(3, 2), torch.randn(3, 3)
     torch.testing.assert_close(layer.joined(first, second), layer(torch.cat([first, second], -1)))
+    first, second = (
+        torch.randn(6, 5, 2)[:, 1:],
+        torch.randn(6, 5, 3)[:, 1:],
+    )  # steps of a rollout, as the losses read them
+    with torch.no_grad():
+        torch.testing.assert_close(layer.joined(first, second), layer(torch.cat([first, second], -1)))
+    torch.testing.assert_close(layer.joined(first[0, 0], second[0, 0]), layer(torch.cat([first, second], -1))[0, 0])

@@ -113,3 +113,18 @@ def test_the_benchmark_prints_one_json_line_with_torchrl_beside_us(request, tmp_
     for measure in ("update", "torchrl_update", "acting"):
         assert result[measure]["median_s"] > 0
     assert result["replay"]["steps_per_s"] > 0 and result["torchrl_over_ours"] > 0
+
+
+@pytest.mark.parametrize(
+    "environment",
+    ["env=gym env.task=CartPole-v1", "env=dmc_vision env.task=reacher_easy", "env=probe env.task=ending"],
+)
+def test_throughput_steps_the_same_simulators_with_and_without_torchrl(request, tmp_path, environment):
+    script = request.config.rootpath / "examples" / "throughput.py"
+    short = ["counts=[2]", "seconds=0.3", "rounds=1"]
+    command = [sys.executable, str(script), *environment.split(), *short]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["environments"] == 2 and result["collector"] > 0 and result["bare"] > 0
+    assert result["ratio"] == pytest.approx(result["collector"] / result["bare"], rel=0.02)
