@@ -88,7 +88,6 @@ COMMANDS = {
         [*CARTPOLE, "env.make.action_repeat=2"],
         ["env.make.action_repeat=2, but env.action_repeat=1", "env.action_repeat=2, which sets both"],
     ),
-    "a task of yesterday": (["env=gym", "env.task=Pendulum-v0", *TINY], ["no longer has 'Pendulum-v0'", "Pendulum-v1"]),
     "a task that is no name": (["env=gym", "env.task=not/a/task", *TINY], ["not/a/task"]),
     "unknown model": ([*CARTPOLE, "model=size13M"], ["size13M", "size12M"]),
     "unknown gym task": (["env=gym", "env.task=cartpole-v1", *TINY], ["'cartpole-v1'", "CartPole-v1"]),

@@ -35,6 +35,11 @@ def test_an_unknown_task_is_answered_with_the_nearest(make, task, nearest):
         make(task, seed=0)
 
 
+def test_a_task_of_yesterday_is_answered_with_todays():
+    with pytest.raises(ValueError, match="no longer has 'Pendulum-v0'.*Pendulum-v1"), pytest.warns(DeprecationWarning):
+        make_gym("Pendulum-v0", seed=0)
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_an_action_space_that_is_not_supported_is_named(number):
     with pytest.raises(

@@ -30,8 +30,14 @@ def test_ctrl_c_saves_and_leaves_with_status_0(server, tmp_path):
     assert steps(logdir, "count/updates") == [40, 80, 120, 160, 200]
 
 
-def test_ctrl_c_twice_leaves_at_once(server, tmp_path):
-    slow = ["collect_steps=100000", "total_frames=1000000", "replay.capacity=1000000"]  # minutes for a single step
+@pytest.mark.parametrize("how", [[], ["collector=async", "env.parallel=true"]], ids=["sync", "async"])
+def test_ctrl_c_twice_leaves_at_once(server, tmp_path, how):
+    slow = [
+        *how,
+        "collect_steps=100000",
+        "total_frames=1000000",
+        "replay.capacity=1000000",
+    ]  # minutes for a single step
     run = server.start(tmp_path, *CARTPOLE, *slow, "logdir=log")
     wait_for(run, lambda: count_lines(tmp_path / "log") >= 1)
     while "Press Ctrl-C again" not in run.stderr:
@@ -39,7 +45,7 @@ def test_ctrl_c_twice_leaves_at_once(server, tmp_path):
         run.send(signal.SIGINT)
         time.sleep(0.2)
     run.send(signal.SIGINT)
-    assert run.wait(timeout=20) == 130
+    assert run.wait(timeout=30) == 130
     assert "Traceback" not in run.stderr and not any((tmp_path / "log" / "checkpoints").glob("step_*"))
 
 
