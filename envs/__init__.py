@@ -8,6 +8,7 @@ check_chosen_gl()  # first, because the other modules import TorchRL, and TorchR
 from .atari import make_atari
 from .atari_scores import HumanNormalizedScore
 from .check import check_environment
+from .collecting import VectorCollector
 from .crafter import CrafterScores, crafter_score, make_crafter
 from .custom import make_custom
 from .dmc import RenderPixels, make_dmc
@@ -19,7 +20,7 @@ from .probes import PROBES, make_probe
 from .simulator import Simulator
 from .subtle import DMCSubtle, make_dmc_subtle
 from .transforms import ClippedActionScaling, FiniteCheck
-from .vector import env_seeds, make_vector_env, reseed
+from .vector import VectorEnv, count_workers, env_seeds, make_vector_env, reseed
 
 __all__ = [
     "ClippedActionScaling",
@@ -30,8 +31,11 @@ __all__ = [
     "PROBES",
     "RenderPixels",
     "Simulator",
+    "VectorCollector",
+    "VectorEnv",
     "WorkerError",
     "check_environment",
+    "count_workers",
     "env_seeds",
     "make_atari",
     "crafter_score",

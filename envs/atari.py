@@ -77,7 +77,8 @@ class Atari(Simulator):
     """One game; an image is the brighter of the last two frames, since many games draw things in every other one."""
 
     def __init__(self, ale, rom, actions, *, image_size, action_repeat, lives, noops, grayscale, time_limit):
-        super().__init__(pixels=(1 if grayscale else 3, image_size, image_size), actions=len(actions))
+        channels = 1 if grayscale else 3
+        super().__init__(observations={"pixels": (channels, image_size, image_size)}, actions=len(actions))
         self.ale, self.rom, self.actions = ale, rom, actions
         self.size, self.repeat, self.lives, self.noops = image_size, action_repeat, lives, noops
         self.grayscale, self.time_limit = grayscale, time_limit
@@ -94,7 +95,7 @@ class Atari(Simulator):
             self._begin_game()
         self.goes_on = False  # once: a reset that nobody expects begins a new game
         self.lives_left = self.ale.lives()
-        return self.pixels()
+        return self.observe()
 
     def _begin_game(self):
         self.ale.reset_game()
@@ -119,7 +120,7 @@ class Atari(Simulator):
             if over or truncated or died:
                 break
         self.goes_on = self.lives == "discount" and died and not over and not truncated
-        return self.pixels(), reward, over or died, truncated
+        return self.observe(), reward, over or died, truncated
 
-    def pixels(self):
-        return to_pixels(np.maximum(*self.screens), self.size, self.grayscale)
+    def observe(self):
+        return {"pixels": to_pixels(np.maximum(*self.screens), self.size, self.grayscale)}

@@ -41,7 +41,9 @@ class Crafter(Simulator):
     def __init__(self, new_game, constants, image_size, action_repeat):
         self.names = {name: ACHIEVEMENT + name for name in constants.achievements}
         super().__init__(
-            pixels=(3, image_size, image_size), actions=len(constants.actions), metrics=self.names.values()
+            observations={"pixels": (3, image_size, image_size)},
+            actions=len(constants.actions),
+            metrics=self.names.values(),
         )
         self.new_game, self.repeat = new_game, action_repeat
 
@@ -49,7 +51,7 @@ class Crafter(Simulator):
         self.game = repeatable(self.new_game(seed=number))
 
     def begin(self):
-        return to_pixels(self.game.reset())
+        return {"pixels": to_pixels(self.game.reset())}
 
     def advance(self, action):
         total = 0.0
@@ -59,7 +61,7 @@ class Crafter(Simulator):
             if done:
                 break
         self.metrics = {self.names[name]: float(count > 0) for name, count in info["achievements"].items()}
-        return to_pixels(image), total, info["discount"] == 0, done
+        return {"pixels": to_pixels(image)}, total, info["discount"] == 0, done
 
 
 def repeatable(game):

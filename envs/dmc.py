@@ -5,12 +5,13 @@ import importlib
 import numpy as np
 import torch
 from torchrl.data import Bounded
-from torchrl.envs import DMControlWrapper, DoubleToFloat, ExcludeTransform, FlattenObservation, TransformedEnv
+from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Transform
 
 from .errors import require, require_positive, unknown_task
 from .gl import choose_gl, missing_gl
-from .transforms import ClippedActionScaling, finish
+from .simulator import Simulator
+from .transforms import finish
 
 CAMERAS = {"quadruped": 2, "fish": 3}  # all others: 0
 
@@ -26,33 +27,63 @@ def make_dmc(task, *, seed, from_pixels, image_size=64, action_repeat=2, camera=
     if task not in tasks:
         raise unknown_task(task, tasks, "The DeepMind Control suite")
     view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
-    return build_dmc(task, *tasks[task], seed=seed, action_repeat=action_repeat, **view)
+    return finish(build_dmc(*tasks[task], action_repeat=action_repeat, **view), task, seed)
 
 
-def build_dmc(task, domain, name, *transforms, seed, from_pixels, image_size, action_repeat, camera):
-    """The suite's `domain` and `name` on the package's contract, behind `transforms`; errors call it `task`."""
+def build_dmc(domain, name, *, from_pixels, image_size, action_repeat, camera):
+    """The suite's `domain` and `name` as a simulator."""
     require_positive(image_size=image_size, action_repeat=action_repeat)
     # Some tasks draw their physical constants when they are built. With one fixed draw, train and evaluation
     # environments are the same machine, and seeding an environment again is the same as building it with that seed.
     env = import_suite().load(domain, name, task_kwargs={"random": 0})
-    spec = env.action_spec()
-    env = DMControlWrapper(env, frame_skip=action_repeat)
-    vectors = list(env.observation_spec.keys())
-    if from_pixels:
-        camera = CAMERAS.get(domain, 0) if camera is None else camera
-        render_pixels(env._env.physics, image_size, camera)  # what cannot render says so now, not in mid-run
-        observing = [RenderPixels(image_size, camera), ExcludeTransform(*vectors)]
-    else:
-        matrices = [key for key in vectors if env.observation_spec[key].ndim > 1]
-        flatten = FlattenObservation(-2, -1, in_keys=matrices, allow_positive_dim=False)
-        observing = [flatten] if matrices else []
-    bounded = np.isfinite([spec.minimum, spec.maximum]).all()
-    scaling = [ClippedActionScaling()] if bounded else []
-    return finish(env, task, seed, *transforms, *observing, DoubleToFloat(), *scaling)
+    camera = CAMERAS.get(domain, 0) if camera is None else camera
+    return Control(env, action_repeat, (image_size, camera) if from_pixels else None)
+
+
+class Control(Simulator):
+    """A dm_control environment; TorchRL's DMControlWrapper takes several times as long for a step without images.
+
+    view: (size, camera) of the image that is observed, rendered once after a repeated action; without, the vectors are.
+    """
+
+    def __init__(self, env, action_repeat, view):
+        if view:
+            render_pixels(env.physics, *view)  # what cannot render says so now, not in mid-run
+            shapes = {"pixels": (3, view[0], view[0])}
+        else:
+            shapes = {name: (int(np.prod(spec.shape)),) for name, spec in env.observation_spec().items()}
+        spec = env.action_spec()
+        super().__init__(observations=shapes, actions=(spec.minimum, spec.maximum))
+        self._env, self.repeat, self.view = env, action_repeat, view
+
+    def seed(self, number):
+        self._env.task._random = np.random.RandomState(number)
+        self._env.reset()  # as TorchRL's DMControlEnv does when it is seeded: the same episodes follow
+
+    def begin(self):
+        return self.observe(self._env.reset())
+
+    def advance(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            now = self._env.step(action)
+            total += now.reward
+            if now.last():
+                break
+        return self.observe(now), total, now.last() and now.discount == 0, now.last()
+
+    def observe(self, now):
+        if self.view:
+            return {"pixels": render_pixels(self._env.physics, *self.view)}
+        return {name: np.array(value, np.float32).reshape(-1) for name, value in now.observation.items()}
+
+    def close(self, *, raise_if_closed=True):
+        super().close(raise_if_closed=raise_if_closed)
+        self._env.close()
 
 
 class RenderPixels(Transform):
-    """The camera image of a DeepMind Control environment under "pixels", uint8 [3, size, size].
+    """The camera image of a DeepMind Control environment of TorchRL's under "pixels", uint8 [3, size, size].
 
     As a transform it renders once after a repeated action; TorchRL's `from_pixels` renders every frame in between too,
     which takes most of a step's time.
@@ -66,7 +97,8 @@ class RenderPixels(Transform):
         env = self.parent
         while isinstance(env, TransformedEnv):
             env = env.base_env
-        return next_tensordict.set("pixels", render_pixels(env._env.physics, self.size, self.camera))
+        pixels = render_pixels(env._env.physics, self.size, self.camera)
+        return next_tensordict.set("pixels", torch.from_numpy(pixels))
 
     def _reset(self, tensordict, tensordict_reset):
         return self._call(tensordict_reset)
@@ -77,7 +109,7 @@ class RenderPixels(Transform):
 
 
 def render_pixels(physics, size, camera):
-    """One camera image of a dm_control physics as a uint8 tensor [3, size, size]."""
+    """One camera image of a dm_control physics as a uint8 array [3, size, size]."""
     cameras = [physics.model.id2name(index, "camera") for index in range(physics.model.ncam)]
     if camera not in cameras and camera not in range(-1, len(cameras)):  # -1 is the free camera
         raise ValueError(f"camera={camera!r} is not among this model's cameras: {dict(enumerate(cameras))}.")
@@ -85,7 +117,7 @@ def render_pixels(physics, size, camera):
         image = physics.render(size, size, camera_id=camera)
     except Exception as error:  # a missing or broken renderer throws whatever its backend throws
         raise missing_gl(error) from error
-    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+    return image.transpose(2, 0, 1).copy()
 
 
 def import_suite():

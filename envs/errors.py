@@ -3,6 +3,8 @@
 import difflib
 import importlib
 
+import numpy as np
+
 from .suites import suites_with
 
 
@@ -29,6 +31,15 @@ def unknown_task(task, known, suite):
     nearest = [by_lower[name] for name in difflib.get_close_matches(str(task).lower(), by_lower, n=3, cutoff=0.5)]
     hint = f"The nearest: {', '.join(nearest)}." if nearest else f"Some it has: {', '.join(sorted(known)[:5])}."
     return ValueError(f"{suite} has no task {task!r}. {hint}")
+
+
+def not_finite(name, value, step, task):
+    """The error for a number that would poison the replay and show up thousands of updates later as a NaN loss."""
+    what = "reward" if name == "reward" else f"observation {name!r}"
+    return ValueError(
+        f"{what} is not finite at step {step} of an episode of task {task!r}: {np.asarray(value).tolist()}. The simulator "
+        "diverged or the environment has a bug; smaller actions, another seed or a fixed environment mend it."
+    )
 
 
 def require(module, extra):

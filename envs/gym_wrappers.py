@@ -96,7 +96,7 @@ class ContractObservations(gymnasium.ObservationWrapper):
 
     def _convert(self, space, value):
         if _is_image(space):
-            return to_pixels(np.asarray(value), self.image_size, self.grayscale).numpy()
+            return to_pixels(np.asarray(value), self.image_size, self.grayscale)
         if isinstance(space, spaces.Box):
             return np.array(value, np.float32).reshape(-1)  # np.array copies: simulators reuse their buffers
         return spaces.flatten(space, value).astype(np.float32)  # one-hot

@@ -15,7 +15,7 @@ def is_image(shape, dtype):
 
 
 def to_pixels(image, size=None, grayscale=False):
-    """A uint8 image [H, W], [H, W, C] or [C, H, W] as a uint8 tensor [C, size, size]."""
+    """A uint8 image [H, W], [H, W, C] or [C, H, W] as a uint8 array [C, size, size] of its own."""
     if image.ndim == 2:
         image = image[..., None]
     elif image.shape[-1] not in CHANNELS:
@@ -29,4 +29,4 @@ def to_pixels(image, size=None, grayscale=False):
     if grayscale and pixels.shape[1] == 3:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
         pixels = (pixels * weights).sum(1, keepdim=True).round().to(torch.uint8)
-    return pixels[0].contiguous()
+    return pixels[0].contiguous().numpy()

@@ -35,7 +35,7 @@ class MemoryMaze(Simulator):
     """Upstream's `dm_env` task. Seeding builds a new one: the layouts come from a generator that takes no new seed."""
 
     def __init__(self, build, image_size, action_repeat):
-        super().__init__(pixels=(3, image_size, image_size), actions=6, metrics=["targets_reached"])
+        super().__init__(observations={"pixels": (3, image_size, image_size)}, actions=6, metrics=["targets_reached"])
         self.build, self.size, self.repeat = build, image_size, action_repeat
         self.maze = None
 
@@ -47,7 +47,7 @@ class MemoryMaze(Simulator):
 
     def begin(self):
         with _without_warnings():  # each episode's "Cannot set velocity on Entity with no free joint"
-            return to_pixels(self.maze.reset().observation, self.size)
+            return {"pixels": to_pixels(self.maze.reset().observation, self.size)}
 
     def advance(self, action):
         total = 0.0
@@ -57,7 +57,8 @@ class MemoryMaze(Simulator):
             self.metrics["targets_reached"] += now.reward > 0
             if now.last():
                 break
-        return to_pixels(now.observation, self.size), total, now.last() and now.discount == 0, now.last()
+        pixels = to_pixels(now.observation, self.size)
+        return {"pixels": pixels}, total, now.last() and now.discount == 0, now.last()
 
 
 def hasten(task):

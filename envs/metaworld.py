@@ -12,7 +12,7 @@ from .errors import require, require_positive, unknown_task
 from .gl import choose_gl, missing_gl
 from .images import to_pixels
 from .simulator import Simulator
-from .transforms import ClippedActionScaling, finish
+from .transforms import finish
 
 CORNER2_POSITION = (0.75, 0.075, 0.7)  # closer to the table than upstream's (1.3, -0.2, 1.1)
 # Upstream hung these cameras on their heads. Their images are turned over, not round: upright, and mirrored, as in the
@@ -35,7 +35,7 @@ def make_metaworld(task, *, seed, image_size=64, action_repeat=2, camera="corner
     if name not in tasks:
         raise unknown_task(task, [known.removesuffix("-v3") for known in tasks], "Meta-World")
     env = MetaWorld(_build(name, tasks[name], image_size), image_size, action_repeat, camera)
-    return finish(env, task, seed, ClippedActionScaling())
+    return finish(env, task, seed)
 
 
 class MetaWorld(Simulator):
@@ -43,7 +43,11 @@ class MetaWorld(Simulator):
 
     def __init__(self, upstream, image_size, action_repeat, camera):
         space = upstream.action_space
-        super().__init__(pixels=(3, image_size, image_size), actions=(space.low, space.high), metrics=["success"])
+        super().__init__(
+            observations={"pixels": (3, image_size, image_size)},
+            actions=(space.low, space.high),
+            metrics=["success"],
+        )
         self.upstream, self.repeat, self.flipped = upstream, action_repeat, camera in UPSIDE_DOWN
         cameras = [upstream.model.camera(index).name for index in range(upstream.model.ncam)]
         if camera not in cameras:
@@ -60,7 +64,7 @@ class MetaWorld(Simulator):
 
     def begin(self):
         self.upstream.reset()
-        return self.image()
+        return {"pixels": self.image()}
 
     def advance(self, action):
         total, success, truncated = 0.0, 0.0, False
@@ -73,7 +77,7 @@ class MetaWorld(Simulator):
             if truncated:
                 break
         self.metrics["success"] = success
-        return self.image(), total, False, truncated
+        return {"pixels": self.image()}, total, False, truncated
 
     def image(self):
         image = self.viewer.render()

@@ -9,17 +9,16 @@ Episodes end by truncation, so that only `ending` needs the continue head.
 """
 
 import numpy as np
-import torch
 
 from .errors import require_positive, unknown_task
 from .simulator import Simulator
-from .transforms import ClippedActionScaling, finish
+from .transforms import finish
 
 TARGET = 2  # side of the small target, in pixels
 
 
 class Probe(Simulator):
-    """One probe: `start` begins an episode, `image` shows it, `act` answers a choice with (reward, terminated).
+    """One probe: `prepare` begins an episode, `image` shows it, `act` answers a choice with (reward, terminated).
 
     actions: number of choices; the image shows them as vertical bands, the first on the left.
     continuous: one action in [-1, 1] instead, whose sign decides between two choices.
@@ -29,7 +28,8 @@ class Probe(Simulator):
 
     def __init__(self, image_size=64, actions=2, continuous=False):
         super().__init__(
-            pixels=(3, image_size, image_size), actions=(np.full(1, -1), np.full(1, 1)) if continuous else actions
+            observations={"pixels": (3, image_size, image_size)},
+            actions=(np.full(1, -1), np.full(1, 1)) if continuous else actions,
         )
         self.size, self.actions, self.continuous = image_size, actions, continuous
         self.steps, self.cue = 0, 0
@@ -46,21 +46,21 @@ class Probe(Simulator):
     def begin(self):
         self.steps = 0
         self.cue = self.draw()
-        self.start()
-        return self.pixels()
+        self.prepare()
+        return self.observe()
 
     def advance(self, action):
         reward, terminated = self.act(int(action[0] > 0) if self.continuous else action)
         self.steps += 1
-        return self.pixels(), reward, terminated, self.steps >= self.length
+        return self.observe(), reward, terminated, self.steps >= self.length
 
-    def pixels(self):
-        return torch.from_numpy(self.image().copy())
+    def observe(self):
+        return {"pixels": self.image().copy()}
 
     def draw(self):
         return int(self.random.integers(self.actions))
 
-    def start(self):
+    def prepare(self):
         pass
 
     def image(self):
@@ -97,7 +97,7 @@ class RewardFromObservation(Probe):
 class RewardFromAction(Probe):
     """Nothing to see; the last action pays, always."""
 
-    def start(self):
+    def prepare(self):
         self.cue = self.actions - 1
 
     def act(self, choice):
@@ -109,7 +109,7 @@ class DelayedReward(Probe):
 
     optimum = 1.0
 
-    def start(self):
+    def prepare(self):
         self.cue = self.actions - 1
         self.chosen = None
 
@@ -214,4 +214,4 @@ def make_probe(task, *, seed, image_size=64, actions=2, continuous=False, action
     if image_size < 8:
         raise ValueError(f"image_size={image_size} is too small for a probe to show anything: use at least 8.")
     env = PROBES[task](image_size, actions, continuous)
-    return finish(env, task, seed, *([ClippedActionScaling()] if continuous else []))
+    return finish(env, task, seed)

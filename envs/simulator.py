@@ -1,4 +1,4 @@
-"""The base of every suite that has no TorchRL wrapper: a simulator that steps in plain Python."""
+"""A simulator that steps in plain Python and numpy, and the same as a TorchRL environment."""
 
 import numpy as np
 import torch
@@ -6,33 +6,50 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
+from .errors import not_finite
+
 
 class Simulator(EnvBase):
-    """A simulator as a TorchRL environment; a subclass says how an episode begins and what an action does.
+    """The base of every suite; a subclass says how an episode begins and what an action does.
 
-        begin() -> image
-        advance(action) -> (image, reward, terminated, truncated)
+        begin() -> observation
+        advance(action) -> (observation, reward, terminated, truncated)
         seed(number)
 
-    Images are uint8 tensors [C, H, W], an action is an int or a float32 array. What a suite reports beside the return
-    (a success, an achievement) goes into `self.metrics`, by name; an episode counts the largest value it had. All are
-    zero when an episode begins.
+    An observation is a dict of arrays: uint8 images [C, H, W] and float32 vectors. An action is an int or a float32
+    array within the simulator's own bounds. What a suite reports beside the return (a success, an achievement) goes into
+    `self.metrics`, by name; an episode counts the largest value it had. All are zero when an episode begins.
 
-    actions: the number of choices, or the bounds (low, high) of a vector, two arrays.
+    Here an environment is stepped alone, with a TensorDict for each step. `VectorEnv` steps many by `start` and `play`,
+    without.
+
+    observations: the shapes, by name.
+    actions: the number of choices, or the bounds (low, high) of a vector, two arrays. Actions come in [-1, 1] and are
+        clipped and scaled to finite bounds: a Gaussian policy samples outside now and then, and simulators differ in what
+        they do with that.
     """
 
-    def __init__(self, *, pixels, actions, metrics=()):
+    def __init__(self, *, observations, actions, metrics=()):
         super().__init__()
         self.metrics = dict.fromkeys(metrics, 0.0)
-        self.discrete = isinstance(actions, int)
-        self.observation_spec = Composite(pixels=Bounded(0, 255, tuple(pixels), dtype=torch.uint8))
+        self.task, self.played = type(self).__name__, 0
+        pixels = lambda shape: Bounded(0, 255, shape, dtype=torch.uint8)
+        self.observation_spec = Composite(
+            {name: pixels(shape) if len(shape) == 3 else Unbounded(shape) for name, shape in observations.items()}
+        )
+        self.vectors = [name for name, shape in observations.items() if len(shape) == 1]
         if self.metrics:
             self.observation_spec["metrics"] = Composite({name: Unbounded((1,)) for name in self.metrics})
+        self.discrete, self.scale = isinstance(actions, int), None
         if self.discrete:
             self.action_spec = OneHot(actions, dtype=torch.int64)
         else:
-            low, high = (torch.as_tensor(np.asarray(bound), dtype=torch.float32) for bound in actions)
-            self.action_spec = Bounded(low, high, low.shape, dtype=torch.float32)
+            self.bounds = low, high = [np.asarray(bound, np.float32) for bound in actions]
+            if np.isfinite([low, high]).all():
+                self.scale, self.middle = (high - low) / 2, (high + low) / 2
+                self.action_spec = Bounded(-1, 1, low.shape, dtype=torch.float32)
+            else:  # without bounds there is no range to scale to
+                self.action_spec = Unbounded(low.shape, dtype=torch.float32)
         self.reward_spec = Unbounded((1,))
         flag = Categorical(2, shape=(1,), dtype=torch.bool)
         self.full_done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone())
@@ -46,23 +63,43 @@ class Simulator(EnvBase):
     def seed(self, number):
         raise NotImplementedError  # and which generators it has
 
+    def start(self):
+        """The first observation of a new episode."""
+        self.played, self.metrics = 0, dict.fromkeys(self.metrics, 0.0)
+        return self._checked(self.begin())
+
+    def play(self, action):
+        """(observation, reward, terminated, truncated) after one action as the agent gives it: one-hot, or in [-1, 1]."""
+        if self.discrete:
+            action = int(action.argmax())
+        elif self.scale is not None:
+            action = np.clip(action, -1, 1) * self.scale + self.middle
+        self.__dict__["played"] += 1  # the ordinary way to set an attribute of an EnvBase takes 5 us
+        observation, reward, terminated, truncated = self.advance(action)
+        return self._checked(observation, reward), float(reward), bool(terminated), bool(truncated and not terminated)
+
+    def _checked(self, observation, reward=0.0):
+        for name in self.vectors:
+            if not np.isfinite(observation[name]).all():
+                raise not_finite(name, observation[name], self.played, self.task)
+        if not np.isfinite(reward):
+            raise not_finite("reward", reward, self.played, self.task)
+        return observation
+
     def _set_seed(self, seed):
         self.seed(seed)
 
     def _reset(self, tensordict=None, **kwargs):
-        self.metrics = dict.fromkeys(self.metrics, 0.0)
-        return self._observe(self.begin(), False, False)
+        return self._tensors(self.start(), False, False)
 
     def _step(self, tensordict):
-        action = tensordict["action"]
-        image, reward, terminated, truncated = self.advance(int(action.argmax()) if self.discrete else action.numpy())
-        return self._observe(image, terminated, truncated and not terminated).set(
-            "reward", torch.tensor([float(reward)])
-        )
+        observation, reward, terminated, truncated = self.play(tensordict["action"].numpy())
+        return self._tensors(observation, terminated, truncated).set("reward", torch.tensor([reward]))
 
-    def _observe(self, image, terminated, truncated):
+    def _tensors(self, observation, terminated, truncated):
         flags = {"done": terminated or truncated, "terminated": terminated, "truncated": truncated}
-        observed = TensorDict({"pixels": image} | {name: torch.tensor([bool(flag)]) for name, flag in flags.items()})
+        observed = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in observation.items()}
+        tensors = TensorDict(observed | {name: torch.tensor([flag]) for name, flag in flags.items()})
         if self.metrics:
-            observed["metrics"] = {name: torch.tensor([float(value)]) for name, value in self.metrics.items()}
-        return observed
+            tensors["metrics"] = {name: torch.tensor([float(value)]) for name, value in self.metrics.items()}
+        return tensors

@@ -14,9 +14,10 @@ import numpy as np
 from torchrl.envs import DMControlWrapper, TransformedEnv
 from torchrl.envs.transforms import Transform
 
-from .dmc import build_dmc
+from .dmc import Control, build_dmc
 from .errors import unknown_task
 from .recompile import KINDS, adopt, compile_edited, distance, domain_of, nearest, nearest_source, sources_of
+from .transforms import finish
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ def make_dmc_subtle(
     """One of the five tasks, "reacher" for example, seeded; `shrink` and `physics` as in DMCSubtle."""
     if task not in OFFICIAL:
         raise unknown_task(task, OFFICIAL, "DMC-Subtle")
-    subtle = DMCSubtle(task, shrink=shrink, physics=physics)
     view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
-    return build_dmc(task, *OFFICIAL[task].stock, subtle, seed=seed, action_repeat=action_repeat, **view)
+    env = build_dmc(*OFFICIAL[task].stock, action_repeat=action_repeat, **view)
+    DMCSubtle(task, shrink=shrink, physics=physics).put_on(env)
+    return finish(env, task, seed)
 
 
 class DMCSubtle(Transform):
@@ -102,7 +104,11 @@ class DMCSubtle(Transform):
             return
         while isinstance(env, TransformedEnv):
             env = env.base_env
-        if not isinstance(env, DMControlWrapper):
+        self.put_on(env)
+
+    def put_on(self, env):
+        """Shrink what is to be shrunk in an environment that holds one of dm_control's."""
+        if not isinstance(env, DMControlWrapper | Control):
             raise ValueError(
                 f"DMCSubtle works on a DMControlEnv or DMControlWrapper of this process, not on {type(env).__name__}. "
                 "Of several environments each gets its own, inside its worker: ParallelEnv(4, lambda: TransformedEnv("

@@ -1,10 +1,11 @@
 """Transforms every environment of this package carries, and the one that assembles them."""
 
-from contextlib import contextmanager
-
 import torch
 from torchrl.envs import Compose, InitTracker, TransformedEnv
 from torchrl.envs.transforms import ActionScaling, Transform
+
+from .errors import not_finite
+from .simulator import Simulator
 
 
 class ClippedActionScaling(ActionScaling):
@@ -19,10 +20,7 @@ class ClippedActionScaling(ActionScaling):
 
 
 class FiniteCheck(Transform):
-    """Raise a ValueError naming the entry, the step and the task when an observation or a reward is NaN or infinite.
-
-    One bad number would otherwise poison the replay and show up thousands of updates later as a NaN loss.
-    """
+    """Raise a ValueError naming the entry, the step and the task when an observation or a reward is NaN or infinite."""
 
     def __init__(self, task, keys):
         super().__init__()
@@ -33,12 +31,7 @@ class FiniteCheck(Transform):
     def _check(self, tensordict, name):
         value = tensordict.get(name, None)
         if value is not None and not torch.isfinite(value).all():
-            what = "reward" if name == "reward" else f"observation {name!r}"
-            raise ValueError(
-                f"{what} is not finite at step {self.steps} of an episode of task {self.task!r}: {value.tolist()}. "
-                "The simulator diverged or the environment has a bug; smaller actions, another seed or a fixed "
-                "environment mend it."
-            )
+            raise not_finite(name, value.numpy(force=True), self.steps, self.task)
 
     def _step(self, tensordict, next_tensordict):
         self.steps += 1
@@ -62,35 +55,46 @@ class ContractEnv(TransformedEnv):
         self.task = str(task)
         self.seed = None
 
+    @property
+    def bare(self):
+        """Whether all there is to it is a simulator and that its episodes' starts are marked."""
+        return isinstance(self.base_env, Simulator) and all(isinstance(each, InitTracker) for each in self.transform)
+
     def set_seed(self, seed=None, static_seed=False):
         self.seed = seed
         return super().set_seed(seed, static_seed=static_seed)
 
     def _step(self, tensordict):
-        with self._named("step"):
-            return super()._step(tensordict)
+        return with_task(super()._step, "step", self, tensordict)
 
     def _reset(self, tensordict=None, **kwargs):
-        with self._named("reset"):
-            return super()._reset(tensordict, **kwargs)
+        return with_task(super()._reset, "reset", self, tensordict, **kwargs)
 
-    @contextmanager
-    def _named(self, call):
-        try:
-            yield
-        except Exception as error:
-            error.add_note(f"This happened in `{call}` of task {self.task!r}, environment seed {self.seed}.")
-            raise
+
+def with_task(call, name, env, *args, **kwargs):
+    """What `call` returns; an exception carries the task and the seed of `env`."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        note = f"This happened in `{name}` of task {env.task!r}, environment seed {env.seed}."
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
 
 
 def finish(env, task, seed, *transforms):
     """Give `env`, after `transforms`, what the contract asks of every environment, and seed it."""
     starts = [] if "is_init" in env.observation_spec.keys() else [InitTracker()]
-    env = ContractEnv(env, Compose(*transforms, *starts), task)
-    entries = env.observation_spec.items(True, True)
-    # Not what stands below "metrics": nobody learns from it, and a suite can have dozens.
-    floats = [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point]
-    env.append_transform(FiniteCheck(task, floats))
+    checks = []
+    if isinstance(env, Simulator):  # it checks itself
+        env.task = str(task)
+    else:
+        # Not what stands below "metrics": nobody learns from it, and a suite can have dozens.
+        entries = env.observation_spec.items(True, True)
+        checks = [
+            FiniteCheck(task, [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point])
+        ]
+    env = ContractEnv(env, Compose(*transforms, *starts, *checks), task)
     # static_seed: without it TorchRL draws the seed of a next environment, which nobody here wants.
     env.set_seed(seed, static_seed=True)
     return env

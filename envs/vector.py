@@ -6,13 +6,15 @@
 A worker that dies or hangs becomes a `WorkerError` with its task, index, seed and traceback.
 """
 
-import tempfile
+import os
 
 import numpy as np
 import torch
-from torchrl.envs import SerialEnv
+from tensordict import TensorDict
+from torchrl.envs import EnvBase
 
-from .workers import WatchedParallelEnv, Worker, start_fork_server
+from .players import Squad
+from .workers import Workers
 
 
 def env_seeds(seed, count, split, generation=0):
@@ -30,42 +32,125 @@ def env_seeds(seed, count, split, generation=0):
 def make_vector_env(factory, seeds, *, parallel, timeout=120.0):
     """A batched environment of `factory(seed=seed)` for each seed, started.
 
-    factory: picklable if parallel (a `functools.partial`, a module-level function).
-    timeout: seconds a worker may take for one step, reset or its construction.
+    factory: one of this package's, `functools.partial(make_dmc, ...)` for example; picklable if parallel.
+    parallel: false steps them in this process, true in as many workers as there are cores, a number in so many; "auto" is
+        true for several environments and false for one.
+    timeout: seconds the environments of one worker may take for a step, a reset or their construction.
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds:
         raise ValueError("seeds is empty: a vector environment needs one seed for each of its environments.")
-    kwargs = [{"seed": seed} for seed in seeds]
-    if not parallel:
-        env = SerialEnv(len(seeds), factory, create_env_kwargs=kwargs)
-        env.start()
-        return env
-    start_fork_server()
-    reports = tempfile.TemporaryDirectory(prefix="r2dreamer-workers-")
-    worker = Worker(factory, reports.name)
-    env = WatchedParallelEnv(
-        len(seeds),
-        worker,
-        create_env_kwargs=[{**each, "index": index} for index, each in enumerate(kwargs)],
-        # A forked copy of a process with torch threads and a GL context can hang; spawning imports torch once for each
-        # worker, which takes seconds of CPU. The fork server imports it once and forks from a clean process.
-        mp_start_method="forkserver",
-        # TorchRL would otherwise take one thread for each worker away from the learner, here and when closing.
-        num_threads=torch.get_num_threads(),
-    )
-    env.watch(worker, seeds, timeout, reports)
-    env.start()
-    return env
+    workers = count_workers(parallel, len(seeds))
+    squad = Workers(factory, seeds, workers, timeout) if workers else Squad(factory, dict(enumerate(seeds)))
+    return VectorEnv(squad, seeds)
+
+
+def count_workers(parallel, environments):
+    """In how many workers so many environments are stepped; 0: in this process."""
+    if parallel == "auto":
+        parallel = environments > 1
+    if isinstance(parallel, bool):
+        return min(len(os.sched_getaffinity(0)), environments) if parallel else 0
+    if not isinstance(parallel, int) or parallel < 1:
+        raise ValueError(f"parallel={parallel!r} must be true, false, auto or a number of workers of at least 1.")
+    return min(parallel, environments)
 
 
 def reseed(env, seeds):
     """Seed a running vector environment: its next reset is what a new one with these seeds would give."""
     seeds = [int(seed) for seed in seeds]
-    if len(seeds) != env.num_workers:
-        raise ValueError(f"{len(seeds)} seeds for {env.num_workers} environments: give one seed for each.")
-    if isinstance(env, WatchedParallelEnv):
-        env.reseed_workers(seeds)
-    else:
-        for single, seed in zip(env._envs, seeds, strict=True):
-            single.set_seed(seed, static_seed=True)
+    if len(seeds) != env.batch_size[0]:
+        raise ValueError(f"{len(seeds)} seeds for {env.batch_size[0]} environments: give one seed for each.")
+    env.reseed(seeds)
+
+
+class VectorEnv(EnvBase):
+    """N environments [N], stepped without TensorDicts of their own; what they return lies in one set of arrays.
+
+    TorchRL's ParallelEnv has each worker step a TensorDict through specs and transforms, which takes ten times as long as
+    a step of a simple simulator. As there, an environment whose episode ends is reset when TorchRL resets it
+    (`step_and_maybe_reset`, collectors, `rollout`); here its next episode begins within the same call to its worker.
+
+    squad: a `Squad` or `Workers`.
+    """
+
+    def __init__(self, squad, seeds):
+        super().__init__(device="cpu", batch_size=[len(seeds)])
+        self.squad, self.seeds = squad, seeds
+        of_one = squad.specs["output_spec"]
+        batched = lambda name: of_one[name].expand(len(seeds)).to("cpu")
+        self.observation_spec = batched("full_observation_spec")
+        self.full_done_spec, self.full_reward_spec = batched("full_done_spec"), batched("full_reward_spec")
+        self.full_action_spec = squad.specs["input_spec", "full_action_spec"].expand(len(seeds)).to("cpu")
+        arrays = squad.allocate()
+        tensors = lambda group: {key: torch.from_numpy(array) for key, array in group.items()}
+        self.action, self.reward = torch.from_numpy(arrays.action), torch.from_numpy(arrays.reward)
+        self.observed, self.began, self.flags = tensors(arrays.observed), tensors(arrays.began), tensors(arrays.flags)
+        self.latest = dict(self.began)  # the observations at which the environments are
+        self.fresh = torch.zeros(len(seeds), dtype=torch.bool)  # whose next episode has begun without being asked for
+
+    def step_and_maybe_reset(self, tensordict):
+        after = self._step(tensordict)
+        tensordict.set("next", after)
+        root = tensordict.exclude("next")  # with whatever a policy carries from step to step
+        self.fresh.zero_()
+        return tensordict, self._fill(
+            root, self.latest, {flag: torch.zeros_like(self.flags[flag]) for flag in self.flags}
+        )
+
+    def play(self, action):
+        """One step of all. `observed`, `reward` and `flags` hold what came of it, `latest` where the environments are now.
+
+        All of them are overwritten by the next call.
+        """
+        self.action.copy_(action)
+        self.squad.step()
+        done = self.flags["done"][:, 0]
+        self.fresh.copy_(done)
+        self.latest.update(self.observed)
+        if done.any():
+            self.latest.update((key, _where(done, self.began[key], tensor)) for key, tensor in self.observed.items())
+
+    def _step(self, tensordict):
+        self.play(tensordict.get("action"))
+        copies = lambda tensors: {key: tensor.clone() for key, tensor in tensors.items()}
+        flags, observed = copies(self.flags), copies(self.observed)
+        if not self.fresh.any():
+            self.latest.update(observed)
+        after = self._fill(TensorDict({}, self.batch_size, "cpu"), observed, flags)
+        return after.set("reward", self.reward.clone())
+
+    def _reset(self, tensordict=None, **kwargs):
+        asked = torch.ones_like(self.fresh)
+        if tensordict is not None and "_reset" in tensordict:
+            asked = tensordict.get("_reset").reshape(asked.shape)
+        stale = asked & ~self.fresh
+        if stale.any():
+            self.squad.begin(stale.nonzero()[:, 0].tolist())
+            self.latest.update((key, _where(stale, self.began[key], tensor)) for key, tensor in self.latest.items())
+        self.fresh &= ~asked
+        flags = {flag: _where(~asked, tensor, torch.zeros_like(tensor)) for flag, tensor in self.flags.items()}
+        observed = {key: tensor.clone() for key, tensor in self.latest.items()}
+        return self._fill(TensorDict({}, self.batch_size, "cpu"), observed, flags)
+
+    @staticmethod
+    def _fill(tensordict, observations, flags):
+        for key, value in (observations | flags).items():
+            tensordict.set(key, value)
+        return tensordict
+
+    def _set_seed(self, seed):
+        self.reseed([seed + index for index in range(len(self.seeds))])
+
+    def reseed(self, seeds):
+        self.squad.seed(dict(enumerate(seeds)))
+        self.seeds = seeds
+        self.fresh.zero_()
+
+    def close(self, *, raise_if_closed=True):
+        super().close(raise_if_closed=raise_if_closed)
+        self.squad.close()
+
+
+def _where(rows, one, other):
+    return torch.where(rows.reshape(-1, *(1,) * (one.ndim - 1)), one, other)

@@ -1,21 +1,34 @@
-"""Worker processes that say how they ended, and the ParallelEnv that listens; `make_vector_env` puts them together."""
+"""Worker processes that step environments and say how they ended, and the parent's end, which listens.
 
+The rows of all environments lie in one piece of shared memory (`players.Arrays`); through a pipe go only a letter and,
+where needed, numbers or seeds. A worker that dies or hangs becomes a `WorkerError` that names the environment it was at.
+"""
+
+import contextlib
 import faulthandler
+import json
 import multiprocessing
 import os
+import pickle
 import re
+import select
 import signal
-import sys
-import threading
+import tempfile
 import time
+import traceback
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import torch
-from torchrl.envs import ParallelEnv
 
 from .errors import WorkerError
 from .gl import hanging_gl
+from .players import Arrays, Squad
+
+STEP, BEGIN, SEED, CLOSE = b"s", b"b", b"n", b"c"  # what a worker is asked; numbers or seeds may follow
+DONE, FAILED = b"d", b"f"  # what it answers
 
 
 def start_fork_server():
@@ -31,183 +44,213 @@ def start_fork_server():
             os.environ["MUJOCO_GL"] = gl
 
 
-class Worker:
-    """Builds the environment of one worker and leaves word, in a file, of how the worker ended."""
+# -- in the worker ----------------------------------------------------------------------------------------------------
 
-    def __init__(self, factory, reports):
-        self.factory, self.reports, self.parent = factory, reports, os.getpid()
-        self.gl = os.environ.get("MUJOCO_GL")
+
+@dataclass
+class Post:
+    """What a worker builds, and the files in which it leaves word: which environment it is at, and how it ended."""
+
+    factory: object
+    seeds: dict  # number of the environment -> seed
+    progress: Path
+    report: Path
+    gl: str | None
+
+
+def work(post, channel):
+    """The life of a worker."""
+    if post.gl is not None:
+        os.environ["MUJOCO_GL"] = post.gl
+    file = post.report.open("w", buffering=1)
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR1, file)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes its workers
+    torch.set_num_threads(1)
+    progress = np.memmap(post.progress, np.int64, "r+")
+
+    def at(number):
+        progress[0] = number
+
+    try:
+        squad = Squad(post.factory, post.seeds, at)
+        channel.send_bytes(DONE + pickle.dumps(squad.describe()))
+        memory, layout, count = pickle.loads(channel.recv_bytes())
+        squad.attach(Arrays.allocate(layout, count, np.memmap(memory, np.uint8, "r+")))
+        channel.send_bytes(DONE)
+        while (asked := channel.recv_bytes()) != CLOSE:
+            if asked == STEP:
+                squad.step()
+            elif asked[:1] == BEGIN:
+                squad.begin(json.loads(asked[1:]))
+            else:
+                squad.seed({int(number): seed for number, seed in json.loads(asked[1:]).items()})
+            channel.send_bytes(DONE)
+        squad.close()
+    except (EOFError, BrokenPipeError):  # whoever listened is gone
+        os._exit(0)
+    except BaseException:
+        file.write(traceback.format_exc())
+        with contextlib.suppress(OSError):
+            channel.send_bytes(FAILED)
+        os._exit(1)  # a broken simulator may hang when it is taken down
+
+
+# -- in the process that listens --------------------------------------------------------------------------------------
+
+
+class Workers:
+    """`count` processes that share the environments between them. Offers what a `Squad` does."""
+
+    def __init__(self, factory, seeds, count, timeout):
+        start_fork_server()
         self.task = getattr(factory, "keywords", {}).get("task") or next(iter(getattr(factory, "args", ())), None)
+        self.seeds, self.patience = dict(enumerate(seeds)), timeout
+        self.folder = tempfile.TemporaryDirectory(prefix="r2dreamer-workers-")
+        numbers = [list(range(len(seeds)))[first::count] for first in range(count)]
+        self.crew = [Member(factory, {number: seeds[number] for number in mine}, self.folder.name) for mine in numbers]
+        self.listening = select.poll()
+        for member in self.crew:
+            self.listening.register(member.channel, select.POLLIN)
+        self.layout, self.specs = pickle.loads(self._hear(self.crew)[0])
+        for member in self.crew:
+            member.built = True
 
-    def report(self, index):
-        return Path(self.reports, f"{index}.traceback")
+    def allocate(self):
+        """The rows of all environments, in memory that the workers share."""
+        path = shared_file(Arrays.size_of(self.layout, len(self.seeds)), self.folder.name)
+        for member in self.crew:
+            self._tell(member, pickle.dumps((path, self.layout, len(self.seeds))))
+        self._hear(self.crew)
+        arrays = Arrays.allocate(self.layout, len(self.seeds), np.memmap(path, np.uint8, "r+"))
+        os.unlink(path)  # it lives on as long as somebody has it mapped
+        return arrays
 
-    def ready(self, index):
-        return Path(self.reports, f"{index}.ready")
+    def step(self):
+        for member in self.crew:
+            self._tell(member, STEP)
+        self._hear(self.crew)
 
-    def __call__(self, seed, index):
-        if os.getpid() != self.parent:  # TorchRL also builds one in the parent, to read its specs
-            if self.gl is not None:
-                os.environ["MUJOCO_GL"] = self.gl
-            file = open(self.report(index), "w", buffering=1)  # noqa: SIM115 - for the life of the worker
-            faulthandler.enable(file)
-            faulthandler.register(signal.SIGUSR1, file)
-            sys.stderr = _Tee(sys.stderr, file)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes its workers
-        env = self.factory(seed=seed)
-        if os.getpid() != self.parent:
-            self.ready(index).touch()
-        return env
+    def begin(self, numbers):
+        self._ask(BEGIN, {member: [n for n in member.numbers if n in numbers] for member in self.crew})
 
+    def seed(self, seeds):
+        self._ask(SEED, {m: {n: seeds[n] for n in m.numbers if n in seeds} for m in self.crew})
+        self.seeds |= seeds
 
-class _Tee:
-    """A stream that writes to two."""
+    def _ask(self, what, shares):
+        asked = [member for member, share in shares.items() if share]
+        for member in asked:
+            self._tell(member, what + json.dumps(shares[member]).encode())
+        self._hear(asked)
 
-    def __init__(self, *streams):
-        self.streams = streams
-
-    def write(self, text):
-        for stream in self.streams:
-            stream.write(text)
-        return len(text)
-
-    def flush(self):
-        for stream in self.streams:
-            stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.streams[0], name)
-
-
-class WatchedParallelEnv(ParallelEnv):
-    """A ParallelEnv that says which environment failed and why, and sleeps while it waits."""
-
-    def watch(self, worker, seeds, timeout, reports):
-        self.__dict__.update(_worker=worker, _env_seeds=seeds, _patience=timeout, _reports=reports)
-
-    def _start_workers(self):
-        watchdog = threading.Timer(self._patience, self._kill_unready)
-        watchdog.daemon = True
-        watchdog.start()
+    def _tell(self, member, message):
         try:
-            super()._start_workers()
-        except (EOFError, OSError) as error:  # the pipe of a worker that ended before it was ready
-            unready = [index for index in range(self.num_workers) if not self._worker.ready(index).exists()]
-            wrote = [index for index in unready if self._worker.report(index).exists()]
-            failed = self._error((wrote or unready or [0])[0], "ended or hung while it was built")
-            if not wrote:
-                failed.add_note(
-                    "In a script of your own, what it runs must stand below `if __name__ == '__main__':`, "
-                    "because every worker imports that script first."
-                )
-            raise failed from error
-        finally:
-            watchdog.cancel()
+            member.channel.send_bytes(message)
+        except OSError:  # it ended between two calls
+            self._fail(member)
 
-    def _kill_unready(self):
-        for process in self._workers:
-            self._ask_for_stack(process)
-        for process in self._workers:
-            process.kill()
-
-    def _cleanup_failed_worker_startup(self):
-        for process in self._workers:  # TorchRL would first wait for each to answer
-            process.kill()
-            process.join()
-        super()._cleanup_failed_worker_startup()
-
-    def _wait_for_workers(self, workers_range):
-        # TorchRL's own version spins, and so takes a core from the workers it is waiting for.
-        flags, waiting = self._shm_done_flags, set(workers_range)
-        deadline, polls = time.monotonic() + self._patience, 0
+    def _hear(self, members):
+        """The answers of all of them; waits as long as patience lasts."""
+        waiting = {member.channel.fileno(): member for member in members}
+        answers, deadline = {}, time.monotonic() + self.patience
         while waiting:
-            waiting = {index for index in waiting if not flags[index]}
-            polls += 1
-            if polls % 500 == 0:
-                self._check_alive(waiting, deadline)
-            if waiting:
-                time.sleep(2e-5)
-        for index in workers_range:
-            flags[index] = 0
+            for descriptor, _ in self.listening.poll(1000 * max(0, deadline - time.monotonic())):
+                member = waiting.pop(descriptor, None)
+                if member is None:
+                    continue
+                try:
+                    answer = member.channel.recv_bytes()
+                except (EOFError, OSError):
+                    answer = FAILED
+                if answer[:1] == FAILED:
+                    self._fail(member)
+                answers[member] = answer[1:]
+            if waiting and time.monotonic() > deadline:
+                self._fail(next(iter(waiting.values())), hangs=True)
+        return [answers[member] for member in members]
 
-    def _check_alive(self, waiting, deadline):
-        for index in waiting:
-            process = self._workers[index]
-            if not process.is_alive() and not self._shm_done_flags[index]:
-                self._fail(index, f"ended ({_describe_exit(process.exitcode)})")
-            if time.monotonic() > deadline:
-                self._ask_for_stack(process)
-                self._fail(index, f"did not answer within {self._patience:g} seconds")
-
-    def _require_all_alive(self):
-        """A worker that died between two calls: TorchRL would notice first, and name neither its task nor its seed."""
-        if not self.is_closed:
-            for index, process in enumerate(self._workers):
-                if not process.is_alive():
-                    self._fail(index, f"ended ({_describe_exit(process.exitcode)})")
-
-    def step_and_maybe_reset(self, tensordict):
-        self._require_all_alive()
-        return super().step_and_maybe_reset(tensordict)
-
-    def _step(self, tensordict):
-        self._require_all_alive()
-        return super()._step(tensordict)
-
-    def _reset(self, tensordict=None, **kwargs):
-        self._require_all_alive()
-        return super()._reset(tensordict, **kwargs)
-
-    def reseed_workers(self, seeds):
-        try:
-            for channel, seed in zip(self.parent_channels, seeds, strict=True):
-                channel.send(("seed", (seed, True)))
-            for index, channel in enumerate(self.parent_channels):
-                if not channel.poll(self._patience):
-                    self._ask_for_stack(self._workers[index])
-                    self._fail(index, f"did not answer within {self._patience:g} seconds")
-                channel.recv()
-        except (EOFError, OSError):
-            for index, process in enumerate(self._workers):
-                process.join(0.5)
-                if not process.is_alive():
-                    self._fail(index, f"ended ({_describe_exit(process.exitcode)})")
-            raise
-        self.__dict__["_env_seeds"] = seeds
-
-    @staticmethod
-    def _ask_for_stack(process):
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGUSR1)
-            time.sleep(0.2)
-
-    def _fail(self, index, what):
-        error = self._error(index, what)
-        for process in self._workers:
-            process.kill()
-        for process in self._workers:
-            process.join()
-        for channel in self.parent_channels:
-            channel.close()
-        self.is_closed = True
-        raise error
-
-    def _error(self, index, what):
-        report = self._worker.report(index)
-        text = report.read_text().strip() if report.exists() else ""
+    def _fail(self, member, hangs=False):
+        what = f"did not answer within {self.patience:g} seconds"
+        if hangs:
+            member.dump_stack()
+        else:
+            member.process.join(5)
+            what = f"ended ({_describe_exit(member.process.exitcode)})"
+        number = int(member.progress[0])
+        text = member.report.read_text().strip() if member.report.exists() else ""
+        if not member.built:
+            what += " while it was built"
         error = WorkerError(
-            f"The worker of environment {index} (task {self._worker.task!r}, seed {self._env_seeds[index]}) {what}. "
+            f"The worker of environment {number} (task {self.task!r}, seed {self.seeds[number]}) {what}. "
             + (f"Its traceback:\n{text}" if text else "It left no traceback.")
         )
+        if not member.report.exists():
+            error.add_note(
+                "In a script of your own, what it runs must stand below `if __name__ == '__main__':`, because every worker "
+                "imports that script first."
+            )
         # A stack as faulthandler dumps it of a process that hangs, not the traceback of one that failed in rendering.
         if re.search(r"line \d+ in render$", text, re.MULTILINE):
             error.add_note(hanging_gl())
-        return error
+        self.kill()
+        raise error
 
-    def close(self, *, raise_if_closed=False):
-        threads = torch.get_num_threads()
-        super().close(raise_if_closed=raise_if_closed)
-        torch.set_num_threads(threads)
+    def kill(self):
+        for member in self.crew:
+            member.process.kill()
+
+    def close(self):
+        for member in self.crew:
+            with contextlib.suppress(OSError):
+                member.channel.send_bytes(CLOSE)
+        deadline = time.monotonic() + 5
+        for member in self.crew:
+            member.process.join(max(0, deadline - time.monotonic()))
+            member.process.kill()
+            member.process.join()
+            member.channel.close()
+        self.folder.cleanup()
+
+
+class Member:
+    """One worker as it is seen from outside."""
+
+    def __init__(self, factory, seeds, folder):
+        self.numbers, self.built = list(seeds), False
+        self.report, progress = (Path(folder, f"{self.numbers[0]}.{what}") for what in ("traceback", "progress"))
+        progress.write_bytes(np.int64(self.numbers[0]).tobytes())
+        self.progress = np.memmap(progress, np.int64, "r")
+        # A forked copy of a process with torch threads and a GL context can hang; spawning imports torch once for each
+        # worker, which takes seconds of CPU. The fork server imports it once and forks from a clean process.
+        context = multiprocessing.get_context("forkserver")
+        self.channel, theirs = context.Pipe()
+        post = Post(factory, seeds, progress, self.report, os.environ.get("MUJOCO_GL"))
+        self.process = context.Process(target=work, args=(post, theirs), daemon=True)
+        self.process.start()
+        theirs.close()  # only then is a worker's end heard here
+
+    def dump_stack(self):
+        if self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(0.2)
+
+
+def shared_file(size, folder):
+    """A file of `size` bytes, in memory where there is room."""
+    for place in ("/dev/shm", folder):
+        with contextlib.suppress(OSError):
+            descriptor, path = tempfile.mkstemp(dir=place)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+                return path
+            except OSError:
+                os.unlink(path)
+            finally:
+                os.close(descriptor)
+    raise OSError(
+        f"No room for {size:,} bytes that environments and trainer share, neither in /dev/shm nor in {folder}."
+    )
 
 
 def _describe_exit(code):

@@ -3,8 +3,8 @@
     python examples/throughput.py env=dmc_vision env.task=walker_walk
     python examples/throughput.py env=crafter counts=[1,4]
 
-`collector`: frames per second through the trainer's collector and parallel environments, under random actions; `bare`:
-the simulators inside of them stepped by Gymnasium's AsyncVectorEnv with the same action repeat and images. The two take
+`collector`: frames per second through the trainer's collector and environments (in workers where the suite's config says
+so), under random actions; `bare`: the simulators inside of them stepped by Gymnasium's AsyncVectorEnv with the same action repeat and images. The two take
 turns, `rounds` times; medians.
 """
 
@@ -21,10 +21,8 @@ import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which impo
 import hydra
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from omegaconf import DictConfig
-from torchrl.collectors import Collector
-from torchrl.modules import RandomPolicy
 
-from r2dreamer.envs import env_seeds, make_vector_env
+from r2dreamer.envs import VectorCollector, env_seeds, make_vector_env
 from support.bare import bare
 from support.script import script
 
@@ -41,13 +39,13 @@ def rate(step: Callable[[], object], seconds: float) -> float:
 def measure(cfg: DictConfig, count: int) -> dict[str, float]:
     factory, seeds = hydra.utils.instantiate(cfg.env.make), env_seeds(cfg.seed, count, "train")
     frames = count * cfg.env.action_repeat
-    environments = make_vector_env(factory, seeds, parallel=True)
-    collector = Collector(
+    environments = make_vector_env(factory, seeds, parallel=cfg.env.parallel)
+    collector = VectorCollector(
         environments,
-        RandomPolicy(environments.full_action_spec),
+        lambda root: root.set("action", environments.action_spec.rand()),
         frames_per_batch=count * cfg.collect_steps,
         total_frames=-1,
-        storing_device="cpu",
+        trust_policy=True,
     )
     batches = iter(collector)
     simulators = AsyncVectorEnv(

@@ -14,14 +14,13 @@ import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import nn
-from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent, compile_parts
-from r2dreamer.envs import WorkerError, env_seeds, make_vector_env, reseed
+from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
 from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss, total_loss
@@ -130,16 +129,14 @@ class Trainer:
         self.environments = make_vector_env(suite["make"], self.train_seeds(), **workers)
         self.evaluation_seeds = env_seeds(cfg.seed, cfg.eval.episodes, "eval")
         self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, **workers)
-        collector = Collector(
+        collector = VectorCollector(  # TorchRL's Collector, with a shorter way from step to step
             self.environments,
             self.stream.policy,
+            keep=sizes,  # the latents the policy acted on, beside each transition
             frames_per_batch=streams * cfg.collect_steps,
             total_frames=-1,
             policy_device=self.device,
-            env_device="cpu",
-            storing_device="cpu",
             exploration_type=ExplorationType.RANDOM,
-            auto_register_policy_transforms=True,  # the policy's latents become entries of the environments
         )
         self.stream.start(collector)
         self.metrics = MetricsWriter(

@@ -7,29 +7,30 @@ import torch
 from agents import tiny_agent
 from launcher import config
 from torchrl.collectors import Collector
+from torchrl.envs import ParallelEnv
 from train import Trainer
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
-from r2dreamer.envs import make_gym, make_vector_env
+from r2dreamer.envs import VectorCollector, make_gym, make_vector_env
 from r2dreamer.envs.check import RESERVED
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import make_replay
 
 SEEDS = [2, 4, 6]
+WIDTHS = dict(belief=16, hidden=8, classes=4, depth=2, categoricals=3)
 
 
-def collect(*, parallel, batches=2, **devices):
+def parallel_env(factory, seeds, *, parallel):
+    return ParallelEnv(len(seeds), factory, create_env_kwargs=[{"seed": seed} for seed in seeds])
+
+
+def collect(*, parallel, batches=2, collector=Collector, **devices):
     environment = make_vector_env(functools.partial(make_gym, "CartPole-v1"), SEEDS, parallel=parallel)
     torch.manual_seed(0)
-    widths = dict(belief=16, hidden=8, classes=4, depth=2, categoricals=3)
-    agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, True), **widths)
-    collector = Collector(
-        environment,
-        agent.policy,
-        frames_per_batch=len(SEEDS) * 30,
-        total_frames=-1,
-        auto_register_policy_transforms=True,
-        **devices,
+    agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, True), **WIDTHS)
+    own = {} if collector is VectorCollector else {"auto_register_policy_transforms": True}
+    collector = collector(
+        environment, agent.policy, frames_per_batch=len(SEEDS) * 30, total_frames=-1, **own, **devices
     )
     torch.manual_seed(1)
     stream = iter(collector)
@@ -53,20 +54,48 @@ def follows(agent, steps):
     [{}, {"policy_device": "cpu"}, {"policy_device": "cpu", "storing_device": "cpu", "env_device": "cpu"}],
 )
 def test_every_belief_follows_from_the_step_before(parallel, devices):
-    """A ParallelEnv returns only its own entries, and with a policy_device the collector copies only some of the policy's.
-
-    Either way latents can get lost between two steps without a word.
+    """Batched environments may return only their own entries, and with a policy_device TorchRL's collector copies only
+    some of the policy's. Either way latents can get lost between two steps without a word.
     """
     agent, steps = collect(parallel=parallel, **devices)
     assert steps["next", "done"].any() and steps["is_init"][:, 1:].any()
     follows(agent, steps)
 
 
-def test_serial_and_parallel_environments_give_the_same_steps():
-    _, serial = collect(parallel=False)
-    _, parallel = collect(parallel=True)
-    for key in ("observation", "action", "belief", "state"):
-        assert torch.equal(serial[key], parallel[key]), key
+def test_in_torchrls_parallel_env_they_are_carried_as_well(monkeypatch):
+    monkeypatch.setitem(globals(), "make_vector_env", parallel_env)
+    agent, steps = collect(parallel=True)
+    assert steps["is_init"][:, 1:].any()
+    follows(agent, steps)
+
+
+def test_workers_one_process_and_both_collectors_give_the_same_steps():
+    _, expected = collect(parallel=False)
+    for parallel in (False, True):
+        for collector in (Collector, VectorCollector):
+            agent, steps = collect(parallel=parallel, collector=collector)
+            for key in (
+                "observation",
+                "is_init",
+                "action",
+                "belief",
+                "state",
+                ("next", "observation"),
+                ("next", "done"),
+            ):
+                assert torch.equal(steps[key], expected[key]), (parallel, collector, key)
+    assert "encoded_latents" in steps.keys()
+
+
+def test_a_batch_holds_of_the_policys_entries_what_is_to_be_kept():
+    environment = make_vector_env(functools.partial(make_gym, "CartPole-v1"), SEEDS, parallel=False)
+    agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, True), **WIDTHS)
+    collector = VectorCollector(environment, agent.policy, keep=["belief"], frames_per_batch=6, total_frames=-1)
+    steps = next(iter(collector))
+    collector.shutdown()
+    flags = {"done", "terminated", "truncated"}
+    assert set(steps.keys()) == {"observation", "is_init", "action", "next", "belief"} | flags
+    assert set(steps["next"].keys()) == {"observation", "is_init", "reward"} | flags
 
 
 def test_collected_records_train_and_take_their_latents_back():

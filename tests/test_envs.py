@@ -78,7 +78,7 @@ def test_continuous_actions_are_scaled_and_clipped():
     env = make_gym("Toy-box-v0", seed=0)
     for action, expected in [([-1.0, -1.0], [-1, 0]), ([0.0, 0.5], [1, 7.5]), ([-7.0, 9.0], [-1, 10])]:
         env.step(env.reset().set("action", torch.tensor(action)))
-        assert env.unwrapped.last_action.tolist() == pytest.approx(expected)
+        assert env.base_env.env.unwrapped.last_action.tolist() == pytest.approx(expected)
     env = make_dmc("cartpole_balance", seed=0, from_pixels=False)
     far, edge = (env.step(env.reset().set("action", torch.tensor([value]))) for value in (50.0, 1.0))
     assert env._env.physics.control() == 1.0
@@ -91,7 +91,7 @@ def test_discrete_actions_are_one_hot_and_count_from_the_spaces_start():
     for index, expected in enumerate((-1, 0, 1)):
         for dtype in (torch.int64, torch.float32):
             env.step(env.reset().set("action", torch.eye(3, dtype=dtype)[index]))
-            assert env.unwrapped.last_action == expected
+            assert env.base_env.env.unwrapped.last_action == expected
 
 
 def test_falling_terminates_and_time_truncates():

@@ -45,6 +45,22 @@ def test_updates_with_compiled_parts_equal_eager_ones():
         assert (one - other).abs().mean() < 1e-4
 
 
+def test_updates_compiled_as_one_graph_equal_eager_ones():
+    """The whole step with its sampling: inductor is told to draw the random numbers that eager operations draw."""
+    records, losses = tiny_records(tiny_agent(images=False), time=2), []
+    for compile in (None, "step"):
+        made = learner(compile, lr=1e-3, warmup_steps=0)
+        made.actor_loss.imagination_horizon = 1  # building the graph takes a minute even so
+        torch.manual_seed(0)
+        with torch._inductor.config.patch(fallback_random=True):
+            losses.append([made.update(records)[0] for _ in range(3)])
+    for one, other in zip(*losses, strict=True):
+        assert set(one.keys()) == set(other.keys())
+        for key in one.keys():
+            torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-5, msg=key)
+    assert losses[0][2]["loss_value"] != losses[0][0]["loss_value"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_blocked_norm_equals_the_composed_one(dtype):
     features = 24
@@ -63,13 +79,31 @@ def test_the_blocked_norm_equals_the_composed_one(dtype):
     assert relative < (1e-4 if dtype == torch.float32 else 0.02)
 
 
-def test_updates_in_bfloat16_learn():
-    made = learner(precision=torch.bfloat16, lr=1e-3, warmup_steps=0)
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_updates_in_half_precision_learn(precision):
+    made = learner(precision=precision, lr=1e-3, warmup_steps=0)
     records = tiny_records(tiny_agent(images=False))
     losses = [made.update(records)[0] for _ in range(40)]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.parameters())
     assert losses[-1]["loss_barlow"] < losses[0]["loss_barlow"]
     assert losses[-1]["loss_reward"] < losses[0]["loss_reward"]
+
+
+def test_float16_scales_the_loss_and_leaves_an_overflowing_step_out():
+    made = learner(precision=torch.float16, lr=1e-3, warmup_steps=0)
+    records = tiny_records(tiny_agent(images=False))
+    made.update(records)
+    before, scale = [p.detach().clone() for p in made.parameters()], made.scaler.get_scale()
+    assert scale > 1
+    hook = made.world_model_loss.world_model_params.flatten_keys(".").values()
+    first = next(p for p in hook if isinstance(p, torch.nn.Parameter))
+    handle = first.register_hook(lambda gradient: gradient * float("inf"))
+    made.update(records)
+    handle.remove()
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    after = dict(made.named_parameters())
+    unmoved = [torch.equal(p, after[name]) for p, name in zip(before, after, strict=True) if name in trained]
+    assert all(unmoved) and made.scaler.get_scale() < scale
 
 
 def test_the_same_parameters_get_a_gradient_in_bfloat16():

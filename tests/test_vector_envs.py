@@ -7,9 +7,13 @@ import time
 
 import pytest
 import torch
+from torchrl.collectors import Collector
+from torchrl.envs import GymEnv, RewardSum, SerialEnv, TransformedEnv
+from torchrl.envs.utils import check_env_specs
+from torchrl.modules import RandomPolicy
 from toys import FACTORIES, every_factory, same, trajectory
 
-from r2dreamer.envs import WorkerError, env_seeds, make_gym, make_vector_env, reseed
+from r2dreamer.envs import WorkerError, env_seeds, make_custom, make_gym, make_vector_env, reseed
 from r2dreamer.envs.gl import hanging_gl
 
 
@@ -35,17 +39,86 @@ def test_a_reseeded_environment_is_as_good_as_new(factory):
     assert same(trajectory(old), trajectory(new))
 
 
+@every_factory
+def test_it_gives_what_the_environments_give_alone(factory):
+    """TorchRL's SerialEnv, which steps each environment by itself, is the oracle; episodes end and begin on the way."""
+    vector = make_vector_env(factory, [1, 2, 3], parallel=False)
+    check_env_specs(vector)
+    reseed(vector, [1, 2, 3])
+    alone = SerialEnv(3, factory, create_env_kwargs=[{"seed": seed} for seed in (1, 2, 3)])
+    for steps in (12, 3):  # the second rollout resets what the first one left in mid-episode
+        one, other = trajectory(vector, steps), trajectory(alone, steps)
+        assert set(one.keys(True, True)) == set(other.keys(True, True)) and same(one, other)
+
+
+@pytest.mark.parametrize("workers", [True, 1, 2, 3])
 @pytest.mark.parametrize("name", ["gym dict", "dmc vision", "probe"])
-def test_workers_give_what_one_process_gives_also_after_reseeding(name):
-    serial = make_vector_env(FACTORIES[name], [1, 2], parallel=False)
+def test_workers_give_what_one_process_gives_also_after_reseeding(name, workers):
+    serial = make_vector_env(FACTORIES[name], [1, 2, 5], parallel=False)
     threads = torch.get_num_threads()
-    parallel = make_vector_env(FACTORIES[name], [1, 2], parallel=True)
+    parallel = make_vector_env(FACTORIES[name], [1, 2, 5], parallel=workers)
+    assert len(parallel.squad.crew) == (min(3, len(os.sched_getaffinity(0))) if workers is True else workers)
     assert same(trajectory(serial), trajectory(parallel))
     for env in (serial, parallel):
-        reseed(env, [6, 7])
+        reseed(env, [6, 7, 9])
     assert same(trajectory(serial), trajectory(parallel))
+    processes = [member.process for member in parallel.squad.crew]
     parallel.close()
+    assert not any(process.is_alive() for process in processes)
     assert torch.get_num_threads() == threads
+
+
+def own_environment(seed):
+    """TorchRL's own wrapper and a transform that nobody here knows."""
+    return make_custom(
+        lambda: TransformedEnv(GymEnv("CartPole-v1", categorical_action_encoding=False), RewardSum()), seed=seed
+    )
+
+
+def test_an_environment_of_somebody_elses_is_stepped_as_it_is():
+    vector = make_vector_env(own_environment, [3, 4], parallel=True)
+    alone = SerialEnv(2, own_environment, create_env_kwargs=[{"seed": 3}, {"seed": 4}])
+    one, other = trajectory(vector, 60), trajectory(alone, 60)
+    vector.close()
+    assert one["next", "done"].any() and same(one, other)
+    assert one["next", "episode_reward"].max() > 5
+
+
+def test_some_can_be_reset_while_others_go_on():
+    env = make_vector_env(FACTORIES["gym state"], [1, 2, 3], parallel=False)
+    root = env.rollout(4)[:, -1]["next"].exclude("reward")
+    root["_reset"] = torch.tensor([[False], [True], [False]])
+    before = root["observation"].clone()
+    after = env.reset(root)
+    moved = (after["observation"] != before).any(-1)
+    assert moved.tolist() == [False, True, False] and after["is_init"].flatten().tolist() == [False, True, False]
+    assert after["observation"][1].abs().max() < 0.05  # where CartPole begins
+    stepped = env.step(after.set("action", env.rand_action()["action"]))
+    assert not stepped["next", "is_init"].any()
+
+
+def test_an_episode_that_ended_begins_once():
+    """The next episode begins with the step that ended the last one; resetting it then must not skip it."""
+    firsts, factory = [], FACTORIES["gym state"]
+    for env in (make_vector_env(factory, [1, 1], parallel=False), SerialEnv(2, functools.partial(factory, seed=1))):
+        root = env.reset()
+        while not root["done"].all():
+            root = env.step(root.set("action", torch.tensor([[1, 0], [1, 0]])))["next"].exclude("reward")
+        firsts.append([env.reset()["observation"] for _ in range(3)])
+    assert all(torch.equal(one, other) for one, other in zip(*firsts, strict=True))
+    assert not torch.equal(firsts[0][0], firsts[0][1])
+
+
+def test_transforms_and_torchrls_collector_go_on_top():
+    env = TransformedEnv(make_vector_env(FACTORIES["gym state"], [1, 2], parallel=False), RewardSum())
+    check_env_specs(env)
+    collector = Collector(env, RandomPolicy(env.full_action_spec), frames_per_batch=80, total_frames=80)
+    (batch,) = collector
+    collector.shutdown()
+    ends = batch["next", "done"].squeeze(-1)
+    assert ends.any()
+    assert (batch["next", "episode_reward"].squeeze(-1)[ends] > 5).all()
+    assert torch.equal(batch["is_init"][:, 1:], batch["next", "done"][:, :-1])
 
 
 @pytest.mark.parametrize(
@@ -84,13 +157,13 @@ def test_a_worker_that_hangs_in_the_renderer_is_answered_with_the_driver_and_the
 
 
 def test_one_failing_worker_among_healthy_ones_is_the_one_named():
-    env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=True)
+    env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=3)
     env.reset()
-    os.kill(env._workers[1].pid, signal.SIGKILL)
-    with pytest.raises(WorkerError, match="environment 1 .*CartPole-v1.*seed 5"):
+    os.kill(env.squad.crew[1].process.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="environment 1 .*CartPole-v1.*seed 5.*SIGKILL"):
         env.rollout(2)
-    env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=True)
-    os.kill(env._workers[2].pid, signal.SIGKILL)
+    env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=3)
+    os.kill(env.squad.crew[2].process.pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match="environment 2 .*seed 6"):
         reseed(env, [1, 2, 3])
 

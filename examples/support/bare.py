@@ -7,77 +7,41 @@ from collections.abc import Callable
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
-from torchrl.envs import EnvBase, GymWrapper, TransformedEnv
-from torchrl.envs.libs.dm_control import DMControlWrapper
+from torchrl.envs import EnvBase
 
-from r2dreamer.envs import RenderPixels, Simulator
-from r2dreamer.envs.dmc import render_pixels
+from r2dreamer.envs import Simulator
 
 
 def bare(factory: Callable[..., EnvBase], seed: int) -> gymnasium.Env:
     """The simulator inside `factory(seed=seed)`; it makes the same images, repeats actions as often, checks nothing."""
     environment = factory(seed=seed)
-    base = environment
-    while isinstance(base, TransformedEnv):
-        base = base.base_env
-    if isinstance(base, Simulator):
-        return BareSimulator(environment, base)
-    if isinstance(base, DMControlWrapper):
-        return BareControl(environment, base)
-    if isinstance(base, GymWrapper):
-        return base._env
-    raise ValueError(f"{type(base).__name__} is not of a suite of this package: what is inside of it is not known.")
+    if not environment.bare:
+        raise ValueError(f"{environment.task} is not of a suite of this package: what is inside of it is not known.")
+    simulator = environment.base_env
+    if isinstance(simulator.__dict__.get("env"), gymnasium.Env):
+        return simulator.env
+    return BareSimulator(simulator)
 
 
 class BareSimulator(gymnasium.Env):
-    def __init__(self, environment: EnvBase, simulator: Simulator):
-        self.environment, self.simulator = environment, simulator
-        self.observation_space = Box(0, 255, simulator.observation_spec["pixels"].shape, np.uint8)
-        spec = simulator.action_spec
-        self.action_space = (
-            Discrete(spec.shape[-1]) if simulator.discrete else Box(spec.space.low.numpy(), spec.space.high.numpy())
+    def __init__(self, simulator: Simulator):
+        self.simulator = simulator
+        observed = {key: spec for key, spec in simulator.observation_spec.items() if key != "metrics"}
+        self.observation_space = Dict(
+            {
+                name: Box(0, 255, spec.shape, np.uint8) if len(spec.shape) == 3 else Box(-np.inf, np.inf, spec.shape)
+                for name, spec in observed.items()
+            }
         )
+        size = simulator.action_spec.shape[-1]
+        self.action_space = Discrete(size) if simulator.discrete else Box(*simulator.bounds)
 
     def reset(self, *, seed=None, options=None):
-        return self.simulator.begin().numpy(), {}
+        return self.simulator.begin(), {}
 
     def step(self, action):
-        image, *outcome = self.simulator.advance(action)
-        return image.numpy(), *outcome, {}
+        observation, reward, terminated, truncated = self.simulator.advance(action)
+        return observation, float(reward), bool(terminated), bool(truncated), {}
 
     def close(self):
-        self.environment.close()
-
-
-class BareControl(gymnasium.Env):
-    def __init__(self, environment: TransformedEnv, wrapper: DMControlWrapper):
-        self.environment, self.simulator, self.repeat = environment, wrapper._env, wrapper.frame_skip
-        renderers = [each for each in environment.transform if isinstance(each, RenderPixels)]
-        self.view = (renderers[0].size, renderers[0].camera) if renderers else None
-        spec = self.simulator.action_spec()
-        self.action_space = Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-        if self.view:
-            self.observation_space = Box(0, 255, (3, self.view[0], self.view[0]), np.uint8)
-        else:
-            vectors = self.simulator.observation_spec().items()
-            self.observation_space = Dict({name: Box(-np.inf, np.inf, vector.shape) for name, vector in vectors})
-
-    def reset(self, *, seed=None, options=None):
-        return self.observe(self.simulator.reset()), {}
-
-    def step(self, action):
-        reward = 0.0
-        for _ in range(self.repeat):
-            now = self.simulator.step(action)
-            reward += now.reward
-            if now.last():
-                break
-        return self.observe(now), reward, now.last() and now.discount == 0, now.last(), {}
-
-    def observe(self, now):
-        if self.view:
-            return render_pixels(self.simulator.physics, *self.view).numpy()
-        return {name: np.asarray(value, np.float32) for name, value in now.observation.items()}
-
-    def close(self):
-        self.environment.close()
+        self.simulator.close()

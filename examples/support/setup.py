@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
-from r2dreamer.envs import check_environment
+from r2dreamer.envs import check_environment, count_workers
 from r2dreamer.envs.errors import require_positive
 
 from .checkpoint import Checkpoints, LoadedCheckpoint
@@ -46,7 +46,7 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
                 "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which no run does whose "
                 "environments step while it learns; use collector=sync, or checkpoint.exact=false."
             )
-        if not cfg.env.parallel:
+        if not count_workers(cfg.env.parallel, cfg.env.num_envs):
             raise ValueError(
                 "collector=async steps the environments while the learner learns, which needs workers of their own: "
                 "add env.parallel=true, or use collector=sync."

@@ -12,7 +12,6 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, TransformedEnv
 
 PATIENCE = 5.0  # seconds for a batch under way when the program ends
 
@@ -110,16 +109,9 @@ class Overlapping(Alternating):
 
     def close(self) -> None:
         if self.begun and not wait([self.begun[0]], timeout=PATIENCE).done:  # nobody waits minutes for a second Ctrl-C
-            kill_workers(self.collector.env)
+            self.collector.env.squad.kill()
         super().close()
         self.thread.shutdown()
-
-
-def kill_workers(environment: EnvBase) -> None:
-    while isinstance(environment, TransformedEnv):
-        environment = environment.base_env
-    for process in environment._workers:
-        process.kill()
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
