@@ -5,6 +5,7 @@
 
 from .builder import ActionSpace, Agent, ObservationSpace, assemble, build_agent
 from .compiling import compile_parts
+from .decoders import ImageDecoder, ObservationDecoder
 from .distributions import BoundedNormal, OneHotAction
 from .encoders import ImageEncoder, ObservationEncoder, VectorEncoder
 from .heads import (
@@ -15,12 +16,15 @@ from .heads import (
     TwoHotMLP,
     actor_head,
     latent_head,
+    projection_head,
 )
 from .imagination import Imagination
 from .latents import CategoricalLatent, unimix_probs
 from .layers import BlockLinear, Linear, NormSiLU, mlp, normed_linear
 from .rollout import RSSMRollout, RSSMStateEstimator
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
+from .shift import RandomShift
+from .sizes import Sizes
 
 __all__ = [
     "ActionSpace",
@@ -30,10 +34,12 @@ __all__ = [
     "BoundedNormal",
     "CategoricalLatent",
     "FeatureMLP",
+    "ImageDecoder",
     "ImageEncoder",
     "Imagination",
     "Linear",
     "NormalParameters",
+    "ObservationDecoder",
     "ObservationEncoder",
     "ObservationSpace",
     "OneHotAction",
@@ -44,6 +50,8 @@ __all__ = [
     "RSSMPrior",
     "RSSMRollout",
     "RSSMStateEstimator",
+    "RandomShift",
+    "Sizes",
     "TwoHotMLP",
     "VectorEncoder",
     "actor_head",
@@ -53,5 +61,6 @@ __all__ = [
     "latent_head",
     "mlp",
     "normed_linear",
+    "projection_head",
     "unimix_probs",
 ]

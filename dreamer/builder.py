@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
 
 from .encoders import ObservationEncoder
-from .heads import FeatureMLP, ProjectionHead, TwoHotMLP, actor_head, latent_head
+from .heads import FeatureMLP, TwoHotMLP, actor_head, latent_head, projection_head
 from .imagination import Imagination
 from .latents import CategoricalLatent
 from .rollout import RSSMRollout, RSSMStateEstimator
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
+from .sizes import Sizes
+
+HeadFactory = Callable[[Sizes], TensorDictModuleBase]
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Agent:
     encoder: ObservationEncoder
     prior: RSSMPrior
     posterior: RSSMPosterior
-    projection: ProjectionHead
+    heads: dict[str, TensorDictModuleBase]
     reward: TwoHotMLP
     continue_: FeatureMLP
     value: TwoHotMLP
@@ -88,7 +97,7 @@ class Agent:
         return {
             "encoder": self.encoder,
             "rssm": nn.ModuleList([self.prior, self.posterior]),
-            "projection": self.projection,
+            **self.heads,
             "reward": self.reward,
             "continue": self.continue_,
             "value": self.value,
@@ -133,8 +142,12 @@ def build_agent(
     actor_layers: int = 3,
     value_layers: int = 3,
     num_bins: int = 255,
+    heads: Mapping[str, HeadFactory] | None = None,
 ) -> Agent:
-    """Builds a whole R2-Dreamer agent; the keyword arguments are the keys of ``configs/model/*.yaml``.
+    """Builds a whole agent; the keyword arguments are the keys of ``configs/model/*.yaml``.
+
+    ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
+    ``{"projection": projection_head}``.
 
     Example:
         >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
@@ -163,7 +176,20 @@ def build_agent(
     prior = RSSMPrior(BlockGRU(latent.size, actions.size, belief, hidden, blocks), latent, hidden)
     posterior = RSSMPosterior(belief, encoder.out_features, latent, hidden)
     features = latent.size + belief
-    projection = ProjectionHead(features, encoder.out_features)
+    sizes = Sizes(
+        state=latent.size,
+        belief=belief,
+        embedding=encoder.out_features,
+        images=observations.images,
+        vectors=observations.vectors,
+        units=units,
+        depth=depth,
+        multipliers=tuple(encoder_multipliers),
+        vector_layers=vector_layers,
+        blocks=blocks,
+    )
+    factories = {"projection": projection_head} if heads is None else heads
+    built = {name: factory(sizes) for name, factory in factories.items()}
     reward = TwoHotMLP(features, units, reward_layers, num_bins)
     continue_ = FeatureMLP(features, units, continue_layers, 1)
     value = TwoHotMLP(features, units, value_layers, num_bins)
@@ -175,7 +201,7 @@ def build_agent(
         encoder=encoder,
         prior=prior,
         posterior=posterior,
-        projection=projection,
+        heads=built,
         reward=reward,
         continue_=continue_,
         value=value,
@@ -191,7 +217,7 @@ def assemble(
     encoder: ObservationEncoder,
     prior: nn.Module,
     posterior: nn.Module,
-    projection: nn.Module,
+    heads: Mapping[str, TensorDictModuleBase],
     reward: nn.Module,
     continue_: nn.Module,
     value: nn.Module,
@@ -215,7 +241,7 @@ def assemble(
     world_model = TensorDictSequential(
         encoder,
         rollout,
-        latent_head(projection, ["projected_latents"], prefix=after),
+        *heads.values(),
         latent_head(reward, reward_keys, prefix=after),
         latent_head(continue_, ["continue_pred"], prefix=after),
     )
@@ -237,7 +263,7 @@ def assemble(
         encoder=encoder,
         prior=prior,
         posterior=posterior,
-        projection=projection,
+        heads=dict(heads),
         reward=reward,
         continue_=continue_,
         value=value,

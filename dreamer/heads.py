@@ -21,6 +21,7 @@ from torchrl.modules import SymExpTwoHot
 from .distributions import BoundedNormal, OneHotAction
 from .latents import unimix_probs
 from .layers import Linear, mlp
+from .sizes import Sizes
 
 NUM_BINS = 255
 
@@ -53,14 +54,24 @@ class TwoHotMLP(FeatureMLP):
 
 
 class ProjectionHead(nn.Module):
-    """k_t = P(h_t, z_t): one bias-free Linear from the latents to the size of the embedding."""
+    """k_t = P(h_t, z_t): one bias-free Linear from the latents to the size of the embedding.
 
-    def __init__(self, features: int, embedding_size: int):
+    ``layers`` normed linears of ``units`` features before it make it deeper, which the paper's is not.
+    """
+
+    def __init__(self, features: int, embedding_size: int, *, layers: int = 0, units: int | None = None):
         super().__init__()
-        self.linear = Linear(features, embedding_size, bias=False)
+        if layers < 0 or (layers and not units):
+            raise ValueError(f"layers={layers} must not be negative, and units={units} must be given with any.")
+        self.hidden = mlp(features, units, layers)
+        self.linear = Linear(units if layers else features, embedding_size, bias=False)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
-        return self.linear.joined(state, belief.to(state.dtype))
+        first, *others = [*self.hidden, self.linear]
+        value = first.joined(state, belief.to(state.dtype))
+        for layer in others:
+            value = layer(value)
+        return value
 
 
 class NormalParameters(nn.Module):
@@ -103,6 +114,12 @@ def latent_head(
     """Wraps a network over (state, belief), at the root for imagination or below ``prefix`` for training."""
     place = lambda key: (*prefix, key) if prefix else key
     return TensorDictModule(network, in_keys=[place(k) for k in in_keys], out_keys=[place(k) for k in out_keys])
+
+
+def projection_head(sizes: Sizes, *, layers: int = 0, size: int | None = None) -> TensorDictModule:
+    """The projection as a head of ``build_agent``; ``size``: features, by default those of the embedding."""
+    network = ProjectionHead(sizes.features, size or sizes.embedding, layers=layers, units=sizes.units)
+    return latent_head(network, ["projected_latents"], prefix=("next",))
 
 
 def actor_head(features: int, units: int, layers: int, action_size: int, *, discrete: bool, unimix: float = 0.01):

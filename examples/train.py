@@ -24,7 +24,13 @@ from r2dreamer.dreamer import Agent, compile_parts
 from r2dreamer.envs import WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
-from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss, total_loss
+from r2dreamer.losses import (
+    DreamerActorLoss,
+    DreamerValueLoss,
+    R2DreamerWorldModelLoss,
+    collapse_metrics,
+    total_loss,
+)
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision
@@ -43,9 +49,12 @@ class Learner(nn.Module):
     def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: str | None = None):
         super().__init__()
         make, bins = hydra.utils.instantiate, agent.reward.two_hot.bins
+        objective = make(algorithm.representation)  # a partial: one whose own networks are made for this agent
+        objective = objective if isinstance(objective, nn.Module) else objective(agent)
         self.world_model_loss = R2DreamerWorldModelLoss(
-            agent.world_model, make(algorithm.representation), kl=make(algorithm.kl), num_reward_bins=len(bins)
+            agent.world_model, objective, kl=make(algorithm.kl), num_reward_bins=len(bins)
         )
+        self.augmentation = make(algorithm.augmentation)
         self.actor_loss = DreamerActorLoss(
             agent.actor, agent.value_model, agent.imagination, continue_model=agent.continue_model, **algorithm.actor
         )
@@ -64,7 +73,7 @@ class Learner(nn.Module):
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
-        losses, posterior = self.world_model_loss(batch)
+        losses, posterior = self.world_model_loss(self.augmentation(batch))
         latents = posterior.get("next").select("state", "belief")
         start = latents.detach().flatten(0, 1)  # imagination begins at every posterior state and trains none of them
         actor_losses, imagined = self.actor_loss(start)
@@ -77,6 +86,8 @@ class Learner(nn.Module):
         )
         losses.update(actor_losses).update(value_losses)
         losses.set("loss_replay_value", self.replay_value_weight * replay_loss.get("loss_replay_value"))
+        embedding = posterior.get(("next", "encoded_latents"))
+        losses.update(collapse_metrics(embedding=embedding, state=latents.get("state")))
         return losses, latents.detach()
 
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
@@ -90,6 +101,7 @@ class Learner(nn.Module):
         self.scaler.step(self.optimizer)  # clips each tensor's gradient by its own norm (AGC), then LaProp
         self.scaler.update()
         self.slow_critic.step()
+        self.world_model_loss.representation.after_update()
         return losses.detach(), latents
 
     def anneal(self, progress: float) -> None:

@@ -1,11 +1,23 @@
 """The objectives of R2-Dreamer: LossModules on TorchRL's DreamerV3 keys, and their maths as pure functions."""
 
 from .actor import DreamerActorLoss
-from .functional import barlow_twins_loss, categorical_entropy, imagination_weight, lambda_return, two_hot_nll
+from .collapse import collapse_metrics, effective_rank
+from .functional import (
+    barlow_twins_loss,
+    categorical_entropy,
+    imagination_weight,
+    info_nce_loss,
+    lambda_return,
+    two_hot_nll,
+)
+from .infonce import InfoNCE
 from .kl import CategoricalKL
 from .likelihood import SymlogMSE, TwoHotLikelihood
-from .representation import BarlowTwins
+from .ranks import gather_ranks
+from .reconstruction import Reconstruction
+from .representation import BarlowTwins, NoObjective, Objective
 from .value import DreamerValueLoss
+from .vicreg import VICReg
 from .world_model import R2DreamerWorldModelLoss, total_loss
 
 __all__ = [
@@ -13,12 +25,21 @@ __all__ = [
     "CategoricalKL",
     "DreamerActorLoss",
     "DreamerValueLoss",
+    "InfoNCE",
+    "NoObjective",
+    "Objective",
     "R2DreamerWorldModelLoss",
+    "Reconstruction",
     "SymlogMSE",
     "TwoHotLikelihood",
+    "VICReg",
     "barlow_twins_loss",
     "categorical_entropy",
+    "collapse_metrics",
+    "effective_rank",
+    "gather_ranks",
     "imagination_weight",
+    "info_nce_loss",
     "lambda_return",
     "total_loss",
     "two_hot_nll",

@@ -46,6 +46,34 @@ def barlow_twins_loss(
     return invariance, redundancy_weight * redundancy
 
 
+def info_nce_loss(
+    projected: torch.Tensor, target: torch.Tensor, *, cosine: bool = False, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """InfoNCE: each of N samples must find its own target among those of all.
+
+    Logits k e' / temperature, of unit vectors if ``cosine``; cross-entropy with the diagonal, mean over rows.
+
+    Args:
+        projected, target: [N, E]; detach the target outside if it must not learn.
+
+    Returns:
+        The loss and the detached share of samples whose own target scores highest.
+
+    Example:
+        >>> loss, accuracy = info_nce_loss(9 * torch.eye(3), torch.eye(3))
+        >>> accuracy.item()
+        1.0
+    """
+    with torch.autocast(projected.device.type, enabled=False):
+        projected, target = projected.float(), target.float()
+        if cosine:
+            projected, target = (torch.nn.functional.normalize(view, dim=-1) for view in (projected, target))
+        logits = projected @ target.T / temperature  # [N, N]
+    labels = torch.arange(len(logits), device=logits.device)
+    accuracy = (logits.detach().argmax(-1) == labels).float().mean()
+    return torch.nn.functional.cross_entropy(logits, labels), accuracy
+
+
 def lambda_return(
     reward: torch.Tensor,
     bootstrap: torch.Tensor,

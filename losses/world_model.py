@@ -128,7 +128,8 @@ class R2DreamerWorldModelLoss(LossModule):
     def out_keys(self) -> list[NestedKey]:
         if self._out_keys is not None:
             return self._out_keys
-        names = ["loss_dynamics", "loss_representation", "loss_barlow", "loss_reward"]
+        objective = [f"loss_{name}" for name in getattr(self.representation, "terms", ())]
+        names = ["loss_dynamics", "loss_representation", *objective, "loss_reward"]
         return names + ["loss_continue"] * self.predicts_continue
 
     @out_keys.setter

@@ -124,7 +124,7 @@ def build(make_environment: Callable[..., EnvBase], cfg: DictConfig, device: tor
     actions = ActionSpace.from_spec(environment.action_spec)
     environment.close()
     torch.manual_seed(cfg.seed)
-    agent = build_agent(observations, actions, **cfg.model)
+    agent = build_agent(observations, actions, **cfg.model, heads=hydra.utils.instantiate(cfg.algorithm.heads))
     for part in agent.parts().values():
         part.to(device)
     return agent, [*observations.images, *observations.vectors]
