@@ -82,6 +82,7 @@ class Agent:
     encoder: ObservationEncoder
     prior: RSSMPrior
     posterior: RSSMPosterior
+    rollout: RSSMRollout
     heads: dict[str, TensorDictModuleBase]
     reward: TwoHotMLP
     continue_: FeatureMLP
@@ -263,6 +264,7 @@ def assemble(
         encoder=encoder,
         prior=prior,
         posterior=posterior,
+        rollout=rollout,
         heads=dict(heads),
         reward=reward,
         continue_=continue_,

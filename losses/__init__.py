@@ -2,12 +2,14 @@
 
 from .actor import DreamerActorLoss
 from .collapse import collapse_metrics, effective_rank
+from .dreamerpro import DreamerPro
 from .functional import (
     barlow_twins_loss,
     categorical_entropy,
     imagination_weight,
     info_nce_loss,
     lambda_return,
+    sinkhorn,
     two_hot_nll,
 )
 from .infonce import InfoNCE
@@ -24,6 +26,7 @@ __all__ = [
     "BarlowTwins",
     "CategoricalKL",
     "DreamerActorLoss",
+    "DreamerPro",
     "DreamerValueLoss",
     "InfoNCE",
     "NoObjective",
@@ -41,6 +44,7 @@ __all__ = [
     "imagination_weight",
     "info_nce_loss",
     "lambda_return",
+    "sinkhorn",
     "total_loss",
     "two_hot_nll",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -72,6 +74,25 @@ def info_nce_loss(
     labels = torch.arange(len(logits), device=logits.device)
     accuracy = (logits.detach().argmax(-1) == labels).float().mean()
     return torch.nn.functional.cross_entropy(logits, labels), accuracy
+
+
+@torch.no_grad()
+def sinkhorn(scores: torch.Tensor, *, eps: float = 0.05, iterations: int = 3) -> torch.Tensor:
+    """Scores [K, ...] of samples on K prototypes to assignments: each sample's sum to 1, prototypes are used equally.
+
+    Sinkhorn-Knopp in log space: of exp(scores / eps), rows are scaled to 1/K and columns to 1/N in turn. No gradient.
+
+    Example:
+        >>> sinkhorn(torch.tensor([[9.0, 9.0], [9.0, 9.0]]))  # both samples like both prototypes equally
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    rows = scores.float().flatten(1) / eps  # [K, N]
+    log_plan = rows - rows.logsumexp((0, 1), keepdim=True)
+    for _ in range(iterations):
+        log_plan = log_plan - log_plan.logsumexp(1, keepdim=True) - math.log(log_plan.shape[0])
+        log_plan = log_plan - log_plan.logsumexp(0, keepdim=True) - math.log(log_plan.shape[1])
+    return (log_plan.exp() * log_plan.shape[1]).view(scores.shape)
 
 
 def lambda_return(

@@ -8,6 +8,7 @@ OBJECTIVES = {
     "dreamer": {"reconstruction"},
     "infonce": {"infonce"},
     "vicreg": {"vicreg"},
+    "dreamerpro": {"swapped", "temporal", "norm"},
     "none": set(),
 }
 SHARED = {"dynamics", "representation", "reward", "continue", "actor", "value", "replay_value"}
@@ -43,6 +44,7 @@ def test_members_build_only_what_they_need():
         "infonce": projection,
         "vicreg": projection,
         "dreamer": {"decoder"},
+        "dreamerpro": set(),
         "none": set(),
     }
 
