@@ -21,6 +21,7 @@ from .heads import (
 from .imagination import Imagination
 from .latents import CategoricalLatent, unimix_probs
 from .layers import BlockLinear, Linear, NormSiLU, mlp, normed_linear
+from .pretrained import load_pretrained, save_pretrained
 from .rollout import RSSMRollout, RSSMStateEstimator
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
 from .shift import RandomShift
@@ -59,8 +60,10 @@ __all__ = [
     "build_agent",
     "compile_parts",
     "latent_head",
+    "load_pretrained",
     "mlp",
     "normed_linear",
     "projection_head",
+    "save_pretrained",
     "unimix_probs",
 ]

@@ -78,7 +78,7 @@ class Agent:
 
     observations: ObservationSpace
     actions: ActionSpace
-    latent_sizes: dict[str, int]
+    sizes: Sizes
     encoder: ObservationEncoder
     prior: RSSMPrior
     posterior: RSSMPosterior
@@ -93,6 +93,10 @@ class Agent:
     continue_model: TensorDictModule
     imagination: Imagination
     policy: TensorDictSequential
+
+    @property
+    def latent_sizes(self) -> dict[str, int]:
+        return {"state": self.sizes.state, "belief": self.sizes.belief}
 
     def parts(self) -> dict[str, nn.Module]:
         return {
@@ -122,6 +126,11 @@ class Agent:
 
     def parameter_counts(self) -> dict[str, int]:
         return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts().items()}
+
+    def summary(self) -> str:
+        """Parameters of every part and of all, a line each."""
+        counts = self.parameter_counts()
+        return "\n".join(f"{name:<12}{count:>14,}" for name, count in {**counts, "total": sum(counts.values())}.items())
 
 
 def build_agent(
@@ -198,7 +207,7 @@ def build_agent(
     return assemble(
         observations,
         actions,
-        {"state": latent.size, "belief": belief},
+        sizes,
         encoder=encoder,
         prior=prior,
         posterior=posterior,
@@ -213,7 +222,7 @@ def build_agent(
 def assemble(
     observations: ObservationSpace,
     actions: ActionSpace,
-    latent_sizes: dict[str, int],
+    sizes: Sizes,
     *,
     encoder: ObservationEncoder,
     prior: nn.Module,
@@ -251,8 +260,8 @@ def assemble(
         RSSMStateEstimator(
             prior,
             posterior,
-            state_size=latent_sizes["state"],
-            belief_size=latent_sizes["belief"],
+            state_size=sizes.state,
+            belief_size=sizes.belief,
             action_size=actions.size,
         ),
         actor,
@@ -260,7 +269,7 @@ def assemble(
     return Agent(
         observations=observations,
         actions=actions,
-        latent_sizes=latent_sizes,
+        sizes=sizes,
         encoder=encoder,
         prior=prior,
         posterior=posterior,

@@ -31,7 +31,7 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from train import Learner
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay import make_replay
 from support.devices import resolve_device, resolve_precision
@@ -78,7 +78,7 @@ def member(
 ) -> tuple[Agent, Learner]:
     """A member of the family at the configured size."""
     torch.manual_seed(cfg.seed)
-    agent = build_agent(*spaces(cfg), **cfg.model, heads=hydra.utils.instantiate(algorithm.heads))
+    agent = hydra.utils.instantiate(algorithm.agent)(*spaces(cfg), **cfg.model)
     for part in agent.parts().values():
         part.to(device)
     return agent, Learner(agent, algorithm, precision, cfg.compile)

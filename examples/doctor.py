@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
+from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.envs import check_environment, env_seeds, make_vector_env
 from r2dreamer.envs.replay import check_memory, record_bytes
 from support.machine import opengl, packages, processor
@@ -83,7 +83,7 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
         if cfg.env.num_envs > 1:
             many = frames_per_second(cfg, cfg.env.num_envs)
             report.line(f"{cfg.env.num_envs} of them in parallel: {many:.0f} frames/s")
-        agent = build_agent(observations, actions, **cfg.model)
+        agent = hydra.utils.instantiate(cfg.algorithm.agent)(observations, actions, **cfg.model)
         size = record_bytes(agent.example_record(), latent_keys=agent.latent_sizes)
         report.line(f"replay: {check_memory(size, cfg.replay.capacity, **cfg.replay.place)}")
     except USER_ERRORS as error:

@@ -37,8 +37,9 @@ from support.devices import resolve_device, resolve_precision
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
 from support.metrics import Averages, MetricsWriter, rename_loss
+from support.openloop import film_replay
 from support.script import Interrupt, script
-from support.setup import build, check_weights, metrics_position, open_run
+from support.setup import build, check_weights, metrics_position, objective, open_run
 from support.snapshot import restore, snapshot
 from support.video import write_video
 
@@ -49,16 +50,18 @@ class Learner(nn.Module):
     def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: str | None = None):
         super().__init__()
         make, bins = hydra.utils.instantiate, agent.reward.two_hot.bins
-        objective = make(algorithm.representation)  # a partial: one whose own networks are made for this agent
-        objective = objective if isinstance(objective, nn.Module) else objective(agent)
         self.world_model_loss = R2DreamerWorldModelLoss(
-            agent.world_model, objective, kl=make(algorithm.kl), num_reward_bins=len(bins)
+            agent.world_model,
+            objective(algorithm.representation, agent),
+            kl=make(algorithm.kl),
+            num_reward_bins=len(bins),
         )
         self.augmentation = make(algorithm.augmentation)
         self.actor_loss = DreamerActorLoss(
             agent.actor, agent.value_model, agent.imagination, continue_model=agent.continue_model, **algorithm.actor
         )
         self.value_loss = DreamerValueLoss(agent.value_model, num_value_bins=len(bins), **algorithm.value)
+        self.probe = objective(algorithm.probe, agent)  # last: with it or without, all else begins the same
         self.to(bins.device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -74,6 +77,8 @@ class Learner(nn.Module):
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
         losses, posterior = self.world_model_loss(self.augmentation(batch))
+        probe_terms, _ = self.probe(posterior, self.world_model_loss.tensor_keys)
+        losses.update({f"loss_{name}": term for name, term in probe_terms.items()})
         latents = posterior.get("next").select("state", "belief")
         start = latents.detach().flatten(0, 1)  # imagination begins at every posterior state and trains none of them
         actor_losses, imagined = self.actor_loss(start)
@@ -262,6 +267,11 @@ class Trainer:
         if result.frames is not None:
             write_video(self.logdir / "eval.mp4", result.frames, fps=30)
             self.metrics.video(self.frames, "eval/video", result.frames, fps=30)
+        decoder = getattr(self.learner.probe, "decoder", self.agent.heads.get("decoder")) if cfg.eval.video else None
+        film = film_replay(self.agent, decoder, self.replay, self.device, cfg.seed)
+        if film is not None:
+            write_video(self.logdir / "open_loop.mp4", film, fps=10)
+            self.metrics.video(self.frames, "video/open_loop", film, fps=10)
         return f"{result.mean:.4g} +- {result.std:.3g}"
 
     def restart_environments(self) -> None:

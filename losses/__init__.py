@@ -15,6 +15,7 @@ from .functional import (
 from .infonce import InfoNCE
 from .kl import CategoricalKL
 from .likelihood import SymlogMSE, TwoHotLikelihood
+from .probe import ProbeDecoder
 from .ranks import gather_ranks
 from .reconstruction import Reconstruction
 from .representation import BarlowTwins, NoObjective, Objective
@@ -31,6 +32,7 @@ __all__ = [
     "InfoNCE",
     "NoObjective",
     "Objective",
+    "ProbeDecoder",
     "R2DreamerWorldModelLoss",
     "Reconstruction",
     "SymlogMSE",

@@ -11,6 +11,7 @@ OBJECTIVES = {
     "dreamerpro": {"swapped", "temporal", "norm"},
     "none": set(),
 }
+MEMBERS = list(OBJECTIVES)
 SHARED = {"dynamics", "representation", "reward", "continue", "actor", "value", "replay_value"}
 ONCE = ["eval.every=1000000", "env.eval_episodes=1", "checkpoint.every=1000000"]
 
@@ -37,7 +38,7 @@ def test_the_augmentation_is_an_independent_switch(tmp_path):
 
 
 def test_members_build_only_what_they_need():
-    heads = {name: set(config(f"algorithm={name}").algorithm["heads"]) for name in OBJECTIVES}
+    heads = {name: set(config(f"algorithm={name}").algorithm.agent["heads"]) for name in OBJECTIVES}
     projection = {"projection"}
     assert heads == {
         "r2dreamer": projection,

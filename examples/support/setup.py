@@ -10,9 +10,10 @@ from typing import TextIO
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torchrl.envs import EnvBase
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.envs import check_environment
 from r2dreamer.envs.errors import require_positive
 
@@ -124,10 +125,16 @@ def build(make_environment: Callable[..., EnvBase], cfg: DictConfig, device: tor
     actions = ActionSpace.from_spec(environment.action_spec)
     environment.close()
     torch.manual_seed(cfg.seed)
-    agent = build_agent(observations, actions, **cfg.model, heads=hydra.utils.instantiate(cfg.algorithm.heads))
+    agent = hydra.utils.instantiate(cfg.algorithm.agent)(observations, actions, **cfg.model)
     for part in agent.parts().values():
         part.to(device)
     return agent, [*observations.images, *observations.vectors]
+
+
+def objective(section: DictConfig, agent: Agent) -> nn.Module:
+    """What the section names; of a partial, the one whose own networks are made for this agent."""
+    made = hydra.utils.instantiate(section)
+    return made if isinstance(made, nn.Module) else made(agent)
 
 
 def check_weights(agent: Agent, when: str) -> None:
