@@ -85,12 +85,12 @@ class Agent:
     rollout: RSSMRollout
     heads: dict[str, TensorDictModuleBase]
     reward: TwoHotMLP
-    continue_: FeatureMLP
+    continue_: FeatureMLP | None
     value: TwoHotMLP
     actor: ProbabilisticTensorDictSequential
     world_model: TensorDictSequential
     value_model: TensorDictModule
-    continue_model: TensorDictModule
+    continue_model: TensorDictModule | None
     imagination: Imagination
     policy: TensorDictSequential
 
@@ -99,7 +99,7 @@ class Agent:
         return {"state": self.sizes.state, "belief": self.sizes.belief}
 
     def parts(self) -> dict[str, nn.Module]:
-        return {
+        parts = {
             "encoder": self.encoder,
             "rssm": nn.ModuleList([self.prior, self.posterior]),
             **self.heads,
@@ -108,6 +108,7 @@ class Agent:
             "value": self.value,
             "actor": self.actor,
         }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def example_record(self) -> TensorDict:
         """One record of zeros as the replay stores it: its size is what memory is planned by."""
@@ -229,11 +230,17 @@ def assemble(
     posterior: nn.Module,
     heads: Mapping[str, TensorDictModuleBase],
     reward: nn.Module,
-    continue_: nn.Module,
+    continue_: nn.Module | None,
     value: nn.Module,
     actor: ProbabilisticTensorDictSequential,
+    exploration: TensorDictModuleBase | None = None,
+    differentiable: bool = False,
 ) -> Agent:
-    """Wires networks on the key contract; any of them may be another implementation with the same signature."""
+    """Wires networks on the key contract; any of them may be another implementation with the same signature.
+
+    ``continue_=None``: episodes are taken to go on. ``exploration`` follows the actor in the policy, not in imagination,
+    and ``differentiable`` lets gradients pass through what is imagined.
+    """
     after = ("next",)
     rollout = RSSMRollout(
         TensorDictModule(
@@ -247,14 +254,10 @@ def assemble(
             out_keys=[("next", "posterior_logits"), ("next", "state")],
         ),
     )
-    reward_keys = ["reward_logits", "reward"]
-    world_model = TensorDictSequential(
-        encoder,
-        rollout,
-        *heads.values(),
-        latent_head(reward, reward_keys, prefix=after),
-        latent_head(continue_, ["continue_pred"], prefix=after),
-    )
+    predictions = [latent_head(reward, reward.keys("reward"), prefix=after)]
+    if continue_ is not None:
+        predictions.append(latent_head(continue_, ["continue_pred"], prefix=after))
+    world_model = TensorDictSequential(encoder, rollout, *heads.values(), *predictions)
     policy = TensorDictSequential(
         encoder.at_root(),
         RSSMStateEstimator(
@@ -265,6 +268,7 @@ def assemble(
             action_size=actions.size,
         ),
         actor,
+        *([] if exploration is None else [exploration]),
     )
     return Agent(
         observations=observations,
@@ -280,8 +284,8 @@ def assemble(
         value=value,
         actor=actor,
         world_model=world_model,
-        value_model=latent_head(value, ["state_value_logits", "state_value"]),
-        continue_model=latent_head(continue_, ["continue_pred"]),
-        imagination=Imagination(prior, latent_head(reward, reward_keys)),
+        value_model=latent_head(value, value.keys("state_value")),
+        continue_model=None if continue_ is None else latent_head(continue_, ["continue_pred"]),
+        imagination=Imagination(prior, latent_head(reward, reward.keys("reward")), differentiable=differentiable),
         policy=policy,
     )

@@ -6,6 +6,8 @@ SiLU] per stage, the last one without norm, to pixels in (0, 1). Vectors: an MLP
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
@@ -70,11 +72,21 @@ class ImageDecoder(nn.Module):
         return image.reshape(*state.shape[:-1], *image.shape[1:])
 
 
+def _image(sizes: Sizes, shape: tuple[int, int, int]) -> ImageDecoder:
+    widths = dict(depth=sizes.depth, units=sizes.units, multipliers=sizes.multipliers, blocks=sizes.blocks)
+    return ImageDecoder(sizes.state, sizes.belief, shape, **widths)
+
+
+def _vector(sizes: Sizes, size: int) -> FeatureMLP:
+    return FeatureMLP(sizes.features, sizes.units, sizes.vector_layers, size)
+
+
 class ObservationDecoder(TensorDictModuleBase):
     """Writes what the latents say every observation looks like, below ``"reconstruction"`` under the observation's key.
 
     Reads ``("next", "state")``, ``("next", "belief")``; writes ``("next", "reconstruction", key)``: images in (0, 1),
-    vectors in symlog space. :meth:`decode` gives observations in their own units.
+    vectors in symlog space. :meth:`decode` gives observations in their own units. ``make_image`` and ``make_vector`` build
+    other networks over (state, belief) for a shape and a size.
 
     Example:
         >>> from tensordict import TensorDict
@@ -86,25 +98,24 @@ class ObservationDecoder(TensorDictModuleBase):
         (torch.Size([5, 3, 16, 16]), torch.Size([5, 2]))
     """
 
-    def __init__(self, sizes: Sizes, *, prefix: tuple[str, ...] = ("next",), out_key: str = "reconstruction"):
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        make_image: Callable[[Sizes, tuple[int, int, int]], nn.Module] | None = None,
+        make_vector: Callable[[Sizes, int], nn.Module] | None = None,
+        prefix: tuple[str, ...] = ("next",),
+        out_key: str = "reconstruction",
+    ):
         super().__init__()
         self.image_channels = {key: shape[0] for key, shape in sizes.images.items()}
         self.vector_sizes = dict(sizes.vectors)
         self.image = self.vector = None
         if sizes.images:
             shape = next(iter(sizes.images.values()))
-            self.image = ImageDecoder(
-                sizes.state,
-                sizes.belief,
-                (sum(self.image_channels.values()), *shape[1:]),
-                depth=sizes.depth,
-                units=sizes.units,
-                multipliers=sizes.multipliers,
-                blocks=sizes.blocks,
-            )
+            self.image = (make_image or _image)(sizes, (sum(self.image_channels.values()), *shape[1:]))
         if sizes.vectors:
-            total = sum(sizes.vectors.values())
-            self.vector = FeatureMLP(sizes.features, sizes.units, sizes.vector_layers, total)
+            self.vector = (make_vector or _vector)(sizes, sum(sizes.vectors.values()))
         self.in_keys: list[NestedKey] = [(*prefix, "state"), (*prefix, "belief")]
         self.out_keys: list[NestedKey] = [(*prefix, out_key, key) for key in (*self.image_channels, *self.vector_sizes)]
 

@@ -5,7 +5,7 @@ Each function returns a TensorDictModule on the key contract; ``prefix=("next",)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict.nn import (
@@ -27,11 +27,29 @@ NUM_BINS = 255
 
 
 class FeatureMLP(nn.Module):
-    """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in."""
+    """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in.
 
-    def __init__(self, features: int, units: int, layers: int, out_features: int, scale: float = 1.0):
+    make_layers: builds the stack, its first layer a :class:`Linear`; ``mlp`` or ``elu_mlp``.
+    """
+
+    num_bins = 1
+
+    def __init__(
+        self,
+        features: int,
+        units: int,
+        layers: int,
+        out_features: int,
+        scale: float = 1.0,
+        make_layers: Callable[..., nn.Sequential] = mlp,
+    ):
         super().__init__()
-        self.layers = mlp(features, units, layers, out_features, scale=scale)
+        self.layers = make_layers(features, units, layers, out_features, scale=scale)
+
+    @staticmethod
+    def keys(name: str) -> list[str]:
+        """Of what it writes, if it predicts ``name``."""
+        return [name]
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
         first, *others = self.layers
@@ -46,7 +64,11 @@ class TwoHotMLP(FeatureMLP):
 
     def __init__(self, features: int, units: int, layers: int, num_bins: int = NUM_BINS):
         super().__init__(features, units, layers, num_bins, scale=0.0)
-        self.two_hot = SymExpTwoHot(num_bins)
+        self.two_hot, self.num_bins = SymExpTwoHot(num_bins), num_bins
+
+    @staticmethod
+    def keys(name: str) -> list[str]:
+        return [f"{name}_logits", name]
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = super().forward(state, belief)

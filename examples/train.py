@@ -16,7 +16,6 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
-from torchrl.objectives import SoftUpdate
 from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
@@ -25,8 +24,6 @@ from r2dreamer.envs import WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
 from r2dreamer.losses import (
-    DreamerActorLoss,
-    DreamerValueLoss,
     R2DreamerWorldModelLoss,
     collapse_metrics,
     total_loss,
@@ -49,30 +46,43 @@ class Learner(nn.Module):
 
     def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: str | None = None):
         super().__init__()
-        make, bins = hydra.utils.instantiate, agent.reward.two_hot.bins
+        make = hydra.utils.instantiate
         self.world_model_loss = R2DreamerWorldModelLoss(
             agent.world_model,
             objective(algorithm.representation, agent),
             kl=make(algorithm.kl),
-            num_reward_bins=len(bins),
+            num_reward_bins=agent.reward.num_bins,
+            **make(algorithm.world_model),
         )
         self.augmentation = make(algorithm.augmentation)
-        self.actor_loss = DreamerActorLoss(
-            agent.actor, agent.value_model, agent.imagination, continue_model=agent.continue_model, **algorithm.actor
+        value_loss = make(algorithm.value)(agent.value_model, num_value_bins=agent.value.num_bins)
+        self.actor_loss = make(algorithm.actor)(
+            agent.actor, value_loss.bootstrap_model, agent.imagination, continue_model=agent.continue_model
         )
-        self.value_loss = DreamerValueLoss(agent.value_model, num_value_bins=len(bins), **algorithm.value)
+        self.value_loss = value_loss
         self.probe = objective(algorithm.probe, agent)  # last: with it or without, all else begins the same
-        self.to(bins.device)  # the losses have buffers of their own
+        device = next(agent.encoder.parameters()).device
+        self.to(device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self.optimizer = make(algorithm.optimizer, trained)
-        self.learning_rate, self.final_fraction = algorithm.optimizer.lr, algorithm.final_lr_fraction
-        self.slow_critic = SoftUpdate(self.value_loss, tau=algorithm.slow_critic_rate)
-        self.precision, self.device = precision, bins.device
+        self.optimizer = make(algorithm.optimizer, self.parameter_groups())
+        self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.final_fraction = algorithm.final_lr_fraction
+        self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
+        self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
         if compile == "parts":
             compile_parts(*agent.parts().values())
+
+    def parameter_groups(self) -> list[dict]:
+        """Of the optimiser, by name: actor, value, and the model with all that trains beside it."""
+        groups = {"model": [], "actor": [], "value": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[{"actor_loss": "actor", "value_loss": "value"}.get(name.split(".")[0], "model")].append(
+                    parameter
+                )
+        return [{"name": name, "params": parameters} for name, parameters in groups.items()]
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
@@ -83,17 +93,22 @@ class Learner(nn.Module):
         start = latents.detach().flatten(0, 1)  # imagination begins at every posterior state and trains none of them
         actor_losses, imagined = self.actor_loss(start)
         value_losses, _ = self.value_loss(imagined)
+        losses.update(actor_losses).update(value_losses)
+        if self.replay_value_weight:
+            losses.set("loss_replay_value", self.replay_value_weight * self.replay_value_loss(batch, latents, imagined))
+        embedding = posterior.get(("next", "encoded_latents"))
+        losses.update(collapse_metrics(embedding=embedding, state=latents.get("state")))
+        return losses, latents.detach()
+
+    def replay_value_loss(self, batch: TensorDict, latents: TensorDict, imagined: TensorDict) -> torch.Tensor:
+        """The critic along the replayed sequence, whose error reaches the world model."""
         replayed = latents.copy()  # attached: along the replay the critic's error reaches the world model
         replayed.set("bootstrap", imagined.get("lambda_target")[:, 0].reshape(*batch.shape, 1))
         replayed.set("next", batch.get("next").select("reward", "done", "terminated"))
         replay_loss = self.value_loss.replay_value_loss(
             replayed, horizon=1 / (1 - self.actor_loss.discount), lmbda=self.actor_loss.lmbda
         )
-        losses.update(actor_losses).update(value_losses)
-        losses.set("loss_replay_value", self.replay_value_weight * replay_loss.get("loss_replay_value"))
-        embedding = posterior.get(("next", "encoded_latents"))
-        losses.update(collapse_metrics(embedding=embedding, state=latents.get("state")))
-        return losses, latents.detach()
+        return replay_loss.get("loss_replay_value")
 
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """One step of the one optimiser over everything, then the slow critic moves."""
@@ -111,8 +126,8 @@ class Learner(nn.Module):
 
     def anneal(self, progress: float) -> None:
         """The learning rate falls linearly, to ``final_lr_fraction`` of itself when ``progress`` is 1."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * (1 + (self.final_fraction - 1) * min(progress, 1.0))
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = rate * (1 + (self.final_fraction - 1) * min(progress, 1.0))
 
 
 class Trainer:

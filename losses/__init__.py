@@ -14,7 +14,7 @@ from .functional import (
 )
 from .infonce import InfoNCE
 from .kl import CategoricalKL
-from .likelihood import SymlogMSE, TwoHotLikelihood
+from .likelihood import SymlogMSE, TwoHotLikelihood, UnitGaussian
 from .probe import ProbeDecoder
 from .ranks import gather_ranks
 from .reconstruction import Reconstruction
@@ -37,6 +37,7 @@ __all__ = [
     "Reconstruction",
     "SymlogMSE",
     "TwoHotLikelihood",
+    "UnitGaussian",
     "VICReg",
     "barlow_twins_loss",
     "categorical_entropy",
