@@ -4,6 +4,8 @@
 """
 
 from .builder import ActionSpace, Agent, ObservationSpace, assemble, build_agent
+from .classic import build_classic_agent, classic_decoder
+from .classic_networks import GRUCell, NormGRUCell
 from .compiling import compile_parts
 from .decoders import ImageDecoder, ObservationDecoder
 from .distributions import BoundedNormal, OneHotAction
@@ -19,7 +21,7 @@ from .heads import (
     projection_head,
 )
 from .imagination import Imagination
-from .latents import CategoricalLatent, unimix_probs
+from .latents import CategoricalLatent, GaussianLatent, unimix_probs
 from .layers import BlockLinear, Linear, NormSiLU, mlp, normed_linear
 from .pretrained import load_pretrained, save_pretrained
 from .rollout import RSSMRollout, RSSMStateEstimator
@@ -35,10 +37,13 @@ __all__ = [
     "BoundedNormal",
     "CategoricalLatent",
     "FeatureMLP",
+    "GRUCell",
+    "GaussianLatent",
     "ImageDecoder",
     "ImageEncoder",
     "Imagination",
     "Linear",
+    "NormGRUCell",
     "NormalParameters",
     "ObservationDecoder",
     "ObservationEncoder",
@@ -58,6 +63,8 @@ __all__ = [
     "actor_head",
     "assemble",
     "build_agent",
+    "build_classic_agent",
+    "classic_decoder",
     "compile_parts",
     "latent_head",
     "load_pretrained",

@@ -118,8 +118,8 @@ class OneHotParameters(nn.Module):
 class ActorNetwork(FeatureMLP):
     """MLP over the latents whose last layer is scaled by 0.01, then the distribution's parameters."""
 
-    def __init__(self, features: int, units: int, layers: int, out_features: int, parameters: nn.Module):
-        super().__init__(features, units, layers, out_features, scale=0.01)
+    def __init__(self, features: int, units: int, layers: int, out_features: int, parameters: nn.Module, **options):
+        super().__init__(features, units, layers, out_features, scale=0.01, **options)
         self.to_parameters = parameters
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +144,21 @@ def projection_head(sizes: Sizes, *, layers: int = 0, size: int | None = None) -
     return latent_head(network, ["projected_latents"], prefix=("next",))
 
 
+def probabilistic_head(
+    network: nn.Module, keys: Sequence[str], distribution: type
+) -> ProbabilisticTensorDictSequential:
+    """A policy over latents: ``network`` writes the distribution's parameters ``keys``, then an action is drawn."""
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(network, in_keys=["state", "belief"], out_keys=list(keys)),
+        ProbabilisticTensorDictModule(
+            in_keys=list(keys),
+            out_keys=["action"],
+            distribution_class=distribution,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+
+
 def actor_head(features: int, units: int, layers: int, action_size: int, *, discrete: bool, unimix: float = 0.01):
     """The policy over latents, state and belief -> action, with ``get_dist`` as TorchRL's losses expect.
 
@@ -155,12 +170,4 @@ def actor_head(features: int, units: int, layers: int, action_size: int, *, disc
     else:
         size, parameters, keys, distribution = 2 * action_size, NormalParameters(), ["loc", "scale"], BoundedNormal
     network = ActorNetwork(features, units, layers, size, parameters)
-    return ProbabilisticTensorDictSequential(
-        TensorDictModule(network, in_keys=["state", "belief"], out_keys=keys),
-        ProbabilisticTensorDictModule(
-            in_keys=keys,
-            out_keys=["action"],
-            distribution_class=distribution,
-            default_interaction_type=InteractionType.RANDOM,
-        ),
-    )
+    return probabilistic_head(network, keys, distribution)

@@ -3,6 +3,7 @@
 from .actor import DreamerActorLoss
 from .collapse import collapse_metrics, effective_rank
 from .dreamerpro import DreamerPro
+from .dynamics import DynamicsActorLoss
 from .functional import (
     barlow_twins_loss,
     categorical_entropy,
@@ -13,12 +14,14 @@ from .functional import (
     two_hot_nll,
 )
 from .infonce import InfoNCE
-from .kl import CategoricalKL
+from .kl import CategoricalKL, GaussianKL
 from .likelihood import SymlogMSE, TwoHotLikelihood, UnitGaussian
+from .optimizer import GroupedAdam
 from .probe import ProbeDecoder
 from .ranks import gather_ranks
 from .reconstruction import Reconstruction
 from .representation import BarlowTwins, NoObjective, Objective
+from .targets import CopyEvery, NoTarget
 from .value import DreamerValueLoss
 from .vicreg import VICReg
 from .world_model import R2DreamerWorldModelLoss, total_loss
@@ -26,11 +29,16 @@ from .world_model import R2DreamerWorldModelLoss, total_loss
 __all__ = [
     "BarlowTwins",
     "CategoricalKL",
+    "CopyEvery",
     "DreamerActorLoss",
     "DreamerPro",
     "DreamerValueLoss",
+    "DynamicsActorLoss",
+    "GaussianKL",
+    "GroupedAdam",
     "InfoNCE",
     "NoObjective",
+    "NoTarget",
     "Objective",
     "ProbeDecoder",
     "R2DreamerWorldModelLoss",

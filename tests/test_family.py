@@ -3,29 +3,66 @@
 import pytest
 from launcher import PENDULUM, TINY, config, lines, train_here
 
-OBJECTIVES = {
-    "r2dreamer": {"barlow"},
-    "dreamer": {"reconstruction"},
-    "infonce": {"infonce"},
-    "vicreg": {"vicreg"},
-    "dreamerpro": {"swapped", "temporal", "norm"},
-    "none": set(),
+SHARED = {"reward", "actor", "value"}
+V3 = SHARED | {"dynamics", "representation", "continue", "replay_value"}
+LOSSES = {
+    "r2dreamer": V3 | {"barlow"},
+    "dreamer": V3 | {"reconstruction"},
+    "infonce": V3 | {"infonce"},
+    "vicreg": V3 | {"vicreg"},
+    "dreamerpro": V3 | {"swapped", "temporal", "norm"},
+    "none": V3,
+    "dreamerv2": SHARED | {"dynamics", "representation", "continue", "reconstruction"},
+    "dreamerv1": SHARED | {"kl", "reconstruction"},
 }
-MEMBERS = list(OBJECTIVES)
-SHARED = {"dynamics", "representation", "reward", "continue", "actor", "value", "replay_value"}
+MEMBERS = list(LOSSES)
+CLASSIC = ["dreamerv1", "dreamerv2"]
 ONCE = ["eval.every=1000000", "env.eval_episodes=1", "checkpoint.every=1000000"]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize("task", [["experiment=quickstart"], ["experiment=probe", "env.task=small_target"]], ids=str)
 def test_every_member_trains(tmp_path, name, task):
-    trainer = train_here(tmp_path, *task, *TINY, *ONCE, f"algorithm={name}", "total_frames=80", "log_every=80")
+    small = ["model.units=8", "total_frames=80", "log_every=80"]
+    trainer = train_here(tmp_path, *task, *TINY, *ONCE, f"algorithm={name}", *small)
     assert trainer.count["updates"] >= 10
     (logged,) = lines(tmp_path, '"count/updates"')
     losses = {key.removeprefix("loss/") for key in logged if key.startswith("loss/")}
-    assert losses == SHARED | OBJECTIVES[name]
+    assert losses == LOSSES[name]
     for view in ("embedding", "state"):
         assert logged[f"train/{view}_rank"] > 0 and logged[f"train/{view}_std"] > 0
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+@pytest.mark.parametrize(
+    "task",
+    [["env=dmc_vision", "env.task=cartpole_swingup"], ["env=dmc_proprio", "env.task=walker_walk"]],
+    ids=lambda task: task[0],
+)
+def test_the_first_generations_train_on_dmc(tmp_path, name, task):
+    short = ["env.action_repeat=25", "total_frames=1500", "env.parallel=false", "model.units=8"]
+    trainer = train_here(tmp_path, *task, *TINY, *short, *ONCE, f"algorithm={name}")
+    assert trainer.count["updates"] >= 10 and not trainer.agent.actions.discrete
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_the_first_generations_have_the_published_sizes(name):
+    cfg = config(f"algorithm={name}")
+    rates = {"dreamerv1": (6e-4, 8e-5, 8e-5), "dreamerv2": (3e-4, 8e-5, 8e-5)}
+    optimizer = cfg.algorithm.optimizer
+    assert (optimizer.lr, optimizer.actor_lr, optimizer.value_lr) == rates[name]
+    assert (cfg.batch_size, cfg.batch_length) == {"dreamerv1": (50, 50), "dreamerv2": (16, 50)}[name]
+    assert (cfg.model.categoricals, cfg.model.classes) == {"dreamerv1": (30, 1), "dreamerv2": (32, 32)}[name]
+    assert cfg.algorithm.actor.discount == {"dreamerv1": 0.99, "dreamerv2": 0.997}[name]
+    assert config(f"algorithm={name}", "model=size1M", "batch_size=3").batch_size == 3  # the command line has its say
+
+
+@pytest.mark.parametrize("name", ["dreamer", *CLASSIC])
+def test_a_continuous_member_with_decoder_in_mixed_precision(tmp_path, name):
+    mixed = ["precision=bf16", "total_frames=80", "model.units=8"]
+    trainer = train_here(tmp_path, *PENDULUM, *ONCE, f"algorithm={name}", *mixed)
+    assert trainer.count["updates"] >= 10
+    assert lines(tmp_path, '"count/updates"')[-1]["train/reconstruction_observation"] > 0
 
 
 def test_the_augmentation_is_an_independent_switch(tmp_path):
@@ -38,18 +75,15 @@ def test_the_augmentation_is_an_independent_switch(tmp_path):
 
 
 def test_members_build_only_what_they_need():
-    heads = {name: set(config(f"algorithm={name}").algorithm.agent["heads"]) for name in OBJECTIVES}
-    projection = {"projection"}
+    heads = {name: set(config(f"algorithm={name}").algorithm.agent["heads"]) for name in MEMBERS}
+    projection, decoder = {"projection"}, {"decoder"}
     assert heads == {
         "r2dreamer": projection,
         "infonce": projection,
         "vicreg": projection,
-        "dreamer": {"decoder"},
+        "dreamer": decoder,
         "dreamerpro": set(),
         "none": set(),
+        "dreamerv2": decoder,
+        "dreamerv1": decoder,
     }
-
-
-def test_a_continuous_member_with_decoder_in_mixed_precision(tmp_path):
-    trainer = train_here(tmp_path, *PENDULUM, *ONCE, "algorithm=dreamer", "precision=bf16", "total_frames=80")
-    assert trainer.count["updates"] >= 10 and "reconstruction_observation" in str(lines(tmp_path)[-2])

@@ -21,7 +21,7 @@ PIXELS = ["env=probe", "env.task=ending", *TINY, *ONCE, "total_frames=40"]
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_any_member_comes_back_as_it_was_trained(tmp_path, name):
-    trained = train_here(tmp_path, *PIXELS, f"algorithm={name}").agent
+    trained = train_here(tmp_path, *PIXELS, f"algorithm={name}", "model.units=8").agent
 
     agent = load_pretrained(tmp_path)
     observation = TensorDict({"pixels": torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)}, [2])
