@@ -155,7 +155,7 @@ def build_agent(
     num_bins: int = 255,
     heads: Mapping[str, HeadFactory] | None = None,
 ) -> Agent:
-    """Builds a whole agent; the keyword arguments are the keys of ``configs/model/*.yaml``.
+    """Builds a whole agent; the keyword arguments are the keys of ``configs/model/size*.yaml``.
 
     ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
     ``{"projection": projection_head}``.

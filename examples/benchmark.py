@@ -37,6 +37,7 @@ from r2dreamer.envs.replay import make_replay
 from support.devices import resolve_device, resolve_precision
 from support.peers import torchrl_dreamer
 from support.script import script
+from support.setup import make_agent
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:
@@ -78,7 +79,7 @@ def member(
 ) -> tuple[Agent, Learner]:
     """A member of the family at the configured size."""
     torch.manual_seed(cfg.seed)
-    agent = hydra.utils.instantiate(algorithm.agent)(*spaces(cfg), **cfg.model)
+    agent = make_agent(algorithm, cfg.model, *spaces(cfg))
     for part in agent.parts().values():
         part.to(device)
     return agent, Learner(agent, algorithm, precision, cfg.compile)

@@ -1,7 +1,8 @@
-"""Trains R2-Dreamer: environments, replay, world model, actor and critic, all wired here.
+"""Trains R2-Dreamer, or another member of its family: environments, replay, world model, actor and critic, wired here.
 
 python examples/train.py env=dmc_vision env.task=walker_walk
 python examples/train.py experiment=quickstart
+python examples/train.py experiment=quickstart algorithm=dreamer
 """
 
 import sys
@@ -34,9 +35,9 @@ from support.devices import resolve_device, resolve_precision
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
 from support.metrics import Averages, MetricsWriter, rename_loss
-from support.openloop import film_replay
+from support.openloop import film_open_loop
 from support.script import Interrupt, script
-from support.setup import build, check_weights, metrics_position, objective, open_run
+from support.setup import build, check_weights, metrics_position, objective, open_run, parameter_groups
 from support.snapshot import restore, snapshot
 from support.video import write_video
 
@@ -64,7 +65,7 @@ class Learner(nn.Module):
         device = next(agent.encoder.parameters()).device
         self.to(device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
-        self.optimizer = make(algorithm.optimizer, self.parameter_groups())
+        self.optimizer = make(algorithm.optimizer, parameter_groups(self))
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.final_fraction = algorithm.final_lr_fraction
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
@@ -73,16 +74,6 @@ class Learner(nn.Module):
         self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
         if compile == "parts":
             compile_parts(*agent.parts().values())
-
-    def parameter_groups(self) -> list[dict]:
-        """Of the optimiser, by name: actor, value, and the model with all that trains beside it."""
-        groups = {"model": [], "actor": [], "value": []}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                groups[{"actor_loss": "actor", "value_loss": "value"}.get(name.split(".")[0], "model")].append(
-                    parameter
-                )
-        return [{"name": name, "params": parameters} for name, parameters in groups.items()]
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
@@ -101,8 +92,8 @@ class Learner(nn.Module):
         return losses, latents.detach()
 
     def replay_value_loss(self, batch: TensorDict, latents: TensorDict, imagined: TensorDict) -> torch.Tensor:
-        """The critic along the replayed sequence, whose error reaches the world model."""
-        replayed = latents.copy()  # attached: along the replay the critic's error reaches the world model
+        """The critic along the replayed sequence; the latents are attached, so that its error reaches the world model."""
+        replayed = latents.copy()
         replayed.set("bootstrap", imagined.get("lambda_target")[:, 0].reshape(*batch.shape, 1))
         replayed.set("next", batch.get("next").select("reward", "done", "terminated"))
         replay_loss = self.value_loss.replay_value_loss(
@@ -282,11 +273,8 @@ class Trainer:
         if result.frames is not None:
             write_video(self.logdir / "eval.mp4", result.frames, fps=30)
             self.metrics.video(self.frames, "eval/video", result.frames, fps=30)
-        decoder = getattr(self.learner.probe, "decoder", self.agent.heads.get("decoder")) if cfg.eval.video else None
-        film = film_replay(self.agent, decoder, self.replay, self.device, cfg.seed)
-        if film is not None:
-            write_video(self.logdir / "open_loop.mp4", film, fps=10)
-            self.metrics.video(self.frames, "video/open_loop", film, fps=10)
+        if cfg.eval.video:
+            film_open_loop(self)
         return f"{result.mean:.4g} +- {result.std:.3g}"
 
     def restart_environments(self) -> None:

@@ -353,6 +353,11 @@ def test_bad_arguments_are_refused():
             build()
 
 
+def test_a_model_of_another_generation_is_refused_by_its_first_strange_key(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.\w+=.* means nothing to r2dreamer.dreamer.build_classic_agent"):
+        train_here(tmp_path, *CARTPOLE, "algorithm=dreamerv2", "model=size1M")
+
+
 def test_dreamer_v2_is_resumed_bit_for_bit(tmp_path):
     few = [*CARTPOLE, "algorithm=dreamerv2", "model.units=8", "algorithm.slow_critic_rate=0.05", "total_frames=100"]
     trainer = train_here(tmp_path, *few)

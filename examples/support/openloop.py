@@ -7,8 +7,8 @@ import torch
 from tensordict import TensorDictBase
 
 from r2dreamer.dreamer import Agent, ObservationDecoder
-from r2dreamer.envs.replay import RecordReplay
 from support.evaluation import untouched_generators
+from support.video import write_video
 
 CONTEXT = 5  # frames that are seen; the following ones are imagined
 WINDOWS = 6  # films side by side
@@ -48,11 +48,16 @@ def open_loop(
     return (film.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def film_replay(
-    agent: Agent, decoder: ObservationDecoder | None, replay: RecordReplay, device: torch.device, seed: int
-) -> np.ndarray | None:
-    """An open-loop film of sampled windows that leaves every random generator as it was; None where there is none."""
-    if decoder is None or not replay.can_sample():
-        return None
-    with untouched_generators(seed):
-        return open_loop(agent, decoder, replay.sample_windows(device))
+def film_open_loop(trainer) -> None:
+    """Films sampled windows with the probe's decoder or the member's own; without any there is no film.
+
+    Every random generator is left as it was.
+    """
+    decoder = getattr(trainer.learner.probe, "decoder", trainer.agent.heads.get("decoder"))
+    if decoder is None or not trainer.replay.can_sample():
+        return
+    with untouched_generators(trainer.cfg.seed):
+        film = open_loop(trainer.agent, decoder, trainer.replay.sample_windows(trainer.device))
+    if film is not None:
+        write_video(trainer.logdir / "open_loop.mp4", film, fps=10)
+        trainer.metrics.video(trainer.frames, "video/open_loop", film, fps=10)
