@@ -1,7 +1,7 @@
 """Every member of the family trains from the one script, by its name alone, and logs whether it collapses."""
 
 import pytest
-from launcher import PENDULUM, TINY, config, lines, train_here
+from launcher import CARTPOLE, PENDULUM, TINY, config, lines, train_here
 
 SHARED = {"reward", "actor", "value"}
 V3 = SHARED | {"dynamics", "representation", "continue", "replay_value"}
@@ -87,3 +87,22 @@ def test_members_build_only_what_they_need():
         "dreamerv2": decoder,
         "dreamerv1": decoder,
     }
+
+
+MINE = """
+from r2dreamer.losses import Objective
+
+class Calm(Objective):
+    terms = ("calm",)
+
+    def forward(self, tensordict, keys):
+        return {"calm": self.weight * tensordict["next", keys.encoded_latents].square().mean()}, {}
+"""
+
+
+def test_a_users_objective_is_named_on_the_command_line_and_nothing_else_changes(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = [*CARTPOLE, *ONCE, "algorithm=none", "algorithm.representation._target_=mine.Calm", "total_frames=60"]
+    trainer = train_here(tmp_path / "log", *overrides)
+    assert lines(tmp_path / "log", '"loss/calm"') and "loss_calm" in trainer.learner.world_model_loss.out_keys
