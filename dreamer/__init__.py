@@ -4,7 +4,10 @@
 """
 
 from .builder import ActionSpace, Agent, ObservationSpace, assemble, build_agent
+from .classic import build_classic_agent, classic_decoder
+from .classic_networks import GRUCell, NormGRUCell
 from .compiling import compile_parts
+from .decoders import ImageDecoder, ObservationDecoder
 from .distributions import BoundedNormal, OneHotAction
 from .encoders import ImageEncoder, ObservationEncoder, VectorEncoder
 from .heads import (
@@ -15,12 +18,16 @@ from .heads import (
     TwoHotMLP,
     actor_head,
     latent_head,
+    projection_head,
 )
 from .imagination import Imagination
-from .latents import CategoricalLatent, unimix_probs
+from .latents import CategoricalLatent, GaussianLatent, unimix_probs
 from .layers import BlockLinear, Linear, NormSiLU, mlp, normed_linear
+from .pretrained import load_pretrained, save_pretrained
 from .rollout import RSSMRollout, RSSMStateEstimator
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
+from .shift import RandomShift
+from .sizes import Sizes
 
 __all__ = [
     "ActionSpace",
@@ -30,10 +37,15 @@ __all__ = [
     "BoundedNormal",
     "CategoricalLatent",
     "FeatureMLP",
+    "GRUCell",
+    "GaussianLatent",
+    "ImageDecoder",
     "ImageEncoder",
     "Imagination",
     "Linear",
+    "NormGRUCell",
     "NormalParameters",
+    "ObservationDecoder",
     "ObservationEncoder",
     "ObservationSpace",
     "OneHotAction",
@@ -44,14 +56,21 @@ __all__ = [
     "RSSMPrior",
     "RSSMRollout",
     "RSSMStateEstimator",
+    "RandomShift",
+    "Sizes",
     "TwoHotMLP",
     "VectorEncoder",
     "actor_head",
     "assemble",
     "build_agent",
+    "build_classic_agent",
+    "classic_decoder",
     "compile_parts",
     "latent_head",
+    "load_pretrained",
     "mlp",
     "normed_linear",
+    "projection_head",
+    "save_pretrained",
     "unimix_probs",
 ]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
 
 from .encoders import ObservationEncoder
-from .heads import FeatureMLP, ProjectionHead, TwoHotMLP, actor_head, latent_head
+from .heads import FeatureMLP, TwoHotMLP, actor_head, latent_head, projection_head
 from .imagination import Imagination
 from .latents import CategoricalLatent
 from .rollout import RSSMRollout, RSSMStateEstimator
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
+from .sizes import Sizes
+
+HeadFactory = Callable[[Sizes], TensorDictModuleBase]
 
 
 @dataclass(frozen=True)
@@ -69,31 +78,37 @@ class Agent:
 
     observations: ObservationSpace
     actions: ActionSpace
-    latent_sizes: dict[str, int]
+    sizes: Sizes
     encoder: ObservationEncoder
     prior: RSSMPrior
     posterior: RSSMPosterior
-    projection: ProjectionHead
+    rollout: RSSMRollout
+    heads: dict[str, TensorDictModuleBase]
     reward: TwoHotMLP
-    continue_: FeatureMLP
+    continue_: FeatureMLP | None
     value: TwoHotMLP
     actor: ProbabilisticTensorDictSequential
     world_model: TensorDictSequential
     value_model: TensorDictModule
-    continue_model: TensorDictModule
+    continue_model: TensorDictModule | None
     imagination: Imagination
     policy: TensorDictSequential
 
+    @property
+    def latent_sizes(self) -> dict[str, int]:
+        return {"state": self.sizes.state, "belief": self.sizes.belief}
+
     def parts(self) -> dict[str, nn.Module]:
-        return {
+        parts = {
             "encoder": self.encoder,
             "rssm": nn.ModuleList([self.prior, self.posterior]),
-            "projection": self.projection,
+            **self.heads,
             "reward": self.reward,
             "continue": self.continue_,
             "value": self.value,
             "actor": self.actor,
         }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def example_record(self) -> TensorDict:
         """One record of zeros as the replay stores it: its size is what memory is planned by."""
@@ -112,6 +127,11 @@ class Agent:
 
     def parameter_counts(self) -> dict[str, int]:
         return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts().items()}
+
+    def summary(self) -> str:
+        """Parameters of every part and of all, a line each."""
+        counts = self.parameter_counts()
+        return "\n".join(f"{name:<12}{count:>14,}" for name, count in {**counts, "total": sum(counts.values())}.items())
 
 
 def build_agent(
@@ -133,8 +153,12 @@ def build_agent(
     actor_layers: int = 3,
     value_layers: int = 3,
     num_bins: int = 255,
+    heads: Mapping[str, HeadFactory] | None = None,
 ) -> Agent:
-    """Builds a whole R2-Dreamer agent; the keyword arguments are the keys of ``configs/model/*.yaml``.
+    """Builds a whole agent; the keyword arguments are the keys of ``configs/model/size*.yaml``.
+
+    ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
+    ``{"projection": projection_head}``.
 
     Example:
         >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
@@ -163,7 +187,20 @@ def build_agent(
     prior = RSSMPrior(BlockGRU(latent.size, actions.size, belief, hidden, blocks), latent, hidden)
     posterior = RSSMPosterior(belief, encoder.out_features, latent, hidden)
     features = latent.size + belief
-    projection = ProjectionHead(features, encoder.out_features)
+    sizes = Sizes(
+        state=latent.size,
+        belief=belief,
+        embedding=encoder.out_features,
+        images=observations.images,
+        vectors=observations.vectors,
+        units=units,
+        depth=depth,
+        multipliers=tuple(encoder_multipliers),
+        vector_layers=vector_layers,
+        blocks=blocks,
+    )
+    factories = {"projection": projection_head} if heads is None else heads
+    built = {name: factory(sizes) for name, factory in factories.items()}
     reward = TwoHotMLP(features, units, reward_layers, num_bins)
     continue_ = FeatureMLP(features, units, continue_layers, 1)
     value = TwoHotMLP(features, units, value_layers, num_bins)
@@ -171,11 +208,11 @@ def build_agent(
     return assemble(
         observations,
         actions,
-        {"state": latent.size, "belief": belief},
+        sizes,
         encoder=encoder,
         prior=prior,
         posterior=posterior,
-        projection=projection,
+        heads=built,
         reward=reward,
         continue_=continue_,
         value=value,
@@ -186,18 +223,24 @@ def build_agent(
 def assemble(
     observations: ObservationSpace,
     actions: ActionSpace,
-    latent_sizes: dict[str, int],
+    sizes: Sizes,
     *,
     encoder: ObservationEncoder,
     prior: nn.Module,
     posterior: nn.Module,
-    projection: nn.Module,
+    heads: Mapping[str, TensorDictModuleBase],
     reward: nn.Module,
-    continue_: nn.Module,
+    continue_: nn.Module | None,
     value: nn.Module,
     actor: ProbabilisticTensorDictSequential,
+    exploration: TensorDictModuleBase | None = None,
+    differentiable: bool = False,
 ) -> Agent:
-    """Wires networks on the key contract; any of them may be another implementation with the same signature."""
+    """Wires networks on the key contract; any of them may be another implementation with the same signature.
+
+    ``continue_=None``: episodes are taken to go on. ``exploration`` follows the actor in the policy, not in imagination,
+    and ``differentiable`` lets gradients pass through what is imagined.
+    """
     after = ("next",)
     rollout = RSSMRollout(
         TensorDictModule(
@@ -211,40 +254,38 @@ def assemble(
             out_keys=[("next", "posterior_logits"), ("next", "state")],
         ),
     )
-    reward_keys = ["reward_logits", "reward"]
-    world_model = TensorDictSequential(
-        encoder,
-        rollout,
-        latent_head(projection, ["projected_latents"], prefix=after),
-        latent_head(reward, reward_keys, prefix=after),
-        latent_head(continue_, ["continue_pred"], prefix=after),
-    )
+    predictions = [latent_head(reward, reward.keys("reward"), prefix=after)]
+    if continue_ is not None:
+        predictions.append(latent_head(continue_, ["continue_pred"], prefix=after))
+    world_model = TensorDictSequential(encoder, rollout, *heads.values(), *predictions)
     policy = TensorDictSequential(
         encoder.at_root(),
         RSSMStateEstimator(
             prior,
             posterior,
-            state_size=latent_sizes["state"],
-            belief_size=latent_sizes["belief"],
+            state_size=sizes.state,
+            belief_size=sizes.belief,
             action_size=actions.size,
         ),
         actor,
+        *([] if exploration is None else [exploration]),
     )
     return Agent(
         observations=observations,
         actions=actions,
-        latent_sizes=latent_sizes,
+        sizes=sizes,
         encoder=encoder,
         prior=prior,
         posterior=posterior,
-        projection=projection,
+        rollout=rollout,
+        heads=dict(heads),
         reward=reward,
         continue_=continue_,
         value=value,
         actor=actor,
         world_model=world_model,
-        value_model=latent_head(value, ["state_value_logits", "state_value"]),
-        continue_model=latent_head(continue_, ["continue_pred"]),
-        imagination=Imagination(prior, latent_head(reward, reward_keys)),
+        value_model=latent_head(value, value.keys("state_value")),
+        continue_model=None if continue_ is None else latent_head(continue_, ["continue_pred"]),
+        imagination=Imagination(prior, latent_head(reward, reward.keys("reward")), differentiable=differentiable),
         policy=policy,
     )

@@ -9,16 +9,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .decoders import ImageDecoder
 from .encoders import ImageEncoder, VectorEncoder
 from .heads import FeatureMLP, ProjectionHead
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
 
 
 def compile_parts(*roots: nn.Module, **options) -> None:
-    """Compiles, in place, every encoder, recurrent step and head below ``roots``; ``options`` go to ``torch.compile``."""
+    """Compiles, in place, every encoder, decoder, recurrent step and head below ``roots``; ``options`` go to ``torch.compile``."""
     options.setdefault("dynamic", False)
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
-        if isinstance(module, ImageEncoder | VectorEncoder | FeatureMLP | ProjectionHead):
+        if isinstance(module, ImageEncoder | ImageDecoder | VectorEncoder | FeatureMLP | ProjectionHead):
             module.compile(**options)
         elif isinstance(module, BlockGRU):
             module.advance = torch.compile(module.advance, **options)

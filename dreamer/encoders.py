@@ -6,6 +6,9 @@ Several images concatenate on channels, all vectors concatenate, and the two emb
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
@@ -79,7 +82,8 @@ class ObservationEncoder(TensorDictModuleBase):
     """Encodes image and vector entries into one embedding e_t, written to ``out_key``.
 
     ``image_shapes`` and ``vector_sizes`` map keys to shapes; either may be empty. ``prefix`` is put before every key:
-    ``("next",)`` for training on records, ``()`` for acting (see :meth:`at_root`).
+    ``("next",)`` for training on records, ``()`` for acting (see :meth:`at_root`). ``make_image`` and ``make_vector`` build
+    other networks for a shape and a size, with an ``out_features`` each.
 
     Example:
         >>> import torch
@@ -100,6 +104,8 @@ class ObservationEncoder(TensorDictModuleBase):
         units: int,
         multipliers: tuple[int, ...] = (2, 3, 4, 4),
         vector_layers: int = 3,
+        make_image: Callable[[tuple[int, int, int]], nn.Module] | None = None,
+        make_vector: Callable[[int], nn.Module] | None = None,
         prefix: tuple[str, ...] = ("next",),
         out_key: str = "encoded_latents",
     ):
@@ -113,9 +119,11 @@ class ObservationEncoder(TensorDictModuleBase):
             if len(sizes) > 1:
                 raise ValueError(f"Images are stacked on channels and need one size, got {image_shapes}; resize them.")
             channels = sum(shape[0] for shape in image_shapes.values())
-            self.image = ImageEncoder((channels, *sizes.pop()), depth, multipliers)
+            make_image = make_image or partial(ImageEncoder, depth=depth, multipliers=multipliers)
+            self.image = make_image((channels, *sizes.pop()))
         if vector_sizes:
-            self.vector = VectorEncoder(sum(vector_sizes.values()), units, vector_layers)
+            make_vector = make_vector or partial(VectorEncoder, units=units, layers=vector_layers)
+            self.vector = make_vector(sum(vector_sizes.values()))
         self.out_features = sum(part.out_features for part in (self.image, self.vector) if part is not None)
         self._set_prefix(prefix, out_key)
 

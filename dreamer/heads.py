@@ -5,7 +5,7 @@ Each function returns a TensorDictModule on the key contract; ``prefix=("next",)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict.nn import (
@@ -21,16 +21,35 @@ from torchrl.modules import SymExpTwoHot
 from .distributions import BoundedNormal, OneHotAction
 from .latents import unimix_probs
 from .layers import Linear, mlp
+from .sizes import Sizes
 
 NUM_BINS = 255
 
 
 class FeatureMLP(nn.Module):
-    """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in."""
+    """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in.
 
-    def __init__(self, features: int, units: int, layers: int, out_features: int, scale: float = 1.0):
+    make_layers: builds the stack, its first layer a :class:`Linear`; ``mlp`` or ``elu_mlp``.
+    """
+
+    num_bins = 1
+
+    def __init__(
+        self,
+        features: int,
+        units: int,
+        layers: int,
+        out_features: int,
+        scale: float = 1.0,
+        make_layers: Callable[..., nn.Sequential] = mlp,
+    ):
         super().__init__()
-        self.layers = mlp(features, units, layers, out_features, scale=scale)
+        self.layers = make_layers(features, units, layers, out_features, scale=scale)
+
+    @staticmethod
+    def keys(name: str) -> list[str]:
+        """Of what it writes, if it predicts ``name``."""
+        return [name]
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
         first, *others = self.layers
@@ -45,7 +64,11 @@ class TwoHotMLP(FeatureMLP):
 
     def __init__(self, features: int, units: int, layers: int, num_bins: int = NUM_BINS):
         super().__init__(features, units, layers, num_bins, scale=0.0)
-        self.two_hot = SymExpTwoHot(num_bins)
+        self.two_hot, self.num_bins = SymExpTwoHot(num_bins), num_bins
+
+    @staticmethod
+    def keys(name: str) -> list[str]:
+        return [f"{name}_logits", name]
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = super().forward(state, belief)
@@ -53,14 +76,24 @@ class TwoHotMLP(FeatureMLP):
 
 
 class ProjectionHead(nn.Module):
-    """k_t = P(h_t, z_t): one bias-free Linear from the latents to the size of the embedding."""
+    """k_t = P(h_t, z_t): one bias-free Linear from the latents to the size of the embedding.
 
-    def __init__(self, features: int, embedding_size: int):
+    ``layers`` normed linears of ``units`` features before it make it deeper, which the paper's is not.
+    """
+
+    def __init__(self, features: int, embedding_size: int, *, layers: int = 0, units: int | None = None):
         super().__init__()
-        self.linear = Linear(features, embedding_size, bias=False)
+        if layers < 0 or (layers and not units):
+            raise ValueError(f"layers={layers} must not be negative, and units={units} must be given with any.")
+        self.hidden = mlp(features, units, layers)
+        self.linear = Linear(units if layers else features, embedding_size, bias=False)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
-        return self.linear.joined(state, belief.to(state.dtype))
+        first, *others = [*self.hidden, self.linear]
+        value = first.joined(state, belief.to(state.dtype))
+        for layer in others:
+            value = layer(value)
+        return value
 
 
 class NormalParameters(nn.Module):
@@ -85,8 +118,8 @@ class OneHotParameters(nn.Module):
 class ActorNetwork(FeatureMLP):
     """MLP over the latents whose last layer is scaled by 0.01, then the distribution's parameters."""
 
-    def __init__(self, features: int, units: int, layers: int, out_features: int, parameters: nn.Module):
-        super().__init__(features, units, layers, out_features, scale=0.01)
+    def __init__(self, features: int, units: int, layers: int, out_features: int, parameters: nn.Module, **options):
+        super().__init__(features, units, layers, out_features, scale=0.01, **options)
         self.to_parameters = parameters
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -105,6 +138,27 @@ def latent_head(
     return TensorDictModule(network, in_keys=[place(k) for k in in_keys], out_keys=[place(k) for k in out_keys])
 
 
+def projection_head(sizes: Sizes, *, layers: int = 0, size: int | None = None) -> TensorDictModule:
+    """The projection as a head of ``build_agent``; ``size``: features, by default those of the embedding."""
+    network = ProjectionHead(sizes.features, size or sizes.embedding, layers=layers, units=sizes.units)
+    return latent_head(network, ["projected_latents"], prefix=("next",))
+
+
+def probabilistic_head(
+    network: nn.Module, keys: Sequence[str], distribution: type
+) -> ProbabilisticTensorDictSequential:
+    """A policy over latents: ``network`` writes the distribution's parameters ``keys``, then an action is drawn."""
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(network, in_keys=["state", "belief"], out_keys=list(keys)),
+        ProbabilisticTensorDictModule(
+            in_keys=list(keys),
+            out_keys=["action"],
+            distribution_class=distribution,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+
+
 def actor_head(features: int, units: int, layers: int, action_size: int, *, discrete: bool, unimix: float = 0.01):
     """The policy over latents, state and belief -> action, with ``get_dist`` as TorchRL's losses expect.
 
@@ -116,12 +170,4 @@ def actor_head(features: int, units: int, layers: int, action_size: int, *, disc
     else:
         size, parameters, keys, distribution = 2 * action_size, NormalParameters(), ["loc", "scale"], BoundedNormal
     network = ActorNetwork(features, units, layers, size, parameters)
-    return ProbabilisticTensorDictSequential(
-        TensorDictModule(network, in_keys=["state", "belief"], out_keys=keys),
-        ProbabilisticTensorDictModule(
-            in_keys=keys,
-            out_keys=["action"],
-            distribution_class=distribution,
-            default_interaction_type=InteractionType.RANDOM,
-        ),
-    )
+    return probabilistic_head(network, keys, distribution)

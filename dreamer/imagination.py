@@ -1,4 +1,4 @@
-"""Imagination: the policy acts in the prior's world, no graph is built."""
+"""Imagination: the policy acts in the prior's world."""
 
 from __future__ import annotations
 
@@ -14,21 +14,35 @@ class Imagination(nn.Module):
     """Latent rollouts with the part of TorchRL's ``DreamerEnv`` interface that the losses use.
 
     :meth:`rollout` starts from [N] latents and returns [N, H] transitions: root ``state``, ``belief``, ``action``, and
-    ``("next", ...)`` ``state``, ``belief``, ``reward``. Rewards are predicted once for the whole rollout. Nothing here
-    carries gradients (REINFORCE needs none), and nothing is held: the modules stay owned by whoever built them.
+    ``("next", ...)`` ``state``, ``belief``, ``reward``. Rewards are predicted once for the whole rollout. Nothing is held:
+    the modules stay owned by whoever built them.
+
+    Gradients are off (REINFORCE needs none) unless ``differentiable``: then they pass from states and rewards through the
+    dynamics into the actions, whose distribution must be reparameterised; what the policy reads stays detached.
     """
 
-    def __init__(self, prior: RSSMPrior, reward: TensorDictModule):
+    def __init__(self, prior: RSSMPrior, reward: TensorDictModule, *, differentiable: bool = False):
         super().__init__()
         # Not registered: a loss that holds this object must not own the world model's parameters a second time.
         self.__dict__["prior"], self.__dict__["reward"] = prior, reward
+        self.differentiable = differentiable
+
+    @property
+    def reads(self) -> tuple[nn.Module, ...]:
+        """The modules a gradient through the dynamics passes, which it must not change."""
+        return self.prior, self.reward
 
     def reset(self, tensordict: TensorDictBase) -> TensorDictBase:
         return tensordict
 
-    @torch.no_grad()
     def rollout(
         self, max_steps: int, policy: ProbabilisticTensorDictSequential, *, tensordict: TensorDictBase, **_: object
+    ) -> TensorDict:
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            return self._rollout(max_steps, policy, tensordict)
+
+    def _rollout(
+        self, max_steps: int, policy: ProbabilisticTensorDictSequential, tensordict: TensorDictBase
     ) -> TensorDict:
         state, belief = tensordict.get("state"), tensordict.get("belief").float()
         # Under autocast every reader would cast the features anyway: store them once in that dtype.
@@ -36,9 +50,9 @@ class Imagination(nn.Module):
         store = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
         states, beliefs, actions = [state.to(store)], [belief.to(store)], []
         for _step in range(max_steps):
-            action = policy.get_dist(
-                TensorDict({"state": states[-1], "belief": beliefs[-1]}, state.shape[:-1])
-            ).sample()
+            latents = TensorDict({"state": states[-1].detach(), "belief": beliefs[-1].detach()}, state.shape[:-1])
+            distribution = policy.get_dist(latents)
+            action = distribution.rsample() if self.differentiable else distribution.sample()
             _, state, belief = self.prior(states[-1], belief, action)
             states.append(state.to(store))
             beliefs.append(belief.to(store))

@@ -1,4 +1,4 @@
-"""The stochastic latent z_t: S categoricals of K classes, sampled straight-through."""
+"""The stochastic latent z_t: S categoricals of K classes, sampled straight-through, or a Gaussian (Dreamer V1)."""
 
 from __future__ import annotations
 
@@ -58,3 +58,29 @@ class CategoricalLatent(nn.Module):
     def mode(self, logits: torch.Tensor) -> torch.Tensor:
         index = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, index, 1.0).flatten(-2)
+
+
+class GaussianLatent(nn.Module):
+    """A diagonal Gaussian of S*K dimensions in the place of S categoricals of K classes: the state of Dreamer V1.
+
+    Flat outputs [..., 2*S*K] -> :meth:`logits` [..., S*K, 2], mean and standard deviation (softplus + ``min_std``) ->
+    :meth:`sample` [..., S*K], reparameterised.
+    """
+
+    def __init__(self, num_categoricals: int = 30, num_classes: int = 1, min_std: float = 0.1):
+        super().__init__()
+        if min_std <= 0:
+            raise ValueError(f"min_std={min_std} must be positive: a Gaussian of no width has an infinite divergence.")
+        self.size, self.min_std = num_categoricals * num_classes, min_std
+        self.logits_size = 2 * self.size
+
+    def logits(self, flat: torch.Tensor) -> torch.Tensor:
+        loc, scale = flat.float().chunk(2, -1)
+        return torch.stack([loc, torch.nn.functional.softplus(scale) + self.min_std], -1)  # [..., S*K, 2]
+
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        loc, scale = logits.unbind(-1)
+        return loc + scale * torch.randn_like(loc)
+
+    def mode(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[..., 0]

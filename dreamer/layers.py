@@ -122,6 +122,15 @@ def mlp(in_features: int, units: int, layers: int, out_features: int | None = No
     return nn.Sequential(*stack)
 
 
+def elu_mlp(in_features: int, units: int, layers: int, out_features: int | None = None, *, scale: float = 1.0):
+    """As :func:`mlp`, of Linear -> ELU, the dense layers of Dreamer V1 and V2."""
+    widths = [in_features] + [units] * layers
+    stack = [layer for i in range(layers) for layer in (Linear(widths[i], widths[i + 1]), nn.ELU())]
+    if out_features is not None:
+        stack.append(Linear(widths[-1], out_features, scale=scale))
+    return nn.Sequential(*stack)
+
+
 class BlockLinear(nn.Module):
     """Independent Linears on ``num_blocks`` equal slices of the input (fan-in counts the *whole* input).
 

@@ -11,6 +11,8 @@ once for a whole sequence (projections of actions and embeddings, prior logits).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -61,13 +63,20 @@ class RSSMPrior(nn.Module):
     Args:
         core: the recurrent cell; offers ``project_action`` and ``advance`` as :class:`BlockGRU` does.
         latent: the distribution of z_t.
-        hidden, layers: the MLP from belief to logits.
+        hidden, layers: the MLP from belief to logits, built by ``make_layers``.
     """
 
-    def __init__(self, core: nn.Module, latent: CategoricalLatent, hidden: int, layers: int = 2):
+    def __init__(
+        self,
+        core: nn.Module,
+        latent: CategoricalLatent,
+        hidden: int,
+        layers: int = 2,
+        make_layers: Callable[..., nn.Sequential] = mlp,
+    ):
         super().__init__()
         self.core, self.latent = core, latent
-        self.head = mlp(core.belief_size, hidden, layers, latent.logits_size)
+        self.head = make_layers(core.belief_size, hidden, layers, latent.logits_size)
 
     def logits(self, belief: torch.Tensor) -> torch.Tensor:
         return self.latent.logits(self.head(belief))  # [..., S, K]
@@ -84,9 +93,17 @@ class RSSMPosterior(nn.Module):
     """q(z_t | h_t, e_t): (belief, embedding) -> (posterior logits, state), one hidden layer.
 
     The hidden layer's Linear over [belief, embedding] is held as two, so that a sequence projects its embeddings once.
+    ``norm`` follows it; by default RMSNorm and SiLU.
     """
 
-    def __init__(self, belief_size: int, embedding_size: int, latent: CategoricalLatent, hidden: int):
+    def __init__(
+        self,
+        belief_size: int,
+        embedding_size: int,
+        latent: CategoricalLatent,
+        hidden: int,
+        norm: nn.Module | None = None,
+    ):
         super().__init__()
         self.latent = latent
         joint = Linear(belief_size + embedding_size, hidden)  # initialised as one layer: fan-in counts both
@@ -95,7 +112,7 @@ class RSSMPosterior(nn.Module):
         with torch.no_grad():
             self.belief_in.weight.copy_(joint.weight[:, :belief_size])
             self.embedding_in.weight.copy_(joint.weight[:, belief_size:])
-        self.norm = NormSiLU(hidden)
+        self.norm = NormSiLU(hidden) if norm is None else norm
         self.out = Linear(hidden, latent.logits_size)
 
     def project_embedding(self, embedding: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
     python examples/benchmark.py model=size12M precision=bf16
     python examples/benchmark.py env=gym env.task=CartPole-v1 measure=[update,acting,environment,replay]
     python examples/benchmark.py compare=torchrl        TorchRL's own DreamerV3 objective, same size, same process
+    python examples/benchmark.py compare=algorithm      our own Dreamer with its decoder, turn by turn in the same process
+    python examples/benchmark.py compare=algorithm algorithm@other=infonce
 
 `update` is one whole update (all losses, backward, clipping, optimiser, target), `acting` one policy step for all
 environments, `environment` frames per second of the configured environments under random actions, `replay` sampled
@@ -17,7 +19,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hydra
 
@@ -29,12 +31,13 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from train import Learner
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay import make_replay
 from support.devices import resolve_device, resolve_precision
 from support.peers import torchrl_dreamer
 from support.script import script
+from support.setup import make_agent
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:
@@ -50,16 +53,36 @@ def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.d
     return records.exclude(("next", "state"), ("next", "belief")).update(latents).to(device)
 
 
-def median_seconds(step: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> dict[str, float]:
-    times = []
+def alternate(
+    steps: Sequence[Callable[[], object]], device: torch.device, warmup: int, repeats: int
+) -> list[dict[str, float]]:
+    """Each step's times, taken in turns: what slows the machine for a while slows all of them."""
+    times: list[list[float]] = [[] for _ in steps]
     for _ in range(warmup + repeats):
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    kept = times[warmup:]
-    return {"first_s": times[0], "median_s": statistics.median(kept), "min_s": min(kept)}
+        for step, its in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            its.append(time.perf_counter() - start)
+    return [
+        {"first_s": its[0], "median_s": statistics.median(its[warmup:]), "min_s": min(its[warmup:])} for its in times
+    ]
+
+
+def median_seconds(step: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> dict[str, float]:
+    return alternate([step], device, warmup, repeats)[0]
+
+
+def member(
+    cfg: DictConfig, algorithm: DictConfig, device: torch.device, precision: torch.dtype
+) -> tuple[Agent, Learner]:
+    """A member of the family at the configured size."""
+    torch.manual_seed(cfg.seed)
+    agent = make_agent(algorithm, cfg.model, *spaces(cfg))
+    for part in agent.parts().values():
+        part.to(device)
+    return agent, Learner(agent, algorithm, precision, cfg.compile)
 
 
 def measure_environment(cfg: DictConfig, steps: int) -> dict[str, float]:
@@ -108,11 +131,7 @@ def benchmark(cfg: DictConfig) -> dict:
     precision = resolve_precision(cfg.precision, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
-    agent = build_agent(*spaces(cfg), **cfg.model)
-    for part in agent.parts().values():
-        part.to(device)
-    learner = Learner(agent, cfg.algorithm, precision, cfg.compile)
+    agent, learner = member(cfg, cfg.algorithm, device, precision)
     repeats = cfg.repeats or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 20
     shape = {"B": cfg.batch_size, "T": cfg.batch_length}
@@ -127,7 +146,15 @@ def benchmark(cfg: DictConfig) -> dict:
     }
     if "update" in cfg.measure:
         records = synthetic_records(agent, cfg.batch_size, cfg.batch_length, device)
-        result["update"] = median_seconds(lambda: learner.update(records), device, warmup, repeats)
+        if cfg.compare == "algorithm":
+            other, peer = member(cfg, cfg.other, device, precision)
+            result["other"] = cfg.other.representation._target_.rpartition(".")[2]
+            result["other_parameters"] = sum(other.parameter_counts().values())
+            steps = [lambda: learner.update(records), lambda: peer.update(records)]
+            result["update"], result["other_update"] = alternate(steps, device, warmup, repeats)
+            result["other_over_ours"] = result["other_update"]["median_s"] / result["update"]["median_s"]
+        else:
+            result["update"] = median_seconds(lambda: learner.update(records), device, warmup, repeats)
         if cfg.compare == "torchrl":
             peer = torchrl_dreamer(agent, cfg.model, cfg.algorithm, precision, device)
             result["torchrl_update"] = median_seconds(lambda: peer(records), device, warmup, repeats)
@@ -148,8 +175,8 @@ def benchmark(cfg: DictConfig) -> dict:
 
 @script("benchmark")
 def main(cfg: DictConfig) -> None:
-    if cfg.compare not in (None, "torchrl"):
-        raise ValueError(f"compare={cfg.compare} is not known; the only peer in this process is compare=torchrl.")
+    if cfg.compare not in (None, "torchrl", "algorithm"):
+        raise ValueError(f"compare={cfg.compare} is not known; compare with compare=torchrl or compare=algorithm.")
     unknown = set(OmegaConf.to_container(cfg.measure)) - {"update", "acting", "replay", "environment"}
     if unknown:
         raise ValueError(f"measure: {sorted(unknown)} not known; choose from update, acting, replay, environment.")

@@ -16,11 +16,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
+from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.envs import check_environment, env_seeds, make_vector_env
 from r2dreamer.envs.replay import check_memory, record_bytes
 from support.machine import opengl, packages, processor
 from support.script import USER_ERRORS, script
+from support.setup import make_agent
 
 # A suite, the module that tells whether it is installed, its extra, and whether MuJoCo renders it.
 SUITES = {
@@ -83,7 +84,7 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
         if cfg.env.num_envs > 1:
             many = frames_per_second(cfg, cfg.env.num_envs)
             report.line(f"{cfg.env.num_envs} of them in parallel: {many:.0f} frames/s")
-        agent = build_agent(observations, actions, **cfg.model)
+        agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
         size = record_bytes(agent.example_record(), latent_keys=agent.latent_sizes)
         report.line(f"replay: {check_memory(size, cfg.replay.capacity, **cfg.replay.place)}")
     except USER_ERRORS as error:

@@ -1,7 +1,8 @@
-"""Trains R2-Dreamer: environments, replay, world model, actor and critic, all wired here.
+"""Trains R2-Dreamer, or another member of its family: environments, replay, world model, actor and critic, wired here.
 
 python examples/train.py env=dmc_vision env.task=walker_walk
 python examples/train.py experiment=quickstart
+python examples/train.py experiment=quickstart algorithm=dreamer
 """
 
 import sys
@@ -15,7 +16,6 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import nn
 from torchrl.envs.utils import ExplorationType
-from torchrl.objectives import SoftUpdate
 from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
@@ -23,15 +23,20 @@ from r2dreamer.dreamer import Agent, compile_parts
 from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
-from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss, total_loss
+from r2dreamer.losses import (
+    R2DreamerWorldModelLoss,
+    collapse_metrics,
+    total_loss,
+)
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
 from support.metrics import Averages, MetricsWriter, rename_loss
+from support.openloop import film_open_loop
 from support.script import Interrupt, script
-from support.setup import build, check_weights, metrics_position, open_run
+from support.setup import build, check_weights, metrics_position, objective, open_run, parameter_groups
 from support.snapshot import restore, snapshot
 from support.video import write_video
 
@@ -41,21 +46,29 @@ class Learner(nn.Module):
 
     def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: str | None = None):
         super().__init__()
-        make, bins = hydra.utils.instantiate, agent.reward.two_hot.bins
+        make = hydra.utils.instantiate
         self.world_model_loss = R2DreamerWorldModelLoss(
-            agent.world_model, make(algorithm.representation), kl=make(algorithm.kl), num_reward_bins=len(bins)
+            agent.world_model,
+            objective(algorithm.representation, agent),
+            kl=make(algorithm.kl),
+            num_reward_bins=agent.reward.num_bins,
+            **make(algorithm.world_model),
         )
-        self.actor_loss = DreamerActorLoss(
-            agent.actor, agent.value_model, agent.imagination, continue_model=agent.continue_model, **algorithm.actor
+        self.augmentation = make(algorithm.augmentation)
+        value_loss = make(algorithm.value)(agent.value_model, num_value_bins=agent.value.num_bins)
+        self.actor_loss = make(algorithm.actor)(
+            agent.actor, value_loss.bootstrap_model, agent.imagination, continue_model=agent.continue_model
         )
-        self.value_loss = DreamerValueLoss(agent.value_model, num_value_bins=len(bins), **algorithm.value)
-        self.to(bins.device)  # the losses have buffers of their own
+        self.value_loss = value_loss
+        self.probe = objective(algorithm.probe, agent)  # last: with it or without, all else begins the same
+        device = next(agent.encoder.parameters()).device
+        self.to(device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self.optimizer = make(algorithm.optimizer, trained)
-        self.learning_rate, self.final_fraction = algorithm.optimizer.lr, algorithm.final_lr_fraction
-        self.slow_critic = SoftUpdate(self.value_loss, tau=algorithm.slow_critic_rate)
-        self.precision, self.device = precision, bins.device
+        self.optimizer = make(algorithm.optimizer, parameter_groups(self))
+        self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.final_fraction = algorithm.final_lr_fraction
+        self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
+        self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
         if compile == "parts":
@@ -63,20 +76,29 @@ class Learner(nn.Module):
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
-        losses, posterior = self.world_model_loss(batch)
+        losses, posterior = self.world_model_loss(self.augmentation(batch))
+        probe_terms, _ = self.probe(posterior, self.world_model_loss.tensor_keys)
+        losses.update({f"loss_{name}": term for name, term in probe_terms.items()})
         latents = posterior.get("next").select("state", "belief")
         start = latents.detach().flatten(0, 1)  # imagination begins at every posterior state and trains none of them
         actor_losses, imagined = self.actor_loss(start)
         value_losses, _ = self.value_loss(imagined)
-        replayed = latents.copy()  # attached: along the replay the critic's error reaches the world model
+        losses.update(actor_losses).update(value_losses)
+        if self.replay_value_weight:
+            losses.set("loss_replay_value", self.replay_value_weight * self.replay_value_loss(batch, latents, imagined))
+        embedding = posterior.get(("next", "encoded_latents"))
+        losses.update(collapse_metrics(embedding=embedding, state=latents.get("state")))
+        return losses, latents.detach()
+
+    def replay_value_loss(self, batch: TensorDict, latents: TensorDict, imagined: TensorDict) -> torch.Tensor:
+        """The critic along the replayed sequence; the latents are attached, so that its error reaches the world model."""
+        replayed = latents.copy()
         replayed.set("bootstrap", imagined.get("lambda_target")[:, 0].reshape(*batch.shape, 1))
         replayed.set("next", batch.get("next").select("reward", "done", "terminated"))
         replay_loss = self.value_loss.replay_value_loss(
             replayed, horizon=1 / (1 - self.actor_loss.discount), lmbda=self.actor_loss.lmbda
         )
-        losses.update(actor_losses).update(value_losses)
-        losses.set("loss_replay_value", self.replay_value_weight * replay_loss.get("loss_replay_value"))
-        return losses, latents.detach()
+        return replay_loss.get("loss_replay_value")
 
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """One step of the one optimiser over everything, then the slow critic moves."""
@@ -89,12 +111,13 @@ class Learner(nn.Module):
         self.scaler.step(self.optimizer)  # clips each tensor's gradient by its own norm (AGC), then LaProp
         self.scaler.update()
         self.slow_critic.step()
+        self.world_model_loss.representation.after_update()
         return losses.detach(), latents
 
     def anneal(self, progress: float) -> None:
         """The learning rate falls linearly, to ``final_lr_fraction`` of itself when ``progress`` is 1."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * (1 + (self.final_fraction - 1) * min(progress, 1.0))
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = rate * (1 + (self.final_fraction - 1) * min(progress, 1.0))
 
 
 class Trainer:
@@ -247,6 +270,8 @@ class Trainer:
         if result.frames is not None:
             write_video(self.logdir / "eval.mp4", result.frames, fps=30)
             self.metrics.video(self.frames, "eval/video", result.frames, fps=30)
+        if cfg.eval.video:
+            film_open_loop(self)
         return f"{result.mean:.4g} +- {result.std:.3g}"
 
     def restart_environments(self) -> None:

@@ -1,25 +1,61 @@
 """The objectives of R2-Dreamer: LossModules on TorchRL's DreamerV3 keys, and their maths as pure functions."""
 
 from .actor import DreamerActorLoss
-from .functional import barlow_twins_loss, categorical_entropy, imagination_weight, lambda_return, two_hot_nll
-from .kl import CategoricalKL
-from .likelihood import SymlogMSE, TwoHotLikelihood
-from .representation import BarlowTwins
+from .collapse import collapse_metrics, effective_rank
+from .dreamerpro import DreamerPro
+from .dynamics import DynamicsActorLoss
+from .functional import (
+    barlow_twins_loss,
+    categorical_entropy,
+    imagination_weight,
+    info_nce_loss,
+    lambda_return,
+    sinkhorn,
+    two_hot_nll,
+)
+from .infonce import InfoNCE
+from .kl import CategoricalKL, GaussianKL
+from .likelihood import SymlogMSE, TwoHotLikelihood, UnitGaussian
+from .optimizer import GroupedAdam
+from .probe import ProbeDecoder
+from .ranks import gather_ranks
+from .reconstruction import Reconstruction
+from .representation import BarlowTwins, NoObjective, Objective
+from .targets import CopyEvery, NoTarget
 from .value import DreamerValueLoss
+from .vicreg import VICReg
 from .world_model import R2DreamerWorldModelLoss, total_loss
 
 __all__ = [
     "BarlowTwins",
     "CategoricalKL",
+    "CopyEvery",
     "DreamerActorLoss",
+    "DreamerPro",
     "DreamerValueLoss",
+    "DynamicsActorLoss",
+    "GaussianKL",
+    "GroupedAdam",
+    "InfoNCE",
+    "NoObjective",
+    "NoTarget",
+    "Objective",
+    "ProbeDecoder",
     "R2DreamerWorldModelLoss",
+    "Reconstruction",
     "SymlogMSE",
     "TwoHotLikelihood",
+    "UnitGaussian",
+    "VICReg",
     "barlow_twins_loss",
     "categorical_entropy",
+    "collapse_metrics",
+    "effective_rank",
+    "gather_ranks",
     "imagination_weight",
+    "info_nce_loss",
     "lambda_return",
+    "sinkhorn",
     "total_loss",
     "two_hot_nll",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -44,6 +46,53 @@ def barlow_twins_loss(
     invariance = (diagonal - 1).square().sum()
     redundancy = correlation.square().sum() - diagonal.square().sum()
     return invariance, redundancy_weight * redundancy
+
+
+def info_nce_loss(
+    projected: torch.Tensor, target: torch.Tensor, *, cosine: bool = False, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """InfoNCE: each of N samples must find its own target among those of all.
+
+    Logits k e' / temperature, of unit vectors if ``cosine``; cross-entropy with the diagonal, mean over rows.
+
+    Args:
+        projected, target: [N, E]; detach the target outside if it must not learn.
+
+    Returns:
+        The loss and the detached share of samples whose own target scores highest.
+
+    Example:
+        >>> loss, accuracy = info_nce_loss(9 * torch.eye(3), torch.eye(3))
+        >>> accuracy.item()
+        1.0
+    """
+    with torch.autocast(projected.device.type, enabled=False):
+        projected, target = projected.float(), target.float()
+        if cosine:
+            projected, target = (torch.nn.functional.normalize(view, dim=-1) for view in (projected, target))
+        logits = projected @ target.T / temperature  # [N, N]
+    labels = torch.arange(len(logits), device=logits.device)
+    accuracy = (logits.detach().argmax(-1) == labels).float().mean()
+    return torch.nn.functional.cross_entropy(logits, labels), accuracy
+
+
+@torch.no_grad()
+def sinkhorn(scores: torch.Tensor, *, eps: float = 0.05, iterations: int = 3) -> torch.Tensor:
+    """Scores [K, ...] of samples on K prototypes to assignments: each sample's sum to 1, prototypes are used equally.
+
+    Sinkhorn-Knopp in log space: of exp(scores / eps), rows are scaled to 1/K and columns to 1/N in turn. No gradient.
+
+    Example:
+        >>> sinkhorn(torch.tensor([[9.0, 9.0], [9.0, 9.0]]))  # both samples like both prototypes equally
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    rows = scores.float().flatten(1) / eps  # [K, N]
+    log_plan = rows - rows.logsumexp((0, 1), keepdim=True)
+    for _ in range(iterations):
+        log_plan = log_plan - log_plan.logsumexp(1, keepdim=True) - math.log(log_plan.shape[0])
+        log_plan = log_plan - log_plan.logsumexp(0, keepdim=True) - math.log(log_plan.shape[1])
+    return (log_plan.exp() * log_plan.shape[1]).view(scores.shape)
 
 
 def lambda_return(

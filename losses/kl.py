@@ -15,8 +15,11 @@ from .functional import categorical_entropy
 class CategoricalKL(nn.Module):
     """dynamics * max(free, KL(sg q || p)) + representation * max(free, KL(q || sg p)) on the mixed probabilities.
 
-    Each KL is summed over the S categoricals, clipped at ``free_nats`` per (b, t), then averaged.
+    Each KL is summed over the S categoricals, clipped at ``free_nats`` per (b, t), then averaged. With weights 0.8 and 0.2
+    this is Dreamer V2's balanced KL.
     """
+
+    terms = ("dynamics", "representation")
 
     def __init__(
         self, dynamics: float = 1.0, representation: float = 0.1, free_nats: float = 1.0, unimix: float = 0.01
@@ -37,3 +40,28 @@ class CategoricalKL(nn.Module):
                 "posterior_entropy": categorical_entropy(posterior, self.unimix).mean(),
             }
         return terms, diagnostics
+
+
+class GaussianKL(nn.Module):
+    """weight * max(free_nats, mean KL(q || p)) of diagonal Gaussians: Dreamer V1's, which trains both sides alike.
+
+    Reads ``prior_logits`` and ``posterior_logits`` [B, T, S, 2], means and standard deviations. The KL is summed over S and
+    averaged before it is clipped.
+    """
+
+    terms = ("kl",)
+
+    def __init__(self, weight: float = 1.0, free_nats: float = 3.0):
+        super().__init__()
+        self.weight, self.free_nats = weight, free_nats
+
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        posterior, posterior_std = tensordict.get(("next", keys.posterior_logits)).float().unbind(-1)
+        prior, prior_std = tensordict.get(("next", keys.prior_logits)).float().unbind(-1)
+        ratio = (posterior_std / prior_std).square()
+        distance = ((posterior - prior) / prior_std).square()
+        kl = 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1).mean()
+        diagnostics = {"kl": kl, "prior_std": prior_std.mean(), "posterior_std": posterior_std.mean()}
+        return {"kl": self.weight * kl.clamp_min(self.free_nats)}, {
+            name: value.detach() for name, value in diagnostics.items()
+        }

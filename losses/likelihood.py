@@ -1,4 +1,4 @@
-"""How a scalar is predicted: two-hot logits over symexp-spaced values, or one number in symlog space."""
+"""How a scalar is predicted: two-hot logits over symexp-spaced values, or one number, in symlog space or as it is."""
 
 from __future__ import annotations
 
@@ -30,13 +30,26 @@ class SymlogMSE(nn.Module):
         return (symlog(prediction.float()) - symlog(targets.float())).square()
 
 
-class ScalarPrediction(nn.Module):
-    """A likelihood together with the entry it reads: the logits if the head writes them, else its decoded value."""
+class UnitGaussian(nn.Module):
+    """Half the squared error of prediction [..., 1] and targets [..., n] -> [..., n]: a Gaussian of variance 1."""
 
-    def __init__(self, out_keys: list[NestedKey], logits_key: NestedKey, num_bins: int):
+    def forward(self, prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (prediction.float() - targets.float()).square()
+
+
+class ScalarPrediction(nn.Module):
+    """A likelihood together with the entry it reads: the logits if the head writes them, else its decoded value.
+
+    scalar: the likelihood of a head without logits; default :class:`SymlogMSE`.
+    """
+
+    def __init__(
+        self, out_keys: list[NestedKey], logits_key: NestedKey, num_bins: int, scalar: nn.Module | None = None
+    ):
         super().__init__()
         self.reads_logits = logits_key in out_keys
-        self.likelihood = TwoHotLikelihood(num_bins) if self.reads_logits else SymlogMSE()
+        scalar = SymlogMSE() if scalar is None else scalar
+        self.likelihood = TwoHotLikelihood(num_bins) if self.reads_logits else scalar
 
     def forward(
         self, tensordict: TensorDictBase, logits_key: NestedKey, value_key: NestedKey, targets: torch.Tensor

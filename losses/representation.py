@@ -13,34 +13,75 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from .functional import barlow_twins_loss
+from .ranks import gather_ranks
 
 Terms = dict[str, torch.Tensor]
 
 
-class BarlowTwins(nn.Module):
+class Objective(nn.Module):
+    """What every objective has: the names of its ``terms``, a ``weight``, and a hook after each update."""
+
+    terms: tuple[str, ...] = ()
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"weight={weight} of {type(self).__name__} must not be negative; 0 switches it off.")
+        self.weight = weight
+
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
+        """Weighted terms by name, and detached diagnostics."""
+        raise NotImplementedError
+
+    def after_update(self) -> None:
+        """Called once after every step of the optimiser: networks that follow others do it here."""
+
+
+def two_views(tensordict: TensorDictBase, keys: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projected latents and the embedding as rows of samples, both [B*T, E] and attached."""
+    projected = tensordict.get(("next", keys.projected_latents)).flatten(0, -2)
+    target = tensordict.get(("next", keys.encoded_latents)).flatten(0, -2)
+    if projected.shape != target.shape:
+        raise ValueError(
+            f"{keys.projected_latents!r} has {projected.shape[-1]} features and {keys.encoded_latents!r} has "
+            f"{target.shape[-1]}; build the projection head with the embedding's size."
+        )
+    return projected, target
+
+
+class BarlowTwins(Objective):
     """R2-Dreamer's objective: the projected latents k and the embedding e are two views of one observation.
 
     weight * [sum_i (C_ii - 1)^2 + redundancy_weight * sum_{i != j} C_ij^2], C the correlation of k and e over all B*T
-    samples. The embedding is detached: the encoder learns through the posterior and the heads, and a target that moves
-    to please the loss would let both views collapse. ``detach_target=False`` exists for the paper's ablation.
+    samples, over those of all ranks where ``torch.distributed`` runs several. The embedding is detached: the encoder
+    learns through the posterior and the heads, and a target that moves to please the loss would let both views collapse.
+    ``detach_target=False`` exists for the paper's ablation.
 
     Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
     """
 
+    terms = ("barlow",)
+
     def __init__(self, weight: float = 0.05, redundancy_weight: float = 5e-4, detach_target: bool = True):
-        super().__init__()
-        self.weight, self.redundancy_weight, self.detach_target = weight, redundancy_weight, detach_target
+        super().__init__(weight)
+        self.redundancy_weight, self.detach_target = redundancy_weight, detach_target
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
-        projected = tensordict.get(("next", keys.projected_latents)).flatten(0, -2)  # [B*T, E]
-        target = tensordict.get(("next", keys.encoded_latents)).flatten(0, -2)  # [B*T, E]
-        if projected.shape != target.shape:
-            raise ValueError(
-                f"{keys.projected_latents!r} has {projected.shape[-1]} features and {keys.encoded_latents!r} has "
-                f"{target.shape[-1]}; build the projection head with the embedding's size."
-            )
+        projected, target = two_views(tensordict, keys)
         if self.detach_target:
             target = target.detach()
-        invariance, redundancy = barlow_twins_loss(projected, target, self.redundancy_weight)
+        invariance, redundancy = barlow_twins_loss(
+            gather_ranks(projected), gather_ranks(target), self.redundancy_weight
+        )
         terms = {"barlow": self.weight * (invariance + redundancy)}
         return terms, {"barlow_invariance": invariance.detach(), "barlow_redundancy": redundancy.detach()}
+
+
+class NoObjective(Objective):
+    """Nothing but reward, continuation and KL teach the latents: the ablation in which they may collapse.
+
+    ``weight`` weighs nothing; it is there because experiments set it for every objective alike.
+    """
+
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
+        return {}, {}

@@ -11,10 +11,24 @@ import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
+from torch import nn
 from torchrl.objectives.common import LossModule
 
 from .functional import lambda_return
 from .likelihood import ScalarPrediction
+
+
+class TargetValue(TensorDictModuleBase):
+    """The critic of a :class:`DreamerValueLoss` with its target parameters, to be read by other losses."""
+
+    def __init__(self, loss: DreamerValueLoss):
+        super().__init__()
+        self.__dict__["loss"] = loss
+        self.in_keys, self.out_keys = list(loss.value_model.in_keys), list(loss.value_model.out_keys)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        with self.loss.target_value_model_params.to_module(self.loss.value_model):
+            return self.loss.value_model(tensordict)
 
 
 class DreamerValueLoss(LossModule):
@@ -26,7 +40,10 @@ class DreamerValueLoss(LossModule):
 
     Args:
         value_model: the critic, latents -> ``state_value`` [..., 1] (and ``state_value_logits`` [..., bins]).
-        slow_critic_regularization: weight of the slow critic's term; 0 leaves the target network out.
+        slow_critic_regularization: weight of the slow critic's term; 0 leaves it out, and the target network as well,
+            unless ``bootstrap_target``.
+        bootstrap_target: :attr:`bootstrap_model`, from which returns should be bootstrapped, is the target network.
+        scalar_likelihood: of a head without logits.
     """
 
     @dataclass
@@ -50,19 +67,32 @@ class DreamerValueLoss(LossModule):
     target_value_model_params: TensorDictParams
 
     def __init__(
-        self, value_model: TensorDictModuleBase, *, slow_critic_regularization: float = 1.0, num_value_bins: int = 255
+        self,
+        value_model: TensorDictModuleBase,
+        *,
+        slow_critic_regularization: float = 1.0,
+        num_value_bins: int = 255,
+        bootstrap_target: bool = False,
+        scalar_likelihood: nn.Module | None = None,
     ):
         super().__init__()
         if slow_critic_regularization < 0:
             raise ValueError(f"slow_critic_regularization must not be negative, got {slow_critic_regularization}.")
         self.slow_critic_regularization, self.num_value_bins = slow_critic_regularization, num_value_bins
-        self.convert_to_functional(value_model, "value_model", create_target_params=slow_critic_regularization > 0)
+        self.scalar_likelihood = scalar_likelihood
+        has_target = slow_critic_regularization > 0 or bootstrap_target
+        self.convert_to_functional(value_model, "value_model", create_target_params=has_target)
+        bootstrap_model = TargetValue(self) if bootstrap_target else value_model
+        self.__dict__["bootstrap_model"] = bootstrap_model  # not registered: it has no parameters of its own
         self._in_keys = None
         self._read_head()
 
     def _read_head(self) -> None:
         self.prediction = ScalarPrediction(
-            list(self.value_model.out_keys), self.tensor_keys.value_logits, self.num_value_bins
+            list(self.value_model.out_keys),
+            self.tensor_keys.value_logits,
+            self.num_value_bins,
+            self.scalar_likelihood,
         )
 
     def set_keys(self, **kwargs) -> None:

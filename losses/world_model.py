@@ -28,7 +28,8 @@ class R2DreamerWorldModelLoss(LossModule):
     it, ``loss_continue``, already weighted, plus detached diagnostics; and the records with everything the model wrote,
     still attached to the graph (``detach_output=False``) so that a replay-value loss can train the representation.
 
-    A head that writes ``reward_logits`` is trained two-hot, one that writes only a scalar ``reward`` in symlog space.
+    A head that writes ``reward_logits`` is trained two-hot, one that writes only a scalar ``reward`` by
+    ``scalar_likelihood``, by default in symlog space.
 
     Args:
         world_model: encoder, RSSM rollout, projection head, reward head and, optionally, continue head.
@@ -81,6 +82,7 @@ class R2DreamerWorldModelLoss(LossModule):
         reward_weight: float = 1.0,
         continue_weight: float = 1.0,
         num_reward_bins: int = 255,
+        scalar_likelihood: nn.Module | None = None,
         detach_output: bool = False,
     ):
         super().__init__()
@@ -90,13 +92,14 @@ class R2DreamerWorldModelLoss(LossModule):
         self.kl = CategoricalKL() if kl is None else kl
         self.reward_weight, self.continue_weight = reward_weight, continue_weight
         self.num_reward_bins, self.detach_output = num_reward_bins, detach_output
+        self.scalar_likelihood = scalar_likelihood
         self._read_heads()
 
     def _read_heads(self) -> None:
         written = [unravel_key(key) for key in self.world_model.out_keys]
         self.predicts_continue = self._next(self.tensor_keys.continue_pred) in written
         self.reward_prediction = ScalarPrediction(
-            written, self._next(self.tensor_keys.reward_logits), self.num_reward_bins
+            written, self._next(self.tensor_keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
         )
 
     @staticmethod
@@ -128,7 +131,8 @@ class R2DreamerWorldModelLoss(LossModule):
     def out_keys(self) -> list[NestedKey]:
         if self._out_keys is not None:
             return self._out_keys
-        names = ["loss_dynamics", "loss_representation", "loss_barlow", "loss_reward"]
+        terms = [*getattr(self.kl, "terms", ()), *getattr(self.representation, "terms", ()), "reward"]
+        names = [f"loss_{name}" for name in terms]
         return names + ["loss_continue"] * self.predicts_continue
 
     @out_keys.setter

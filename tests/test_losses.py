@@ -81,7 +81,7 @@ def test_barlow_reaches_latents_and_projection_but_not_the_target():
     losses, posterior = R2DreamerWorldModelLoss(agent.world_model)(tiny_records(agent))
     posterior["next", "encoded_latents"].retain_grad()
     losses["loss_barlow"].backward(retain_graph=True)
-    assert has_gradient(agent.projection) == {True}
+    assert has_gradient(agent.heads["projection"]) == {True}
     assert has_gradient(agent.posterior) == {True}
     assert has_gradient(agent.encoder) == {True}  # through the posterior
     assert has_gradient(agent.reward) == has_gradient(agent.prior.head) == {False}
@@ -126,8 +126,9 @@ def test_the_actor_loss_trains_the_actor_and_nothing_else():
         losses["loss_actor"].backward()
         assert has_gradient(agent.actor) == {True}
         assert latents["belief"].grad is None
-        for name in ("encoder", "prior", "posterior", "reward", "continue_", "value", "projection"):
+        for name in ("encoder", "prior", "posterior", "reward", "continue_", "value"):
             assert has_gradient(getattr(agent, name)) == {False}, name
+        assert has_gradient(agent.heads["projection"]) == {False}
         owned = {id(p) for p in loss.parameters()}
         assert owned == {id(p) for p in agent.actor.parameters()}
         assert imagined["lambda_target"].shape == imagined["discount_weight"].shape == (6, 4, 1)

@@ -149,6 +149,17 @@ def test_the_benchmark_prints_one_json_line_with_torchrl_beside_us(request, tmp_
     assert result["replay"]["steps_per_s"] > 0 and result["torchrl_over_ours"] > 0
 
 
+def test_the_benchmark_compares_two_members_turn_by_turn(request, tmp_path):
+    script = request.config.rootpath / "examples" / "benchmark.py"
+    small = ["model=size1M", "model.belief=16", "model.hidden=8", "batch_size=2", "batch_length=3", "repeats=1"]
+    command = [sys.executable, str(script), *small, "precision=fp32", "compare=algorithm", "measure=[update]"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["other"] == "Reconstruction" and result["other_parameters"] != result["parameters"]
+    assert result["other_over_ours"] == result["other_update"]["median_s"] / result["update"]["median_s"]
+
+
 @pytest.mark.parametrize(
     "environment",
     ["env=gym env.task=CartPole-v1", "env=dmc_vision env.task=reacher_easy", "env=probe env.task=ending"],

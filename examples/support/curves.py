@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.bootstrap import bootstrap_band
 from support.metrics import read_metrics
 
 OURS, PUBLISHED, PALETTE = "#1764ab", "#8a8a8a", ["#1764ab", "#c8553d", "#2f8f5b", "#7d5ba6", "#b8860b"]
@@ -44,10 +45,12 @@ def draw_runs(
     suite: str | None = None,
     task: str | None = None,
     key: str = "eval/return",
+    bootstrap: bool = False,
 ) -> Path | None:
     """Mean over the runs that share a label, with a band from the worst to the best of them.
 
     suite and task: those of the published curve to draw beside them.
+    bootstrap: the band is the 95 % bootstrap interval of the mean.
     """
     if len(logdirs) != len(labels):
         raise ValueError(f"{len(logdirs)} logdirs with {len(labels)} labels: give each run one; seeds share theirs.")
@@ -65,9 +68,11 @@ def draw_runs(
         frames, values = _common_grid(runs)
         longest = max(longest, frames[-1])
         color = PALETTE[index % len(PALETTE)]
-        seeds = f" (mean and range of {len(runs)} seeds)" if len(runs) > 1 else ""
+        band = bootstrap_band(values) if bootstrap else (values.min(0), values.max(0))
+        meaning = "95 % bootstrap" if bootstrap else "range"
+        seeds = f" (mean and {meaning} of {len(runs)} seeds)" if len(runs) > 1 else ""
         axes.plot(frames, values.mean(0), color=color, linewidth=2, label=f"{label}{seeds}", zorder=3)
-        axes.fill_between(frames, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(frames, *band, color=color, alpha=0.18, linewidth=0)
     if suite and task and longest:
         _draw_published(axes, suite, task, longest)
     return _finish(figure, axes, title or (f"{task} ({suite})" if suite and task else ""), out_png)

@@ -74,7 +74,7 @@ def evaluate(
         raise ValueError(f"episodes={episodes} must be at least 1.")
     result = EvaluationResult()
     greedy = set_exploration_type(ExplorationType.DETERMINISTIC)
-    with _untouched_generators(seed), _eval_mode(policy), torch.no_grad(), greedy:
+    with untouched_generators(seed), _eval_mode(policy), torch.no_grad(), greedy:
         while len(result.episodes) < episodes:
             camera = _Camera(pixels_key, frame_fn) if record and not result.episodes else None
             result.episodes += _play_round(env, policy, max_steps, camera)[: episodes - len(result.episodes)]
@@ -159,7 +159,7 @@ def _to_image(pixels: torch.Tensor) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _untouched_generators(seed: int | None) -> Iterator[None]:
+def untouched_generators(seed: int | None) -> Iterator[None]:
     """Global random states come back as they were, so that training does not depend on whether it is evaluated."""
     states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []

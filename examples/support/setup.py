@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -10,9 +11,10 @@ from typing import TextIO
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torchrl.envs import EnvBase
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, build_agent
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.envs import check_environment, count_workers
 from r2dreamer.envs.errors import require_positive
 
@@ -124,10 +126,40 @@ def build(make_environment: Callable[..., EnvBase], cfg: DictConfig, device: tor
     actions = ActionSpace.from_spec(environment.action_spec)
     environment.close()
     torch.manual_seed(cfg.seed)
-    agent = build_agent(observations, actions, **cfg.model)
+    agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
     for part in agent.parts().values():
         part.to(device)
     return agent, [*observations.images, *observations.vectors]
+
+
+def make_agent(algorithm: DictConfig, model: DictConfig, observations: ObservationSpace, actions: ActionSpace) -> Agent:
+    """The algorithm's builder with the model's widths."""
+    builder = hydra.utils.instantiate(algorithm.agent)
+    known = inspect.signature(builder).parameters
+    for key, value in model.items():
+        if key not in known:
+            raise ValueError(
+                f"model.{key}={value} means nothing to {algorithm.agent._target_}, which this algorithm builds its agent "
+                "with: leave model=... out, or take the algorithm's own (model=size12M and its like for R2-Dreamer and "
+                "Dreamer V3, model=dreamerv1, model=dreamerv2)."
+            )
+    return builder(observations, actions, **model)
+
+
+def objective(section: DictConfig, agent: Agent) -> nn.Module:
+    """What the section names; of a partial, the one whose own networks are made for this agent."""
+    made = hydra.utils.instantiate(section)
+    return made if isinstance(made, nn.Module) else made(agent)
+
+
+def parameter_groups(learner: nn.Module) -> list[dict]:
+    """Of the optimiser, by name: actor, value, and the model with all that trains beside it."""
+    groups = {"model": [], "actor": [], "value": []}
+    owners = {"actor_loss": "actor", "value_loss": "value"}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            groups[owners.get(name.partition(".")[0], "model")].append(parameter)
+    return [{"name": name, "params": parameters} for name, parameters in groups.items()]
 
 
 def check_weights(agent: Agent, when: str) -> None:

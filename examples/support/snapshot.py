@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from omegaconf import OmegaConf
 
+from r2dreamer.dreamer.pretrained import pack
+
 
 def _stateful(trainer) -> dict[str, dict]:
     learner = trainer.learner
@@ -16,9 +18,12 @@ def _stateful(trainer) -> dict[str, dict]:
 def snapshot(trainer) -> dict:
     groups = _stateful(trainer).items()
     state = {group: {name: part.state_dict() for name, part in parts.items()} for group, parts in groups}
+    config = OmegaConf.to_container(trainer.cfg, resolve=True)
     return state | {
+        # The learner's own tensors, under names for load_pretrained; torch.save writes shared memory once.
+        "agent": pack(trainer.agent, config["algorithm"]["agent"] | config["model"]),
         "count": dict(trainer.count),
-        "config": OmegaConf.to_container(trainer.cfg, resolve=True),
+        "config": config,
         "metrics": trainer.metrics.position(),
     }
 

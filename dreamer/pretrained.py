@@ -1,0 +1,110 @@
+"""Agents out of a run's directory, without the command line that trained them.
+
+agent = load_pretrained("runs/quickstart/seed0")
+agent.encoder, agent.prior, agent.posterior, agent.imagination     # the world model
+action = agent.policy(observation)["action"]                       # acts on TensorDicts, carries its own latents
+print(agent.summary())
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .builder import ActionSpace, Agent, ObservationSpace
+
+STATE = "state.pt"  # the file of a checkpoint that holds the entry "agent"
+PACKAGE = "r2dreamer.dreamer."
+
+
+def construct(recipe: Any) -> Any:
+    """Builds what nested dicts with ``_target_`` (and ``_partial_``) describe, as hydra does, from this package alone."""
+    if isinstance(recipe, list):
+        return [construct(entry) for entry in recipe]
+    if not isinstance(recipe, Mapping):
+        return recipe
+    arguments = {name: construct(entry) for name, entry in recipe.items() if name not in ("_target_", "_partial_")}
+    if "_target_" not in recipe:
+        return arguments
+    target = recipe["_target_"]
+    if not target.startswith(PACKAGE):
+        raise ValueError(f"_target_: {target} is not part of {PACKAGE[:-1]}; a saved agent is made of its parts only.")
+    module, _, name = target.rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    return functools.partial(function, **arguments) if recipe.get("_partial_") else function(**arguments)
+
+
+def pack(agent: Agent, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything :func:`unpack` needs, tensors and plain values only.
+
+    recipe: nested plain dicts for :func:`construct`; called with observation and action space they give such an agent.
+    """
+    return {
+        "observations": {"images": dict(agent.observations.images), "vectors": dict(agent.observations.vectors)},
+        "actions": {"size": agent.actions.size, "discrete": agent.actions.discrete},
+        "recipe": dict(recipe),
+        "weights": {name: part.state_dict() for name, part in agent.parts().items()},
+    }
+
+
+def unpack(packed: Mapping[str, Any]) -> Agent:
+    images = {key: tuple(shape) for key, shape in packed["observations"]["images"].items()}
+    observations = ObservationSpace(images, packed["observations"]["vectors"])
+    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+        agent = construct({**packed["recipe"], "_partial_": True})(observations, ActionSpace(**packed["actions"]))
+    for name, part in agent.parts().items():
+        part.load_state_dict(packed["weights"][name])
+    return agent
+
+
+def save_pretrained(agent: Agent, recipe: Mapping[str, Any], directory: str | os.PathLike) -> Path:
+    """Writes the agent alone, for :func:`load_pretrained`: weights, spaces, and the recipe readable beside them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    packed = pack(agent, recipe)
+    torch.save({"agent": packed}, directory / STATE)
+    readable = {name: entry for name, entry in packed.items() if name != "weights"}
+    (directory / "agent.json").write_text(json.dumps(readable, indent=1))
+    return directory / STATE
+
+
+def load_pretrained(directory: str | os.PathLike, device: torch.device | str = "cpu") -> Agent:
+    """The agent of a run's newest checkpoint, of one particular checkpoint, or of :func:`save_pretrained`'s directory.
+
+    In evaluation mode and without gradients. Nothing pickled is executed.
+
+    Example:
+        >>> import tempfile
+        >>> from r2dreamer.dreamer import build_agent
+        >>> recipe = dict(_target_="r2dreamer.dreamer.build_agent", belief=16, hidden=8, classes=4, depth=2)
+        >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
+        ...                     belief=16, hidden=8, classes=4, depth=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_pretrained(agent, recipe, folder)
+        ...     same = load_pretrained(folder)
+        >>> bool((same.actor.module[0].module.layers[0].weight == agent.actor.module[0].module.layers[0].weight).all())
+        True
+    """
+    path = Path(directory)
+    found = path / STATE
+    if not found.exists():
+        steps = [*path.glob(f"checkpoints/step_*/{STATE}"), *path.glob(f"step_*/{STATE}")]
+        # A name is step_<frames>, or step_<frames>_<serial> where a run came by twice.
+        newest = lambda file: [int(part) for part in file.parent.name.split("_")[1:]]
+        found = max(steps, key=newest, default=None)
+    if found is None:
+        raise ValueError(f"{path} holds no agent: give a run's directory, one of its checkpoints, or a saved agent's.")
+    state = torch.load(found, map_location=device, weights_only=True)
+    if "agent" not in state:
+        raise ValueError(f"{found} holds {sorted(state)} and no agent; it was saved by another program or version.")
+    agent = unpack(state["agent"])
+    for part in agent.parts().values():
+        part.to(device).eval().requires_grad_(False)
+    return agent

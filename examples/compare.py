@@ -1,0 +1,101 @@
+"""Trains a grid of variants and seeds, then draws them together: mean and 95 % bootstrap interval over the seeds.
+
+    python examples/compare.py env=dmc_vision env.task=walker_walk experiment=ablation_baseline,ablation_half_batch seed=0,1,2
+    python examples/compare.py "experiment=[quickstart,ablation_baseline],[quickstart,ablation_dreamer]" "seed=range(0,5)"
+
+Commas and range(...) are hydra's multirun syntax. Each run is a process of its own, in the directory that train.py would
+give it; runs with one `name` are the seeds of one variant, the first one is what the others are compared to. The same
+command goes on where it was stopped, and only draws what has finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from hydra.errors import HydraException
+
+from support.bootstrap import bootstrap_band, bootstrap_difference
+from support.curves import draw_runs, read_curve
+from support.grid import Run, plan
+
+TRAIN = Path(__file__).parent / "train.py"
+
+
+def train(run: Run, quiet: bool) -> bool:
+    """Whether the run has finished; what it prints is in its directory if several run at once."""
+    command = [sys.executable, str(TRAIN), *run.overrides]
+    if not quiet:
+        return subprocess.run(command).returncode == 0 and run.finished
+    run.logdir.mkdir(parents=True, exist_ok=True)
+    with open(run.logdir / "output.txt", "a") as output:
+        done = subprocess.run([*command, "progress=false"], stdout=output, stderr=subprocess.STDOUT)
+    return done.returncode == 0 and run.finished
+
+
+def summarise(runs: Sequence[Run], key: str) -> dict[str, dict]:
+    """By variant: every seed's last value of `key`, their mean, its interval, and the difference to the first variant."""
+    finals: dict[str, list[float]] = {}
+    for run in runs:
+        _, values = read_curve(run.logdir, key)
+        if len(values):
+            finals.setdefault(run.name, []).append(float(values[-1]))
+    summary = {}
+    reference = np.array(next(iter(finals.values()), []))
+    for name, final in finals.items():
+        values = np.array(final)
+        low, high = bootstrap_band(values[:, None])
+        summary[name] = {"final": final, "mean": values.mean(), "interval": [float(low[0]), float(high[0])]}
+        summary[name]["difference"] = values.mean() - reference.mean()
+        summary[name]["difference_interval"] = bootstrap_difference(values, reference)
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="+", help="as for train.py; a=1,2 and a=range(0,3) vary")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison.png"), help="the picture; numbers beside it as .json"
+    )
+    parser.add_argument("--key", default="eval/return", help="entry of metrics.jsonl to compare")
+    arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs} must be at least 1")
+    try:
+        runs = plan(arguments.overrides)
+    except (HydraException, ValueError) as error:
+        sys.exit(str(error))
+
+    waiting = [run for run in runs if not run.finished]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before.")
+    try:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            done = list(pool.map(lambda run: train(run, quiet=arguments.jobs > 1), waiting))
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on.")
+    failed = [run for run, finished in zip(waiting, done, strict=True) if not finished]
+    complete = [run for run in runs if run not in failed]
+
+    summary = summarise(complete, arguments.key)
+    for name, numbers in summary.items():
+        (low, high), final = numbers["interval"], numbers["final"]
+        print(f"{name}: {numbers['mean']:.4g} [{low:.4g}, {high:.4g}] over {len(final)} seeds")
+    if summary:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.with_suffix(".json").write_text(json.dumps(summary, indent=1))
+        directories, names = [run.logdir for run in complete], [run.name for run in complete]
+        print(draw_runs(directories, names, arguments.out, key=arguments.key, bootstrap=True))
+    for run in failed:
+        print(f"Not finished: {' '.join(run.overrides)} (in {run.logdir})", file=sys.stderr)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""A grid of trainings from a command line in hydra's multirun syntax, and how each of them stands."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its overrides, and what they make of name, directory and length."""
+
+    overrides: tuple[str, ...]
+    name: str
+    logdir: Path
+    total_frames: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether a checkpoint of its last frame is there; earlier ones are resumed."""
+        steps = [int(path.name.split("_")[1]) for path in (self.logdir / "checkpoints").glob("step_*")]
+        return max(steps, default=-1) >= self.total_frames
+
+
+def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:
+    """`a=1,2 b=range(0,2)` to the four lists of overrides it stands for, the last one varying fastest.
+
+    Example:
+        >>> expand(["env=probe", "seed=0,1"])
+        [('env=probe', 'seed=0'), ('env=probe', 'seed=1')]
+    """
+    choices = []
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        if override.is_sweep_override():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line])
+    return list(itertools.product(*choices))
+
+
+def plan(arguments: Sequence[str]) -> list[Run]:
+    """The runs of a grid; two of them in one directory are refused."""
+    runs: dict[Path, Run] = {}
+    with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
+        for overrides in expand(arguments):
+            cfg = hydra.compose("config", list(overrides))
+            run = Run(overrides, cfg.name, Path(cfg.logdir), cfg.total_frames)
+            if run.logdir in runs:
+                raise ValueError(
+                    f"{' '.join(runs[run.logdir].overrides)} and {' '.join(overrides)} share logdir={run.logdir}: vary "
+                    "the seed or an experiment with a name of its own, or put what you vary into the name, for example "
+                    "'name=lr-${algorithm.optimizer.lr}'."
+                )
+            runs[run.logdir] = run
+    return list(runs.values())

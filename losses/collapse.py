@@ -1,0 +1,42 @@
+"""Is a representation alive? Numbers that fall when it collapses, for the metrics of a run."""
+
+from __future__ import annotations
+
+import torch
+
+SAMPLES = 512  # rows that the rank is taken over: it costs their number squared
+
+
+def effective_rank(rows: torch.Tensor) -> torch.Tensor:
+    """In how many directions N samples [N, E] spread: (sum of variances)^2 / sum of squared variances along the axes.
+
+    The participation ratio of the covariance's eigenvalues, without computing them: n equally strong directions give n,
+    one direction 1, samples that are all the same 0.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0, 5.0], [-1.0, 0.0, 5.0], [0.0, 1.0, 5.0], [0.0, -1.0, 5.0]])
+        >>> effective_rank(rows)
+        tensor(2.)
+    """
+    centred = rows.float() - rows.float().mean(0)
+    centred = centred - centred.mean(0)  # the first mean is rounded: equal samples must become 0
+    gram = centred @ centred.T if len(rows) < rows.shape[-1] else centred.T @ centred
+    return gram.diagonal().sum().square() / gram.square().sum().clamp_min(1e-30)
+
+
+@torch.no_grad()
+def collapse_metrics(**views: torch.Tensor) -> dict[str, torch.Tensor]:
+    """For each named view [..., E]: ``<name>_rank``, its effective rank, and ``<name>_std``, the mean over its features
+    of their standard deviation over all samples.
+
+    Example:
+        >>> sorted(collapse_metrics(embedding=torch.randn(2, 5, 3)))
+        ['embedding_rank', 'embedding_std']
+    """
+    metrics = {}
+    for name, view in views.items():
+        rows = view.detach().float().flatten(0, -2)
+        with torch.autocast(rows.device.type, enabled=False):
+            metrics[f"{name}_rank"] = effective_rank(rows[:: -(-len(rows) // SAMPLES)])
+        metrics[f"{name}_std"] = rows.std(0).mean()
+    return metrics

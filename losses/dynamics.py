@@ -1,0 +1,96 @@
+"""The actor loss of Dreamer V1 and V2: returns differentiated through the dynamics.
+
+L = -mean[ w_t ( rho R_t + (1 - rho) ln pi(a_t | z_t) sg(R_t - v_t) + eta H[pi(. | z_t)] ) ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from .actor import DreamerActorLoss, _scalar
+from .functional import imagination_weight, lambda_return
+
+
+class DynamicsActorLoss(DreamerActorLoss):
+    """Imagines with gradients and moves the actor up the return itself; takes and returns what its parent does.
+
+    ``model_based_env`` must be differentiable, and the actor's distribution reparameterised. The gradient passes reward,
+    value, continuation and dynamics, whose parameters get none, into the actions. Returns are not normalised.
+
+    Args:
+        dynamics: rho, the share of the gradient through the dynamics: 1 in Dreamer V1; the rest is REINFORCE.
+    """
+
+    def __init__(self, *args, dynamics: float = 1.0, **options):
+        super().__init__(*args, **options)
+        if not 0 <= dynamics <= 1:
+            raise ValueError(f"dynamics={dynamics} is a share: it must be in [0, 1].")
+        self.dynamics = dynamics
+
+    def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
+        keys = self.tensor_keys
+        start = tensordict.select(keys.state, keys.belief).detach()
+        env = self.model_based_env
+        with _frozen(*getattr(env, "reads", (env,)), self.value_model, self.continue_model):
+            imagined = self._imagine_differentiably(start)
+            value = self._along(imagined, self.value_model, keys.value)  # [N, H+1, 1]
+            reward = imagined.get(("next", keys.reward)).float()
+            reward = torch.cat([torch.zeros_like(reward[:, :1]), reward], 1)
+            continuation = torch.ones_like(value)
+            if self.continue_model is not None:
+                continuation = self._along(imagined, self.continue_model, keys.continue_pred).sigmoid()
+            returns = lambda_return(reward, value, terminal=1 - continuation, discount=self.discount, lmbda=self.lmbda)
+        weight = imagination_weight(continuation.detach(), self.discount)[:, :-1]
+
+        objective, fixed = self.dynamics * returns, imagined.detach()
+        with self.actor_model_params.to_module(self.actor_model):
+            policy = self.actor_model.get_dist(fixed.select(*self.actor_model.in_keys, strict=False))
+        if self.dynamics < 1:
+            advantage = (returns - value[:, :-1]).detach()
+            log_prob = _scalar(policy.log_prob(fixed.get(keys.action)))
+            objective = objective + (1 - self.dynamics) * log_prob * advantage
+        entropy = _scalar(self._entropy(policy))
+        if self.entropy_bonus:
+            objective = objective + self.entropy_bonus * entropy
+        fixed.set(keys.lambda_target, returns.detach())
+        fixed.set(keys.discount_weight, weight)
+        losses = TensorDict(
+            {
+                "loss_actor": -(weight * objective).mean(),
+                "actor_entropy": entropy.detach().mean(),
+                "return_mean": returns.detach().mean(),
+                "imagined_reward": fixed.get(("next", keys.reward)).mean(),
+            },
+            [],
+        )
+        self._clear_weakrefs(tensordict, losses)
+        return losses, fixed
+
+    def _imagine_differentiably(self, start: TensorDictBase) -> TensorDictBase:
+        with self.actor_model_params.to_module(self.actor_model), set_exploration_type(ExplorationType.RANDOM):
+            return self.model_based_env.rollout(
+                self.imagination_horizon,
+                policy=self.actor_model,
+                auto_reset=False,
+                tensordict=self.model_based_env.reset(start.copy()),
+                break_when_any_done=False,
+            )
+
+
+@contextmanager
+def _frozen(*modules: nn.Module | None) -> Iterator[None]:
+    """Inside, gradients pass through these modules and stop at their parameters."""
+    parameters = {p for module in modules if module is not None for p in module.parameters() if p.requires_grad}
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,0 +1,43 @@
+"""How a critic's target network follows, beside TorchRL's ``SoftUpdate``: by copies, or not at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .value import DreamerValueLoss
+
+
+class CopyEvery(nn.Module):
+    """Copies the critic into its target at the first update and then every ``1 / rate`` updates (Dreamer V2: 100).
+
+    rate: as fast as a ``SoftUpdate`` of this ``tau`` follows on average.
+    """
+
+    def __init__(self, loss: DreamerValueLoss, rate: float = 0.01):
+        super().__init__()
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate={rate} must be in (0, 1]: 1 copies at every update, 0.01 at every hundredth.")
+        self.__dict__["loss"] = loss  # not registered: its owner saves it
+        self.interval = round(1 / rate)
+        loss._has_update_associated["value_model"] = True  # as SoftUpdate does: TorchRL warns of targets nobody moves
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        # A share of 0 or 1, so that no device has to be waited for.
+        share = (self.updates % self.interval == 0).float()
+        followed = self.loss.value_model_params.values(True, True)
+        for target, source in zip(self.loss.target_value_model_params.values(True, True), followed, strict=True):
+            target.data.lerp_(source.data, share.to(target.device))
+        self.updates += 1
+
+
+class NoTarget(nn.Module):
+    """For critics without a target network (Dreamer V1)."""
+
+    def __init__(self, loss: DreamerValueLoss):
+        super().__init__()
+
+    def step(self) -> None:
+        """There is nothing to move."""

@@ -1,0 +1,105 @@
+"""The grid of ablations: what it runs, what it refuses, and the intervals it draws."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import compare
+import numpy as np
+import pytest
+from launcher import CARTPOLE, EXAMPLES, config
+
+from support.bootstrap import bootstrap_band, bootstrap_difference
+from support.grid import expand, plan
+
+ABLATIONS = sorted(path.stem for path in (EXAMPLES.parent / "configs" / "experiment").glob("ablation_*.yaml"))
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_changes_what_its_name_says_and_nothing_else(name):
+    changed = {
+        "baseline": set(),
+        "augmentation": {"algorithm.augmentation"},
+        "half_batch": {"batch_size"},
+        "dreamerpro": {"algorithm.agent", "algorithm.representation"},
+        "dreamerpro_no_augmentation": {"algorithm.agent", "algorithm.representation"},
+        "dreamer": {"algorithm.agent", "algorithm.representation"},
+        "dreamer_no_reconstruction": {"algorithm.agent", "algorithm.representation"},
+        "infonce": {"algorithm.representation"},
+        "target_not_detached": {"algorithm.representation"},
+        "alpha_tenth": {"algorithm.representation"},
+        "alpha_tenfold": {"algorithm.representation"},
+        "weight_tenth": {"algorithm.representation"},
+        "weight_tenfold": {"algorithm.representation"},
+        "projector_one_layer": {"algorithm.agent"},
+        "projector_two_layers": {"algorithm.agent"},
+    }[name.removeprefix("ablation_")]
+    here, before = (config(*overrides) for overrides in ([f"experiment={name}"], []))
+    assert here.name == before.name + "-" + name.removeprefix("ablation_")
+    flat = lambda cfg: {**cfg, **{f"algorithm.{key}": value for key, value in cfg.algorithm.items()}}
+    here, before = flat(here), flat(before)
+    found = {key for key in {*here, *before} - {"algorithm", "name", "logdir", "replay"} if here[key] != before[key]}
+    assert found == changed
+    assert config(f"experiment=[quickstart,{name}]").env.task == "CartPole-v1"
+
+
+def test_commas_and_ranges_multiply():
+    assert expand(["experiment=[probe,a],[probe,b]", "seed=range(0,2)", "env.task=ending"]) == [
+        (f"experiment=[probe,{which}]", f"seed={seed}", "env.task=ending")
+        for which, seed in itertools.product("ab", (0, 1))
+    ]
+
+
+def test_runs_that_would_share_a_directory_are_refused():
+    names = [run.logdir.as_posix() for run in plan([*CARTPOLE, "seed=3,4"])]
+    assert names == ["runs/tiny/seed3", "runs/tiny/seed4"]
+    with pytest.raises(ValueError, match="share logdir=runs/tiny/seed0.*name of its own"):
+        plan([*CARTPOLE, "algorithm.optimizer.lr=1e-3,1e-4"])
+
+
+def test_bootstrap_intervals_are_those_of_all_resamples():
+    values = np.array([[3.0, 0.0], [10.0, 1.0], [4.0, 0.0]])
+    low, high = bootstrap_band(values)
+    means = np.array([values[list(chosen)].mean(0) for chosen in itertools.product(range(3), repeat=3)])
+    np.testing.assert_allclose([low, high], np.percentile(means, [2.5, 97.5], axis=0, method="inverted_cdf"))
+    single = bootstrap_band(np.array([[5.0, 7.0]]))
+    np.testing.assert_array_equal(single, [[5.0, 7.0], [5.0, 7.0]])
+    low, high = bootstrap_difference(np.array([5.0, 6.0, 7.0]), np.array([1.0, 2.0, 3.0]))
+    assert 2.0 <= low < 4.0 < high <= 6.0
+
+
+def test_one_command_trains_draws_and_goes_on(tmp_path):
+    variants = "experiment=ablation_baseline,ablation_projector_one_layer"
+    short = [each for each in CARTPOLE if not each.startswith("name=")]
+    command = [sys.executable, str(EXAMPLES / "compare.py"), *short, variants, "total_frames=40", "eval.every=40"]
+    for finished_before in (0, 2):
+        done = subprocess.run([*command, "--jobs", "2"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"2 runs, {finished_before} of them finished before.")
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    names = ["gym-CartPole-v1-baseline", "gym-CartPole-v1-projector_one_layer"]
+    assert list(numbers) == names and (tmp_path / "comparison.png").stat().st_size > 1000
+    assert "finished at 40 frames" in (tmp_path / "runs" / names[1] / "seed0" / "output.txt").read_text()
+    assert numbers[names[0]]["difference"] == 0 and len(numbers[names[1]]["final"]) == 1
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "compare.py"), *CARTPOLE, "precision=fp8"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "precision=fp8" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("Not finished: env=gym")
+    assert not (tmp_path / "comparison.png").exists()
+
+
+def test_finished_is_what_has_a_checkpoint_of_its_last_frame(tmp_path):
+    (run,) = plan([*CARTPOLE, f"logdir={tmp_path}"])
+    for step, finished in ((150, False), (200, True)):
+        (tmp_path / "checkpoints" / f"step_{step:09d}").mkdir(parents=True)
+        assert run.finished == finished
+
+
+def test_a_misspelt_key_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "model.believe=3"])
+    with pytest.raises(SystemExit, match="model.believe"):
+        compare.main()

@@ -1,0 +1,108 @@
+"""Every member of the family trains from the one script, by its name alone, and logs whether it collapses."""
+
+import pytest
+from launcher import CARTPOLE, PENDULUM, TINY, config, lines, train_here
+
+SHARED = {"reward", "actor", "value"}
+V3 = SHARED | {"dynamics", "representation", "continue", "replay_value"}
+LOSSES = {
+    "r2dreamer": V3 | {"barlow"},
+    "dreamer": V3 | {"reconstruction"},
+    "infonce": V3 | {"infonce"},
+    "vicreg": V3 | {"vicreg"},
+    "dreamerpro": V3 | {"swapped", "temporal", "norm"},
+    "none": V3,
+    "dreamerv2": SHARED | {"dynamics", "representation", "continue", "reconstruction"},
+    "dreamerv1": SHARED | {"kl", "reconstruction"},
+}
+MEMBERS = list(LOSSES)
+CLASSIC = ["dreamerv1", "dreamerv2"]
+ONCE = ["eval.every=1000000", "env.eval_episodes=1", "checkpoint.every=1000000"]
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("task", [["experiment=quickstart"], ["experiment=probe", "env.task=small_target"]], ids=str)
+def test_every_member_trains(tmp_path, name, task):
+    small = ["model.units=8", "total_frames=80", "log_every=80"]
+    trainer = train_here(tmp_path, *task, *TINY, *ONCE, f"algorithm={name}", *small)
+    assert trainer.count["updates"] >= 10
+    (logged,) = lines(tmp_path, '"count/updates"')
+    losses = {key.removeprefix("loss/") for key in logged if key.startswith("loss/")}
+    assert losses == LOSSES[name]
+    for view in ("embedding", "state"):
+        assert logged[f"train/{view}_rank"] > 0 and logged[f"train/{view}_std"] > 0
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+@pytest.mark.parametrize(
+    "task",
+    [["env=dmc_vision", "env.task=cartpole_swingup"], ["env=dmc_proprio", "env.task=walker_walk"]],
+    ids=lambda task: task[0],
+)
+def test_the_first_generations_train_on_dmc(tmp_path, name, task):
+    short = ["env.action_repeat=25", "total_frames=1500", "env.parallel=false", "model.units=8"]
+    trainer = train_here(tmp_path, *task, *TINY, *short, *ONCE, f"algorithm={name}")
+    assert trainer.count["updates"] >= 10 and not trainer.agent.actions.discrete
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_the_first_generations_have_the_published_sizes(name):
+    cfg = config(f"algorithm={name}")
+    rates = {"dreamerv1": (6e-4, 8e-5, 8e-5), "dreamerv2": (3e-4, 8e-5, 8e-5)}
+    optimizer = cfg.algorithm.optimizer
+    assert (optimizer.lr, optimizer.actor_lr, optimizer.value_lr) == rates[name]
+    assert (cfg.batch_size, cfg.batch_length) == {"dreamerv1": (50, 50), "dreamerv2": (16, 50)}[name]
+    assert (cfg.model.categoricals, cfg.model.classes) == {"dreamerv1": (30, 1), "dreamerv2": (32, 32)}[name]
+    assert cfg.algorithm.actor.discount == {"dreamerv1": 0.99, "dreamerv2": 0.997}[name]
+    assert config(f"algorithm={name}", "model=size1M", "batch_size=3").batch_size == 3  # the command line has its say
+
+
+@pytest.mark.parametrize("name", ["dreamer", *CLASSIC])
+def test_a_continuous_member_with_decoder_in_mixed_precision(tmp_path, name):
+    mixed = ["precision=bf16", "total_frames=80", "model.units=8"]
+    trainer = train_here(tmp_path, *PENDULUM, *ONCE, f"algorithm={name}", *mixed)
+    assert trainer.count["updates"] >= 10
+    assert lines(tmp_path, '"count/updates"')[-1]["train/reconstruction_observation"] > 0
+
+
+def test_the_augmentation_is_an_independent_switch(tmp_path):
+    pixels = ["env=probe", "env.task=ending", *TINY, *ONCE, "total_frames=40", "log_every=40"]
+    losses = []
+    for name, overrides in (("without", []), ("with", ["augmentation=random_shift"])):
+        train_here(tmp_path / name, *pixels, *overrides, "algorithm=dreamer")
+        losses.append(lines(tmp_path / name, '"count/updates"')[-1]["loss/reconstruction"])
+    assert losses[0] != losses[1]
+
+
+def test_members_build_only_what_they_need():
+    heads = {name: set(config(f"algorithm={name}").algorithm.agent["heads"]) for name in MEMBERS}
+    projection, decoder = {"projection"}, {"decoder"}
+    assert heads == {
+        "r2dreamer": projection,
+        "infonce": projection,
+        "vicreg": projection,
+        "dreamer": decoder,
+        "dreamerpro": set(),
+        "none": set(),
+        "dreamerv2": decoder,
+        "dreamerv1": decoder,
+    }
+
+
+MINE = """
+from r2dreamer.losses import Objective
+
+class Calm(Objective):
+    terms = ("calm",)
+
+    def forward(self, tensordict, keys):
+        return {"calm": self.weight * tensordict["next", keys.encoded_latents].square().mean()}, {}
+"""
+
+
+def test_a_users_objective_is_named_on_the_command_line_and_nothing_else_changes(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = [*CARTPOLE, *ONCE, "algorithm=none", "algorithm.representation._target_=mine.Calm", "total_frames=60"]
+    trainer = train_here(tmp_path / "log", *overrides)
+    assert lines(tmp_path / "log", '"loss/calm"') and "loss_calm" in trainer.learner.world_model_loss.out_keys

@@ -1,0 +1,109 @@
+"""Agents are taken out of runs without their command line; configurations come back as they were saved."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from agents import tiny_agent
+from launcher import CARTPOLE, TINY, train_here
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from test_family import MEMBERS, ONCE
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from r2dreamer.dreamer import load_pretrained, save_pretrained
+from r2dreamer.dreamer.pretrained import construct
+
+PIXELS = ["env=probe", "env.task=ending", *TINY, *ONCE, "total_frames=40"]
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_any_member_comes_back_as_it_was_trained(tmp_path, name):
+    trained = train_here(tmp_path, *PIXELS, f"algorithm={name}", "model.units=8").agent
+
+    agent = load_pretrained(tmp_path)
+    observation = TensorDict({"pixels": torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)}, [2])
+    observation["is_init"] = torch.ones(2, 1, dtype=torch.bool)
+    acted = []
+    for one in (agent, trained):
+        torch.manual_seed(3)
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            acted.append(one.policy(observation.copy()))
+        torch.manual_seed(4)
+        latents = acted[-1].select("state", "belief")
+        acted[-1]["imagined"] = one.imagination.rollout(3, one.actor, tensordict=latents)["next", "reward"]
+    for key in ("encoded_latents", "state", "belief", "action", "imagined"):
+        assert torch.equal(acted[0][key], acted[1][key]), key
+    assert agent.parameter_counts() == trained.parameter_counts()
+    total = sum(agent.parameter_counts().values())
+    assert agent.summary().splitlines()[-1].split() == ["total", f"{total:,}"]
+    assert not any(p.requires_grad for part in agent.parts().values() for p in part.parameters())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train_here(folder, *CARTPOLE, "total_frames=100", "checkpoint.keep=9")
+
+
+def test_the_configuration_round_trips(run):
+    folder, trainer = run
+    saved = OmegaConf.load(folder / "config.yaml")
+    assert saved == OmegaConf.create(OmegaConf.to_container(trainer.cfg, resolve=True))
+    state = torch.load(folder / "checkpoints" / "step_000000100" / "state.pt", weights_only=True)
+    assert yaml.safe_load(OmegaConf.to_yaml(saved)) == state["config"]
+
+
+def test_loading_needs_neither_hydra_nor_the_environment(run):
+    code = f"""
+import sys
+for name in ("hydra", "omegaconf", "gymnasium"):
+    sys.modules[name] = None
+from r2dreamer.dreamer import load_pretrained
+print(load_pretrained({str(run[0])!r}).policy.in_keys)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['observation', 'is_init']", done.stderr
+
+
+def test_the_newest_checkpoint_or_the_one_that_is_named(run):
+    folder, trainer = run
+    weights = lambda agent: next(agent.encoder.parameters())
+    newest, oldest = (load_pretrained(folder / "checkpoints" / step) for step in ("step_000000100", "step_000000052"))
+    assert torch.equal(weights(load_pretrained(folder)), weights(newest))
+    assert torch.equal(weights(load_pretrained(folder / "checkpoints")), weights(trainer.agent))
+    assert not torch.equal(weights(newest), weights(oldest))
+
+
+def test_a_checkpoint_holds_the_agents_weights_once(run):
+    folder, trainer = run
+    size = (folder / "checkpoints" / "step_000000100" / "state.pt").stat().st_size
+    state = torch.load(folder / "checkpoints" / "step_000000100" / "state.pt", weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "agent"}, folder / "without.pt")
+    weights = 4 * sum(trainer.agent.parameter_counts().values())
+    assert size - (folder / "without.pt").stat().st_size < 0.5 * weights
+
+
+def test_an_agent_is_saved_alone(tmp_path):
+    recipe = dict(_target_="r2dreamer.dreamer.build_agent", belief=16, hidden=12, classes=4, categoricals=7, depth=2)
+    recipe |= dict(encoder_multipliers=[1, 2], heads={})
+    agent = tiny_agent(heads={})
+    save_pretrained(agent, recipe, tmp_path / "new")
+    before = torch.get_rng_state()
+    same = load_pretrained(tmp_path / "new")
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, other in zip(agent.parts().values(), same.parts().values(), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    assert (tmp_path / "new" / "agent.json").exists()
+
+
+def test_what_holds_no_agent_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no agent"):
+        load_pretrained(tmp_path)
+    torch.save({"model": {}}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="and no agent"):
+        load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="os.system is not part of"):
+        construct({"heads": [{"_target_": "os.system", "command": "true"}]})
