@@ -5,7 +5,8 @@ An agent that fails on one of them says where to look: at its encoder, reward he
     env = make_probe("delayed_reward", seed=0)
     env.optimum, env.random_return      # the best expected return, and that of uniformly random actions
 
-Episodes end by truncation, so that only `ending` needs the continue head.
+Episodes end by truncation, and only `ending` is about the continue head. Where nothing is paid before the last step they
+terminate: what an agent dreams up beyond an end that it was never shown would outweigh it.
 """
 
 import numpy as np
@@ -25,6 +26,7 @@ class Probe(Simulator):
     """
 
     length = 8
+    terminates = False  # when the time is over; else an episode is truncated
 
     def __init__(self, image_size=64, actions=2, continuous=False):
         super().__init__(
@@ -52,7 +54,8 @@ class Probe(Simulator):
     def advance(self, action):
         reward, terminated = self.act(int(action[0] > 0) if self.continuous else action)
         self.steps += 1
-        return self.observe(), reward, terminated, self.steps >= self.length
+        over = self.steps >= self.length
+        return self.observe(), reward, terminated or (over and self.terminates), over
 
     def observe(self):
         return {"pixels": self.image().copy()}
@@ -108,6 +111,7 @@ class DelayedReward(Probe):
     """The first action decides what the last step pays. Choice and progress stay in sight: only credit is delayed."""
 
     optimum = 1.0
+    terminates = True
 
     def prepare(self):
         self.cue = self.actions - 1
@@ -133,6 +137,7 @@ class RememberFirstFrame(Probe):
     """
 
     optimum = 1.0
+    terminates = True
 
     def image(self):
         if self.steps == 0:

@@ -13,9 +13,9 @@ from support.metrics import read_metrics
 
 # Environment frames, about 4 to an update: what the slowest of them needs, and a quarter more.
 FRAMES = {
-    "remember_first_frame": 3500,
+    "remember_first_frame": 4500,
     "small_target": 3500,
-    "reward_from_observation": 2800,
+    "reward_from_observation": 3500,
     "delayed_reward": 2100,
     "reward_from_action": 1400,
     "ending": 1400,

@@ -56,14 +56,15 @@ def test_the_cue_to_remember_is_in_the_first_frame_only():
     assert torch.equal(by_cue[0][1:], by_cue[1][1:])
 
 
-def test_ending_terminates_and_the_others_truncate():
+def test_leaving_and_late_payments_terminate_and_all_else_truncates():
     env = make_probe("ending", seed=0, image_size=16)
     leave = env.step(env.reset().set("action", torch.tensor([0, 1])))["next"]
     assert leave["terminated"].item() and not leave["truncated"].item() and leave["reward"].item() == 1.5
     for task in PROBES:
         stay = lambda tensordict: tensordict.set("action", torch.tensor([1, 0]))
         last = make_probe(task, seed=0, image_size=16).rollout(99, stay)[-1]["next"]
-        assert last["truncated"].item() and not last["terminated"].item(), task
+        late = task in ("delayed_reward", "remember_first_frame")
+        assert (last["truncated"].item(), last["terminated"].item()) == (not late, late), task
 
 
 def test_the_small_target_is_four_white_pixels_in_the_band_of_the_right_choice():
