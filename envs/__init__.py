@@ -15,6 +15,7 @@ from .errors import WorkerError
 from .gym import make_gym
 from .memory_maze import make_memory_maze
 from .metaworld import make_metaworld
+from .patch import AdversarialPatch
 from .probes import PROBES, make_probe
 from .simulator import Simulator
 from .subtle import DMCSubtle, make_dmc_subtle
@@ -22,6 +23,7 @@ from .transforms import ClippedActionScaling, FiniteCheck
 from .vector import env_seeds, make_vector_env, reseed
 
 __all__ = [
+    "AdversarialPatch",
     "ClippedActionScaling",
     "CrafterScores",
     "DMCSubtle",

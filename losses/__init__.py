@@ -1,6 +1,7 @@
 """The objectives of R2-Dreamer: LossModules on TorchRL's DreamerV3 keys, and their maths as pure functions."""
 
 from .actor import DreamerActorLoss
+from .attack import PlanningAttackLoss
 from .functional import barlow_twins_loss, categorical_entropy, imagination_weight, lambda_return, two_hot_nll
 from .kl import CategoricalKL
 from .likelihood import SymlogMSE, TwoHotLikelihood
@@ -13,6 +14,7 @@ __all__ = [
     "CategoricalKL",
     "DreamerActorLoss",
     "DreamerValueLoss",
+    "PlanningAttackLoss",
     "R2DreamerWorldModelLoss",
     "SymlogMSE",
     "TwoHotLikelihood",
