@@ -148,6 +148,7 @@ class AdversarialPatch(Transform):
 
     def corners(self, count, image_hw):
         """One corner (y, x) for each of `count` sequences, int64 [count, 2]."""
+        self.check_image((self.settings["channels"], *image_hw))
         room_y, room_x = (side - patch for side, patch in zip(image_hw, self.patch_hw, strict=True))
         if self.placement == "random":
             fractions = torch.rand(count, 2, generator=self._generator())
@@ -165,10 +166,6 @@ class AdversarialPatch(Transform):
                 "center": (room_y // 2, room_x // 2),
                 "fixed": (self.settings["y0"], self.settings["x0"]),
             }[self.placement]
-        _require(
-            0 <= corner[0] <= room_y and 0 <= corner[1] <= room_x,
-            f"A patch of {self.patch_hw} at (y, x) = {corner} leaves the image of {tuple(image_hw)}.",
-        )
         return torch.tensor(corner, device=self.delta.device).repeat(count, 1)
 
     def views(self, count, image_hw):
@@ -232,6 +229,11 @@ class AdversarialPatch(Transform):
             all(patch <= side for patch, side in zip(self.patch_hw, sides, strict=True)),
             f"patch_hw={self.patch_hw} is larger than the images of {tuple(sides)}; choose a smaller one.",
         )
+        x0, y0 = self.settings["x0"] or 0, self.settings["y0"] or 0
+        _require(
+            0 <= y0 <= sides[0] - self.patch_hw[0] and 0 <= x0 <= sides[1] - self.patch_hw[1],
+            f"A patch of {self.patch_hw} at x0={x0}, y0={y0} leaves the images of {tuple(sides)}.",
+        )
 
     # -- the transform
 
@@ -250,7 +252,7 @@ class AdversarialPatch(Transform):
         return tensordict
 
     def _reset(self, tensordict, tensordict_reset):
-        pixels = tensordict_reset.get(self.in_keys[0])
+        pixels = self._pixels(tensordict_reset)
         begins = tensordict.get("_reset", None)
         batch = pixels.shape[:-3]
         corners = self.corners(batch.numel(), pixels.shape[-2:]).reshape(*batch, 2)
@@ -270,21 +272,25 @@ class AdversarialPatch(Transform):
 
     @torch.no_grad()
     def _show(self, tensordict):
-        (key,) = self.in_keys
-        pixels = tensordict.get(key)
+        pixels = self._pixels(tensordict)
         patched = self.paste(pixels.to(self.delta.device), self._corners).to(pixels.device)
         if not pixels.is_floating_point():
             patched = (patched * 255).round().to(pixels.dtype)
         shown = (self._steps >= self.onset).reshape(*self._steps.shape, 1, 1, 1).to(pixels.device)
-        return tensordict.set(key, torch.where(shown, patched, pixels))
+        return tensordict.set(self.in_keys[0], torch.where(shown, patched, pixels))
 
     def transform_observation_spec(self, observation_spec):
-        (key,) = self.in_keys
-        spec = observation_spec.get(key, None)
-        if spec is None or spec.ndim < 3:
-            raise ValueError(f"The environment has no images under {key!r} to patch: set pixels_key to one it has.")
-        self.check_image(spec.shape[-3:])
+        self.check_image(self._pixels(observation_spec).shape[-3:])
         return observation_spec
+
+    def _pixels(self, entries):
+        (key,) = self.in_keys
+        pixels = entries.get(key, None)
+        _require(
+            pixels is not None and pixels.ndim >= 3,
+            f"The environment has no images under {key!r} to patch: set pixels_key to one it has.",
+        )
+        return pixels
 
     # -- on disk
 

@@ -1,6 +1,6 @@
 """A planning-level attack: the gradient of the agent's imagined return, down to the pixels of a patch.
 
-L = w_return R - w_kl KL(patched || clean) - w_action |a_patched - a_clean|^2 + w_tv TV + w_l2 L2
+L = w_return R - w_kl KL(patched || clean) - w_action |a_patched - a_clean|^2 + w_tv TV + w_l2 L2   (a: of choices, pi)
 R = sum_k w_k r_k + w_{H+1} v_H,  k = 1 .. H,  w_k = prod_{j < k} (discount c_j)
 
 The agent is frozen: gradients flow through it, and none of its parameters gets one.
@@ -224,25 +224,29 @@ class PlanningAttackLoss(LossModule):
         return latents, posterior.get(keys.posterior_logits).float()
 
     def _imagine(self, acting: TensorDict, judging: TensorDict, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns [N] along `judging` of the actions that `acting` chooses, both latents [N], and the first actions."""
-        actions, judged = [], []
+        """Returns [N] along `judging` of the actions that `acting` chooses, both latents [N], and the first preferences."""
+        preferences, judged = [], []
         for step in range(1, self.imagination_horizon + 1):
             torch.manual_seed(seed + 2 * step)
-            actions.append(self._act(acting))
-            following = self._advance(acting, actions[-1], seed + 2 * step + 1)
+            action, preference = self._act(acting)
+            preferences.append(preference)
+            following = self._advance(acting, action, seed + 2 * step + 1)
             if judging is acting:
                 acting = judging = following
             else:
-                acting, judging = following, self._advance(judging, actions[-1], seed + 2 * step + 1)
+                acting, judging = following, self._advance(judging, action, seed + 2 * step + 1)
             judged.append(judging)
-        return self._score(torch.stack(judged, 1)), actions[0].float()
+        return self._score(torch.stack(judged, 1)), preferences[0].float()
 
-    def _act(self, latents: TensorDict) -> torch.Tensor:
+    def _act(self, latents: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions [N, A]; and what shows a shift of them before a choice flips: its probabilities, or the actions again."""
         policy = self.actor_model.get_dist(latents.select(*self.actor_model.in_keys, strict=False))
         if policy.has_rsample:
-            return policy.rsample() if self.actions == "sample" else policy.deterministic_sample
+            action = policy.rsample() if self.actions == "sample" else policy.deterministic_sample
+            return action, action
         choice = policy.sample() if self.actions == "sample" else policy.deterministic_sample
-        return choice.float() + (policy.probs - policy.probs.detach())  # one-hot in value, straight-through
+        # One-hot in value, straight-through.
+        return choice.float() + (policy.probs - policy.probs.detach()), policy.probs
 
     def _advance(self, latents: TensorDict, action: torch.Tensor, seed: int) -> TensorDict:
         keys = self.tensor_keys
