@@ -145,9 +145,10 @@ class PlanningAttackLoss(LossModule):
         if views is None:
             views = self.patch.views(pixels.shape[0], pixels.shape[-2:])
         with self._frozen(), self._repeatable(pixels.device) as seed:
-            clean, clean_logits = self._filter(tensordict, self._leaf(pixels), seed)
+            clean, clean_logits = self._filter(tensordict, self._leaf(self._floats(pixels)), seed)
             clean, clean_logits = clean.detach(), clean_logits.detach()
-            clean_return, clean_action = (each.detach() for each in self._imagine(clean, clean, seed))
+            undisturbed = clean.apply(self._leaf)
+            clean_return, clean_action = (each.detach() for each in self._imagine(undisturbed, undisturbed, seed))
             terms = []
             for view in views:
                 seen, logits = self._filter(tensordict, self.patch.paste(pixels, *view), seed)
@@ -179,7 +180,7 @@ class PlanningAttackLoss(LossModule):
         """Mean |d return / d pixel| of the agent undisturbed, over the frames and channels of records [B, T]: [H, W]."""
         pixels = tensordict.get(("next", self.tensor_keys.pixels))
         with torch.enable_grad(), self._frozen(), self._repeatable(pixels.device) as seed:
-            image = self._leaf(pixels)
+            image = self._leaf(self._floats(pixels))
             seen, _ = self._filter(tensordict, image, seed)
             returns, _ = self._imagine(seen, seen, seed)
             (gradient,) = torch.autograd.grad(returns.sum(), image)
@@ -205,13 +206,16 @@ class PlanningAttackLoss(LossModule):
             yield seed
 
     @staticmethod
-    def _leaf(pixels: torch.Tensor) -> torch.Tensor:
-        """Clean images as floats that want a gradient: so the clean pass takes the same code as the patched one.
+    def _floats(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels if pixels.is_floating_point() else pixels / 255
+
+    @staticmethod
+    def _leaf(value: torch.Tensor) -> torch.Tensor:
+        """A clean input that wants a gradient, which nobody asks for: so the clean pass takes the code of the patched one.
 
         What a network computes with and without a graph may differ in the last bit, and a sample with it.
         """
-        image = pixels.detach() if pixels.is_floating_point() else pixels / 255
-        return image.requires_grad_(torch.is_grad_enabled())
+        return value.detach().requires_grad_(torch.is_grad_enabled())
 
     def _filter(self, records: TensorDictBase, pixels: torch.Tensor, seed: int) -> tuple[TensorDict, torch.Tensor]:
         """Posterior latents [N] where imaginations begin, and posterior logits [B, T, S, K]."""
