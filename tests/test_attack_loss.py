@@ -140,13 +140,15 @@ def test_all_context_states_begin_imaginations_or_only_the_last():
 # -- an agent of ours ----------------------------------------------------------------------------------------------------
 
 
-def opinionated(discrete=False):
-    """Untrained heads predict 0 and hardly tell one image from another: this one has views on everything."""
-    agent = tiny_agent(discrete=discrete)
+def opinionated(agent):
+    """Untrained heads predict 0 and hardly tell one image from another: this agent has views on everything."""
     generator = torch.Generator().manual_seed(5)
-    for part, scale in ((agent.actor, 0.6), (agent.reward, 0.02), (agent.value, 0.02), (agent.encoder, 0.3)):
+    for part, scale in ((agent.actor, 0.6), (agent.reward, 0.3), (agent.value, 0.3), (agent.encoder, 0.3)):
         for parameter in part.parameters():
             parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    for head in (agent.reward, agent.value):  # of about 1, not of millions
+        bins = head.layers[-1].bias.data
+        bins -= (torch.arange(len(bins)) - len(bins) // 2).square() / 50
     agent.posterior.embedding_in.weight.data *= 20
     agent.posterior.out.weight.data *= 5
     return agent
@@ -169,7 +171,7 @@ def agent_loss(agent, patch, **settings):
 @pytest.mark.parametrize("belief", ["clean", "patched"])
 @pytest.mark.parametrize("actions", ["mode", "sample"])
 def test_the_gradient_reaches_the_patch_and_no_parameter_of_the_agent(discrete, belief, actions):
-    agent = opinionated(discrete)
+    agent = opinionated(tiny_agent(discrete=discrete))
     patch = patch_of(seed=3)
     loss = agent_loss(agent, patch, belief=belief, actions=actions, w_kl=0.1, w_action=0.1, w_tv=0.0, w_l2=0.0)
     losses = loss(tiny_records(agent))
@@ -186,7 +188,7 @@ def test_the_gradient_reaches_the_patch_and_no_parameter_of_the_agent(discrete, 
 @pytest.mark.parametrize("settings", [{}, {"belief": "patched"}, {"actions": "sample", "starts": "last"}])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_patch_that_changes_no_pixel_changes_nothing_exactly(discrete, settings, precision):
-    agent = opinionated(discrete)
+    agent = opinionated(tiny_agent(discrete=discrete))
     loss = agent_loss(agent, patch_of(delta=0.0, **IDENTITY), **settings)
     for _ in range(3):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
@@ -201,7 +203,7 @@ def test_a_patch_that_changes_no_pixel_changes_nothing_exactly(discrete, setting
 
 
 def test_the_generators_go_on_as_if_one_number_had_been_drawn():
-    agent = opinionated()
+    agent = opinionated(tiny_agent())
     loss = agent_loss(agent, patch_of())
     torch.manual_seed(0)
     first = loss(tiny_records(agent))["loss_return"]
@@ -215,8 +217,9 @@ def test_the_generators_go_on_as_if_one_number_had_been_drawn():
 
 
 def test_expectation_over_transformation_averages_losses_over_every_shift():
-    agent = opinionated()
-    patch = patch_of(placement="center", eot_translations=200, eot_max_shift=1)
+    agent = opinionated(tiny_agent())
+    stripes = torch.tensor([0.0, 1.0]).repeat(3).view(6, 1, 1)
+    patch = patch_of(placement="center", eot_translations=200, eot_max_shift=1, delta=stripes)
     loss, records = agent_loss(agent, patch), tiny_records(agent)
     centre = torch.tensor([5, 6])
     every = [((centre + torch.tensor([dy, dx])).expand(BATCH, 2), None) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
@@ -241,7 +244,7 @@ def test_expectation_over_transformation_averages_losses_over_every_shift():
 
 
 def test_common_random_numbers_leave_no_noise_between_two_patches():
-    agent = opinionated()
+    agent = opinionated(tiny_agent())
     records = tiny_records(agent)
     torch.manual_seed(0)
     one = agent_loss(agent, patch_of(delta=0.25))(records)["return_change"]
@@ -251,7 +254,7 @@ def test_common_random_numbers_leave_no_noise_between_two_patches():
 
 
 def test_saliency_is_the_gradient_of_the_return_and_shows_what_the_agent_reads():
-    agent = opinionated()
+    agent = opinionated(tiny_agent())
     blind = agent.encoder.image.convolutions[0]
     records = tiny_records(agent)
     heat = agent_loss(agent, patch_of()).saliency(records)
@@ -265,7 +268,7 @@ def test_saliency_is_the_gradient_of_the_return_and_shows_what_the_agent_reads()
 
 
 def test_keys_can_be_renamed_and_other_entries_of_the_records_are_left_alone():
-    agent = opinionated()
+    agent = opinionated(tiny_agent())
     records = tiny_records(agent)
     before = records.clone()
     loss = agent_loss(agent, patch_of())
