@@ -135,18 +135,19 @@ def controls(patch: AdversarialPatch, seed: int) -> dict[str, AdversarialPatch]:
     return {name: patch.showing(delta) for name, delta in shown.items()}
 
 
-def other_patch(cfg: DictConfig, patch: AdversarialPatch, device: torch.device, interrupt: Interrupt):
-    """The control that somebody did optimise, for another agent: read from a file, or found here in the same way."""
+def other_patch(
+    cfg: DictConfig, patch: AdversarialPatch, device: torch.device, interrupt: Interrupt
+) -> tuple[AdversarialPatch, dict]:
+    """The control that was optimised, too, but for another agent: read from a file, or found here in the same way."""
     if Path(cfg.other).suffix == ".npz":
-        other = AdversarialPatch.load(cfg.other)
+        other, whose = AdversarialPatch.load(cfg.other), {"file": cfg.other}
     else:
-        other = Attack(load_trained(cfg.other, device), cfg, device).search(
-            cfg.attack.loss.belief, interrupt, "other seed"
-        )
-        other = other.patch
+        trained = load_trained(cfg.other, device)
+        attack = Attack(trained, cfg, device)
+        other, whose = attack.search(cfg.attack.loss.belief, interrupt, "other agent").patch, trained.identity
     if (other.delta.shape, other.mode) != (patch.delta.shape, patch.mode):
         raise ValueError(f"other={cfg.other} holds {other}, which cannot be compared with {patch}.")
-    return patch.showing(other.delta.detach())
+    return patch.showing(other.delta.detach()), whose
 
 
 def check(cfg: DictConfig) -> None:
@@ -184,18 +185,15 @@ def main(cfg: DictConfig) -> None:
     with Interrupt() as interrupt:
         searches = {"optimized": attack.search(cfg.attack.loss.belief, interrupt, "optimized")}
         best = searches["optimized"].patch
+        record = {"agent": trained.identity, "config": OmegaConf.to_container(cfg, resolve=True)}
         patches = {"clean": None, "optimized": best, **controls(best, cfg.seed)}
         if cfg.other is not None and not interrupt.requested:
-            patches["other seed"] = other_patch(cfg, best, device, interrupt)
+            patches["other agent"], record["other"] = other_patch(cfg, best, device, interrupt)
         if cfg.beside is not None and not interrupt.requested:
             name = f"{cfg.beside} belief"
             searches[name] = attack.search(cfg.beside, interrupt, name)
             patches[name] = searches[name].patch
-        record = {
-            "agent": {"name": trained.run.name, "seed": trained.run.seed, "frames": trained.step},
-            "config": OmegaConf.to_container(cfg, resolve=True),
-            "searches": {name: {"best_step": each.step, "curve": each.curve} for name, each in searches.items()},
-        }
+        record["searches"] = {name: {"best_step": each.step, "curve": each.curve} for name, each in searches.items()}
         keep(out, searches, record)
         results = attack.play(patches, interrupt)
     if interrupt.requested:

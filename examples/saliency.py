@@ -82,7 +82,7 @@ def main(cfg: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     films = {"seen": np.stack(seen["frames"])}
     record = {
-        "agent": {"name": trained.run.name, "seed": trained.run.seed, "frames": trained.step},
+        "agent": trained.identity,
         "algorithm": OmegaConf.to_container(trained.run.algorithm, resolve=True),
         "config": OmegaConf.to_container(cfg, resolve=True),
         "frames": len(seen["frames"]),

@@ -1,6 +1,8 @@
 """PlanningAttackLoss: returns by hand, what can lower them, where gradients go, and what exactly cancels."""
 
 import pytest
+
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
 from agents import ACTIONS, BATCH, TIME, tiny_agent, tiny_records
 from tensordict import TensorDict

@@ -4,6 +4,8 @@ import functools
 
 import numpy as np
 import pytest
+
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
 from agents import tiny_agent
 from attack import controls, play
@@ -267,7 +269,7 @@ def test_the_verdict_counts_only_intervals_that_lie_below_zero():
     assert conditions["grey"]["optimized_minus_this"]["mean"] == pytest.approx(-20 / 3)
     assert verdict(conditions) == (
         "The optimised patch: lower real return than grey, noise; not shown to be lower than black; "
-        "no patch of another seed was given (other=DIR)."
+        "no patch of another agent was given (other=DIR)."
     )
     lines = markdown(conditions).splitlines()
     assert len(lines) == 7 and all(line.count("|") == 7 for line in lines)

@@ -6,6 +6,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
 from tensordict import TensorDict
 from torchrl.envs import ParallelEnv, SerialEnv, ToTensorImage, TransformedEnv

@@ -9,7 +9,7 @@ import numpy as np
 from .evaluation import EvaluationResult
 
 BELIEFS = ("clean", "patched")
-CONTROLS = ("grey", "black", "noise", "shuffled", "other seed")
+CONTROLS = ("grey", "black", "noise", "shuffled", "other agent")
 RESAMPLES = 10_000
 
 
@@ -50,7 +50,7 @@ def verdict(conditions: Mapping[str, dict]) -> str:
     others = [name for name in controls if name not in shown]
     said = [f"lower real return than {', '.join(shown)}"] if shown else []
     said += [f"not shown to be lower than {', '.join(others)}"] if others else []
-    said += ["no patch of another seed was given (other=DIR)"] if "other seed" not in controls else []
+    said += ["no patch of another agent was given (other=DIR)"] if "other agent" not in controls else []
     return "The optimised patch: " + "; ".join(said) + "."
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch.nn.functional import conv2d, one_hot, pad
+from torch.nn.functional import conv2d, pad
 
 from r2dreamer.dreamer import Agent
 
@@ -19,7 +19,7 @@ CHUNK = 256  # occluded images encoded at once
 class OcclusionSaliency:
     """Maps [H, W] of one observation, as the agent receives it with what it remembers.
 
-    fill: "blur" or "grey". Latents are the posterior's modes, so that hiding what does not matter changes nothing at all.
+    fill: "blur" or "grey". Latents are the posterior's probabilities: samples change by chance, modes only when they flip.
     """
 
     def __init__(self, agent: Agent, key: str, *, fill: str = "blur", window: int = 8, stride: int = 4):
@@ -67,8 +67,7 @@ class OcclusionSaliency:
         seen = TensorDict({**others, self.key: images}, [count])
         belief = belief.expand(count, -1)
         logits, _ = self.agent.posterior(belief, self.encoder(seen)["encoded_latents"])
-        state = one_hot(logits.argmax(-1), logits.shape[-1]).flatten(-2).float()
-        latents = TensorDict({"state": state, "belief": belief}, [count])
+        latents = TensorDict({"state": logits.softmax(-1).flatten(-2), "belief": belief}, [count])
         return self.agent.actor.get_dist(latents).mean, self.agent.value_model(latents.copy())["state_value"]
 
 
@@ -94,12 +93,10 @@ def blurred(image: torch.Tensor, sigma: float) -> torch.Tensor:
 def inside_fraction(maps: torch.Tensor, masks: torch.Tensor) -> dict[str, float | None]:
     """How much of the saliency [T, H, W] lies in the object [T, H, W], of frames that show it; beside it the area's share."""
     shows = masks.flatten(1).any(1)
-    maps, masks = maps[shows].double(), masks[shows]
-    total = maps.sum().item()
-    if not total:
-        return {"fraction": None, "area": None, "frames": int(shows.sum())}
+    maps, masks = maps[shows].double(), masks[shows].double()
+    total, frames = maps.sum().item(), int(shows.sum())
     return {
-        "fraction": (maps * masks).sum().item() / total,
-        "area": masks.double().mean().item(),
-        "frames": int(shows.sum()),
+        "fraction": (maps * masks).sum().item() / total if total else None,
+        "area": masks.mean().item() if frames else None,
+        "frames": frames,
     }

@@ -39,6 +39,10 @@ class Trained:
         """The run's, or that of a checkpoint which stands alone."""
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        return {"name": self.run.name, "seed": self.run.seed, "frames": self.step}
+
     def pixels_key(self, wanted: str | None = None) -> str:
         images = self.agent.observations.images
         key = next(iter(images)) if wanted is None else wanted
