@@ -7,6 +7,7 @@ python examples/attack.py checkpoint=DIR attack=perturb attack.patch.placement=r
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import support  # noqa: F401  # isort: skip  # before torch
@@ -37,6 +38,7 @@ class Attack:
     def __init__(self, trained: Trained, cfg: DictConfig, device: torch.device):
         self.trained, self.cfg, self.device = trained, cfg, device
         self.key = trained.pixels_key(cfg.pixels_key)
+        self.image = tuple(trained.agent.observations.images[self.key])  # C, H, W
         self.precision = resolve_precision(cfg.precision, device)
         self.loss(self.new_patch(), cfg.attack.loss.belief)  # refuses bad settings before anything heavy starts
         episodes = collect_episodes(
@@ -53,7 +55,7 @@ class Attack:
         self.held_out = held_out.spread(cfg.optimize.eval_windows).split(cfg.optimize.batch_size)
 
     def new_patch(self) -> AdversarialPatch:
-        cfg, shape = self.cfg.attack, self.trained.agent.observations.images[self.key]
+        cfg, shape = self.cfg.attack, self.image
         more = {"channels": shape[0], "pixels_key": self.key, "seed": self.cfg.seed}
         if cfg.allowed is not None:
             y0, x0, y1, x1 = cfg.allowed
@@ -135,19 +137,23 @@ def controls(patch: AdversarialPatch, seed: int) -> dict[str, AdversarialPatch]:
     return {name: patch.showing(delta) for name, delta in shown.items()}
 
 
-def other_patch(
-    cfg: DictConfig, patch: AdversarialPatch, device: torch.device, interrupt: Interrupt
-) -> tuple[AdversarialPatch, dict]:
-    """The control that was optimised, too, but for another agent: read from a file, or found here in the same way."""
+def prepare_other(cfg: DictConfig, attack: Attack) -> Callable[[Interrupt], tuple[torch.Tensor, dict]]:
+    """The control that was optimised, too, but for another agent: read from a file, or to be found in the same way.
+
+    Returns what finds its pixels, and says whose they are; mistakes show before anything is optimised.
+    """
+    wanted = attack.new_patch()
     if Path(cfg.other).suffix == ".npz":
-        other, whose = AdversarialPatch.load(cfg.other), {"file": cfg.other}
-    else:
-        trained = load_trained(cfg.other, device)
-        attack = Attack(trained, cfg, device)
-        other, whose = attack.search(cfg.attack.loss.belief, interrupt, "other agent").patch, trained.identity
-    if (other.delta.shape, other.mode) != (patch.delta.shape, patch.mode):
-        raise ValueError(f"other={cfg.other} holds {other}, which cannot be compared with {patch}.")
-    return patch.showing(other.delta.detach()), whose
+        other = AdversarialPatch.load(cfg.other)
+        if (other.delta.shape, other.mode) != (wanted.delta.shape, wanted.mode):
+            raise ValueError(f"other={cfg.other} holds {other}, which cannot be compared with {wanted}.")
+        return lambda interrupt: (other.delta.detach(), {"file": cfg.other})
+    trained = load_trained(cfg.other, attack.device)
+    rival = Attack(trained, cfg, attack.device)
+    if rival.image != attack.image:
+        raise ValueError(f"other={cfg.other} sees images of {rival.image}, this agent sees {attack.image}.")
+    search = lambda interrupt: rival.search(cfg.attack.loss.belief, interrupt, "other agent").patch.delta.detach()
+    return lambda interrupt: (search(interrupt), trained.identity)
 
 
 def check(cfg: DictConfig) -> None:
@@ -165,6 +171,7 @@ def check(cfg: DictConfig) -> None:
 def keep(out: Path, searches: dict[str, Search], record: dict) -> None:
     """The patches, their pictures, and what is known so far."""
     out.mkdir(parents=True, exist_ok=True)
+    record["searches"] = {name: {"best_step": each.step, "curve": each.curve} for name, each in searches.items()}
     for name, search in searches.items():
         stem = "patch" if name == "optimized" else f"patch_{name.replace(' ', '_')}"
         search.patch.save(out / f"{stem}.npz")
@@ -182,20 +189,22 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(trained.run.threads)
     out = Path(cfg.out or trained.directory / "attack")
     attack = Attack(trained, cfg, device)
+    other = None if cfg.other is None else prepare_other(cfg, attack)
+    record = {"agent": trained.identity, "config": OmegaConf.to_container(cfg, resolve=True)}
     with Interrupt() as interrupt:
         searches = {"optimized": attack.search(cfg.attack.loss.belief, interrupt, "optimized")}
+        keep(out, searches, record)  # whatever happens to the others
         best = searches["optimized"].patch
-        record = {"agent": trained.identity, "config": OmegaConf.to_container(cfg, resolve=True)}
         patches = {"clean": None, "optimized": best, **controls(best, cfg.seed)}
-        if cfg.other is not None and not interrupt.requested:
-            patches["other agent"], record["other"] = other_patch(cfg, best, device, interrupt)
+        if other is not None and not interrupt.requested:
+            delta, record["other"] = other(interrupt)
+            patches["other agent"] = best.showing(delta)
         if cfg.beside is not None and not interrupt.requested:
             name = f"{cfg.beside} belief"
             searches[name] = attack.search(cfg.beside, interrupt, name)
             patches[name] = searches[name].patch
-        record["searches"] = {name: {"best_step": each.step, "curve": each.curve} for name, each in searches.items()}
-        keep(out, searches, record)
-        results = attack.play(patches, interrupt)
+            keep(out, searches, record)
+        results = {} if interrupt.requested else attack.play(patches, interrupt)
     if interrupt.requested:
         print(f"Interrupted: {out / 'patch.npz'} is the best patch so far, that of step {searches['optimized'].step}.")
         return

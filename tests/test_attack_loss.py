@@ -92,9 +92,7 @@ def test_terms_have_their_weights_and_signs():
     weights = {"w_return": 2.0, "w_kl": 3.0, "w_action": 4.0, "w_tv": 5.0, "w_l2": 6.0}
     patch = patch_of((1, 2), torch.tensor([[[0.2], [0.4]]]), channels=1)
     records = TensorDict({"next": {"pixels": torch.full((1, 1, 1, 1, 2), 0.8)}}, [1, 1])
-    loss = toy_loss(patch, **weights)
-    loss.world_model.module.__defaults__ = None
-    losses = loss(records)
+    losses = toy_loss(patch, **weights)(records)
     expected = {
         "loss_return": 2 * losses["imagined_return"],
         "loss_kl": -3 * losses["kl"],

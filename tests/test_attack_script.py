@@ -16,7 +16,6 @@ from torchrl.checkpoint import CheckpointError
 from r2dreamer.envs import AdversarialPatch
 from support.checkpoint import Checkpoints
 from support.occlusion import OcclusionSaliency
-from support.script import Interrupt
 from support.trained import load_trained
 
 SEEING = [
@@ -60,7 +59,7 @@ def test_one_command_attacks_a_checkpoint_and_reports_every_condition(server, tr
         if name != "clean":
             assert line["change"]["mean"] == pytest.approx(line["mean"] - conditions["clean"]["mean"])
             assert set(line["imagined"]) == {"clean", "patched"} and line["imagined"]["patched"]["kl"] > 0
-    assert found["other"] == {"name": "tiny", "seed": 0, "frames": 62}
+    assert found["other"] == {"name": "tiny", "seed": 0, "frames": int(earlier.name.removeprefix("step_"))}
     assert found["agent"] == {"name": "tiny", "seed": 0, "frames": 120} and found["config"]["optimize"]["steps"] == 4
     assert [point["step"] for point in found["searches"]["optimized"]["curve"]] == [0, 2, 4]
     assert (out / "table.md").read_text().splitlines()[0] in run.stdout and found["verdict"] in run.stdout
@@ -175,11 +174,15 @@ def test_settings_of_an_attack_that_make_no_sense_are_refused(trained, setting, 
         attack.Attack(load_trained(str(trained), device), cfg, device)
 
 
-def test_a_patch_of_another_size_is_no_control(tmp_path):
-    patch = AdversarialPatch((4, 6))
-    cfg = config(f"other={AdversarialPatch((4, 5)).save(tmp_path / 'patch.npz')}", name="attack")
+def test_a_patch_that_cannot_be_compared_is_no_control(trained, tmp_path):
+    path = AdversarialPatch((4, 5)).save(tmp_path / "patch.npz")
+    cfg, device = config(*QUICK, f"other={path}", name="attack"), torch.device("cpu")
+    mine = attack.Attack(load_trained(str(trained), device), cfg, device)
     with pytest.raises(ValueError, match="cannot be compared with"):
-        attack.other_patch(cfg, patch, torch.device("cpu"), Interrupt())
+        attack.prepare_other(cfg, mine)
+    cfg.other = str(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        attack.prepare_other(cfg, mine)
 
 
 @pytest.mark.parametrize(
