@@ -39,6 +39,13 @@ class AdversarialPatch(Transform):
     seed: of the first `delta` and of all draws. In a `ParallelEnv` give each worker's patch its own.
 
         env = TransformedEnv(make_dmc("walker_walk", seed=0, from_pixels=True), AdversarialPatch.load("patch.npz"))
+
+    >>> from tensordict import TensorDict
+    >>> patch = AdversarialPatch((2, 5), placement="center")
+    >>> seen = patch(TensorDict({"pixels": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, [4]))["pixels"]
+    >>> seen.sum().backward()
+    >>> patch.delta.grad.unique()  # every pixel of the patch is in each of 4 images
+    tensor([4.])
     """
 
     def __init__(

@@ -48,6 +48,12 @@ class PlanningAttackLoss(LossModule):
         bootstrap: whether the critic's value stands for what follows the last imagined step.
 
     Keys: reads ``state``, ``belief`` (before the window), ``action``, ``is_init`` and ``("next", "pixels")`` [B, T].
+
+    Example:
+        >>> loss = PlanningAttackLoss(  # doctest: +SKIP
+        ...     AdversarialPatch(), world_model, prior_model, actor, reward_model, value_model, belief="clean")
+        >>> optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)  # the patch, and nothing else  # doctest: +SKIP
+        >>> total_loss(loss(records)).backward(); optimizer.step(); loss.patch.project_()  # doctest: +SKIP
     """
 
     @dataclass
