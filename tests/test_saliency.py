@@ -6,13 +6,18 @@ import pytest
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
-from agents import tiny_agent
+from agents import WIDTHS, tiny_agent
+from launcher import config
+from omegaconf import OmegaConf
+from saliency import watch
 from tensordict import TensorDict
 from test_attack_loss import opinionated
 
+from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import make_dmc, make_dmc_subtle, make_probe
 from support.occlusion import OcclusionSaliency, blurred, inside_fraction, window_masks
 from support.segment import segmenter
+from support.trained import Trained
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,22 @@ def test_the_simulator_says_where_its_target_is(make, task, objects):
     assert inside.std(1).max() < outside.std(1).max() + 60
     moved = segment(env.set_seed(9) and env.reset()["pixels"])
     assert not torch.equal(mask, moved)
+
+
+def test_every_frame_that_is_watched_comes_with_the_mask_of_its_own_moment():
+    torch.manual_seed(0)
+    agent = build_agent(ObservationSpace({"pixels": (3, 64, 64)}, {}), ActionSpace(2, discrete=False), **WIDTHS)
+    run = OmegaConf.create({"env": {"task": "reacher"}})
+    trained = Trained(agent, run, None, 0, functools.partial(make_dmc_subtle, "reacher", shrink=1.0))
+    settings = ["episodes=2", "max_steps=3", "occlusion.window=16", "occlusion.stride=16", "progress=false"]
+    seen = watch(trained, config(*settings, name="saliency"), "pixels", 0)
+    assert {name: len(found) for name, found in seen.items()} == {
+        "frames": 6, "policy": 6, "value": 6, "masks": 6, "returns": 2
+    }  # fmt: skip
+    for frame, mask in zip(seen["frames"], seen["masks"], strict=True):
+        inside, outside = frame[mask.numpy()].mean(0), frame[~mask.numpy()].mean(0)
+        assert mask.any() and abs(inside - outside).max() > 40
+    assert not torch.equal(seen["masks"][0], seen["masks"][3])  # another episode, another target
 
 
 def test_objects_have_names_parts_and_bodies_and_elsewhere_colours():
