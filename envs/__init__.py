@@ -16,6 +16,7 @@ from .errors import WorkerError
 from .gym import make_gym
 from .memory_maze import make_memory_maze
 from .metaworld import make_metaworld
+from .patch import AdversarialPatch
 from .probes import PROBES, make_probe
 from .simulator import Simulator
 from .subtle import DMCSubtle, make_dmc_subtle
@@ -23,6 +24,7 @@ from .transforms import ClippedActionScaling, FiniteCheck
 from .vector import VectorEnv, count_workers, env_seeds, make_vector_env, reseed
 
 __all__ = [
+    "AdversarialPatch",
     "ClippedActionScaling",
     "CrafterScores",
     "DMCSubtle",

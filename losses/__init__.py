@@ -1,6 +1,7 @@
 """The objectives of R2-Dreamer: LossModules on TorchRL's DreamerV3 keys, and their maths as pure functions."""
 
 from .actor import DreamerActorLoss
+from .attack import PlanningAttackLoss
 from .collapse import collapse_metrics, effective_rank
 from .dreamerpro import DreamerPro
 from .dynamics import DynamicsActorLoss
@@ -41,6 +42,7 @@ __all__ = [
     "NoTarget",
     "Objective",
     "ProbeDecoder",
+    "PlanningAttackLoss",
     "R2DreamerWorldModelLoss",
     "Reconstruction",
     "SymlogMSE",

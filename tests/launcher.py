@@ -140,8 +140,10 @@ class Server:
 
 
 def serve():
+    import attack  # noqa: F401
     import doctor  # noqa: F401
     import evaluate  # noqa: F401
+    import saliency  # noqa: F401
     import train  # noqa: F401
 
     for line in sys.stdin:

@@ -1,0 +1,292 @@
+"""A planning-level attack: the gradient of the agent's imagined return, down to the pixels of a patch.
+
+L = w_return R - w_kl KL(patched || clean) - w_action |a_patched - a_clean|^2 + w_tv TV + w_l2 L2   (a: of choices, pi)
+R = sum_k w_k r_k + w_{H+1} v_H,  k = 1 .. H,  w_k = prod_{j < k} (discount c_j)
+
+The agent is frozen: gradients flow through it, and none of its parameters gets one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import nn
+from torchrl.modules import SymExpTwoHot
+from torchrl.objectives import categorical_kl_terms
+from torchrl.objectives.common import LossModule
+
+from .functional import lambda_return
+
+View = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class PlanningAttackLoss(LossModule):
+    """What an adversarial patch minimises: the return that the agent imagines after seeing it in every frame.
+
+    With ``belief="clean"`` actions come from the patched belief, and what they lead to is rolled and scored from the clean
+    belief of the same moment: only worse actions lower this return. With ``belief="patched"`` the patched belief is scored
+    too, and an agent that merely *believes* it is doomed counts as a success.
+
+    Clean and patched passes draw the same random numbers, so that a patch that changes no pixel has a KL, an action shift and
+    a ``return_change`` of exactly 0. Returns scalar ``loss_return``, ``loss_kl``, ``loss_action``, ``loss_tv``, ``loss_l2``,
+    already weighted, and detached diagnostics. Only the patch belongs to this module's parameters.
+
+    Args:
+        patch: offers ``views(count, (H, W))``, a list of draws; ``paste(pixels, *draw)``; ``total_variation()``, ``l2()``;
+            for example ``r2dreamer.envs.AdversarialPatch``. The loss is averaged over the draws, the image never is.
+        world_model: encoder and RSSM rollout on records [B, T]; what it does beyond that is not used.
+        prior_model: one imagined step, (state, belief, action) -> ("next", state), ("next", belief).
+        actor_model, reward_model, value_model, continue_model: read latents at the root. Without the last nothing ends.
+        starts: "all" context states begin an imagination, or only the "last" of each window.
+        actions: the actor's "mode" or "sample"; a discrete choice is differentiated straight-through.
+        bootstrap: whether the critic's value stands for what follows the last imagined step.
+
+    Keys: reads ``state``, ``belief`` (before the window), ``action``, ``is_init`` and ``("next", "pixels")`` [B, T].
+
+    Example:
+        >>> loss = PlanningAttackLoss(  # doctest: +SKIP
+        ...     AdversarialPatch(), world_model, prior_model, actor, reward_model, value_model, belief="clean")
+        >>> optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)  # the patch, and nothing else  # doctest: +SKIP
+        >>> total_loss(loss(records)).backward(); optimizer.step(); loss.patch.project_()  # doctest: +SKIP
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """``pixels`` and ``posterior_logits`` are read below ``"next"``, the others at the root of imagined steps."""
+
+        state: NestedKey = "state"
+        belief: NestedKey = "belief"
+        action: NestedKey = "action"
+        pixels: NestedKey = "pixels"
+        posterior_logits: NestedKey = "posterior_logits"
+        reward: NestedKey = "reward"
+        reward_logits: NestedKey = "reward_logits"
+        value: NestedKey = "state_value"
+        value_logits: NestedKey = "state_value_logits"
+        continue_pred: NestedKey = "continue_pred"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    out_keys = ["loss_return", "loss_kl", "loss_action", "loss_tv", "loss_l2"]
+
+    def __init__(
+        self,
+        patch: nn.Module,
+        world_model: TensorDictModuleBase,
+        prior_model: TensorDictModuleBase,
+        actor_model: ProbabilisticTensorDictSequential,
+        reward_model: TensorDictModuleBase,
+        value_model: TensorDictModuleBase,
+        *,
+        continue_model: TensorDictModuleBase | None = None,
+        belief: str = "clean",
+        starts: str = "all",
+        actions: str = "mode",
+        bootstrap: bool = True,
+        imagination_horizon: int = 15,
+        discount: float = 1 - 1 / 333,
+        unimix: float = 0.01,
+        w_return: float = 1.0,
+        w_kl: float = 0.0,
+        w_action: float = 0.0,
+        w_tv: float = 0.01,
+        w_l2: float = 0.001,
+        num_reward_bins: int = 255,
+        num_value_bins: int = 255,
+    ):
+        super().__init__()
+        choices = {
+            "belief": (belief, ("clean", "patched")),
+            "starts": (starts, ("all", "last")),
+            "actions": (actions, ("mode", "sample")),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
+        if imagination_horizon < 1:
+            raise ValueError(f"imagination_horizon must be at least 1, got {imagination_horizon}.")
+        if not 0 < discount <= 1:
+            raise ValueError(f"discount must be in (0, 1], got {discount}.")
+        self.weights = {"return": w_return, "kl": w_kl, "action": w_action, "tv": w_tv, "l2": w_l2}
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"w_{name}={weight} must not be negative; the loss has the signs already.")
+        self.patch = patch
+        models = [world_model, prior_model, actor_model, reward_model, value_model, continue_model]
+        # Not registered: none of the agent's parameters belongs to this loss.
+        self.__dict__.update(
+            world_model=world_model,
+            prior_model=prior_model,
+            actor_model=actor_model,
+            reward_model=reward_model,
+            value_model=value_model,
+            continue_model=continue_model,
+            agent_parameters=[parameter for model in models if model is not None for parameter in model.parameters()],
+        )
+        self.belief, self.starts, self.actions, self.bootstrap = belief, starts, actions, bootstrap
+        self.imagination_horizon, self.discount, self.unimix = imagination_horizon, discount, unimix
+        self.reward_two_hot, self.value_two_hot = SymExpTwoHot(num_reward_bins), SymExpTwoHot(num_value_bins)
+        self._in_keys = None
+
+    def _forward_value_estimator_keys(self, **kwargs) -> None:
+        pass
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        return self._in_keys or list(self.world_model.in_keys)
+
+    @in_keys.setter
+    def in_keys(self, keys: list[NestedKey]) -> None:
+        self._in_keys = keys
+
+    def forward(self, tensordict: TensorDictBase, views: Sequence[View] | None = None) -> TensorDict:
+        """The loss on records [B, T]; views: what to average over, the patch's own draws by default."""
+        pixels = tensordict.get(("next", self.tensor_keys.pixels))
+        if views is None:
+            views = self.patch.views(pixels.shape[0], pixels.shape[-2:])
+        with self._frozen(), self._repeatable(pixels.device) as seed:
+            clean, clean_logits = self._filter(tensordict, self._leaf(self._floats(pixels)), seed)
+            clean, clean_logits = clean.detach(), clean_logits.detach()
+            undisturbed = clean.apply(self._leaf)
+            clean_return, clean_action = (each.detach() for each in self._imagine(undisturbed, undisturbed, seed))
+            terms = []
+            for view in views:
+                seen, logits = self._filter(tensordict, self.patch.paste(pixels, *view), seed)
+                judging = clean if self.belief == "clean" else seen
+                returns, action = self._imagine(seen, judging, seed)
+                _, kl = categorical_kl_terms(logits, clean_logits, 0.0, self.unimix)
+                terms.append(torch.stack([returns.mean(), kl, (action - clean_action).square().sum(-1).mean()]))
+            imagined, kl, shift = torch.stack(terms).mean(0)
+        weights = self.weights
+        losses = TensorDict(
+            {
+                "loss_return": weights["return"] * imagined,
+                "loss_kl": -weights["kl"] * kl,
+                "loss_action": -weights["action"] * shift,
+                "loss_tv": weights["tv"] * self.patch.total_variation(),
+                "loss_l2": weights["l2"] * self.patch.l2(),
+                "imagined_return": imagined.detach(),
+                "clean_return": clean_return.mean(),
+                "return_change": imagined.detach() - clean_return.mean(),
+                "kl": kl.detach(),
+                "action_shift": shift.detach(),
+            },
+            [],
+        )
+        self._clear_weakrefs(tensordict, losses)
+        return losses
+
+    def saliency(self, tensordict: TensorDictBase) -> torch.Tensor:
+        """Mean |d return / d pixel| of the agent undisturbed, over the frames and channels of records [B, T]: [H, W]."""
+        pixels = tensordict.get(("next", self.tensor_keys.pixels))
+        with torch.enable_grad(), self._frozen(), self._repeatable(pixels.device) as seed:
+            image = self._leaf(self._floats(pixels))
+            seen, _ = self._filter(tensordict, image, seed)
+            returns, _ = self._imagine(seen, seen, seed)
+            (gradient,) = torch.autograd.grad(returns.sum(), image)
+        return gradient.abs().flatten(0, -3).mean(0)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        trained = [parameter for parameter in self.agent_parameters if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    @staticmethod
+    @contextmanager
+    def _repeatable(device: torch.device) -> Iterator[int]:
+        """A seed from the global generators, which afterwards go on as if nothing else had been drawn."""
+        seed = int(torch.randint(2**31, ()))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield seed
+
+    @staticmethod
+    def _floats(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels if pixels.is_floating_point() else pixels / 255
+
+    @staticmethod
+    def _leaf(value: torch.Tensor) -> torch.Tensor:
+        """A clean input that wants a gradient, which nobody asks for: so the clean pass takes the code of the patched one.
+
+        What a network computes with and without a graph may differ in the last bit, and a sample with it.
+        """
+        return value.detach().requires_grad_(torch.is_grad_enabled())
+
+    def _filter(self, records: TensorDictBase, pixels: torch.Tensor, seed: int) -> tuple[TensorDict, torch.Tensor]:
+        """Posterior latents [N] where imaginations begin, and posterior logits [B, T, S, K]."""
+        keys = self.tensor_keys
+        torch.manual_seed(seed)
+        records = records.select(*self.world_model.in_keys).set(("next", keys.pixels), pixels)
+        posterior = self.world_model(records).get("next")
+        latents = posterior.select(keys.state, keys.belief)
+        latents = latents[:, -1] if self.starts == "last" else latents.flatten(0, 1)
+        return latents, posterior.get(keys.posterior_logits).float()
+
+    def _imagine(self, acting: TensorDict, judging: TensorDict, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns [N] along `judging` of the actions that `acting` chooses, both latents [N], and the first preferences."""
+        preferences, judged = [], []
+        for step in range(1, self.imagination_horizon + 1):
+            torch.manual_seed(seed + 2 * step)
+            action, preference = self._act(acting)
+            preferences.append(preference)
+            following = self._advance(acting, action, seed + 2 * step + 1)
+            if judging is acting:
+                acting = judging = following
+            else:
+                acting, judging = following, self._advance(judging, action, seed + 2 * step + 1)
+            judged.append(judging)
+        return self._score(torch.stack(judged, 1)), preferences[0].float()
+
+    def _act(self, latents: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions [N, A]; and what shows a shift of them before a choice flips: its probabilities, or the actions again."""
+        policy = self.actor_model.get_dist(latents.select(*self.actor_model.in_keys, strict=False))
+        if policy.has_rsample:
+            action = policy.rsample() if self.actions == "sample" else policy.deterministic_sample
+            return action, action
+        choice = policy.sample() if self.actions == "sample" else policy.deterministic_sample
+        # One-hot in value, straight-through.
+        return choice.float() + (policy.probs - policy.probs.detach()), policy.probs
+
+    def _advance(self, latents: TensorDict, action: torch.Tensor, seed: int) -> TensorDict:
+        keys = self.tensor_keys
+        torch.manual_seed(seed)
+        following = self.prior_model(latents.copy().set(keys.action, action)).get("next")
+        return following.select(keys.state, keys.belief)
+
+    def _score(self, judged: TensorDict) -> torch.Tensor:
+        """R [N] of H imagined latents [N, H]."""
+        keys = self.tensor_keys
+        reward = self._predict(self.reward_model, judged, keys.reward, keys.reward_logits, self.reward_two_hot)
+        terminal = torch.zeros_like(reward)  # [N, H, 1]
+        if self.continue_model is not None:
+            ends = self.continue_model(judged.select(*self.continue_model.in_keys)).get(keys.continue_pred)
+            terminal = 1 - ends.float().sigmoid()
+        value = torch.zeros_like(reward)
+        if self.bootstrap:
+            last = self._predict(self.value_model, judged[:, -1:], keys.value, keys.value_logits, self.value_two_hot)
+            value = torch.cat([value[:, :-1], last], 1)
+        # Index 0 is where the imagination began: its reward came before any action.
+        reward, value, terminal = (
+            torch.cat([torch.zeros_like(each[:, :1]), each], 1) for each in (reward, value, terminal)
+        )
+        return lambda_return(reward, value, terminal=terminal, discount=self.discount, lmbda=1.0)[:, 0, 0]
+
+    @staticmethod
+    def _predict(
+        model: TensorDictModuleBase, latents: TensorDict, key: NestedKey, logits_key: NestedKey, two_hot: SymExpTwoHot
+    ) -> torch.Tensor:
+        """A head's value, decoded here from its logits if it writes them: what heads decode may carry no gradient."""
+        written = model(latents.select(*model.in_keys))
+        logits = written.get(logits_key, None)
+        return written.get(key).float() if logits is None else two_hot(logits.float())
