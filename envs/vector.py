@@ -33,8 +33,8 @@ def make_vector_env(factory, seeds, *, parallel, timeout=120.0):
     """A batched environment of `factory(seed=seed)` for each seed, started.
 
     factory: one of this package's, `functools.partial(make_dmc, ...)` for example; picklable if parallel.
-    parallel: false steps them in this process, true in as many workers as there are cores, a number in so many; "auto" is
-        true for several environments and false for one.
+    parallel: false steps them in this process, true each in a worker of its own, a number in so many workers; "auto" in as
+        many as there are cores, and a single environment in this process.
     timeout: seconds the environments of one worker may take for a step, a reset or their construction.
     """
     seeds = [int(seed) for seed in seeds]
@@ -48,9 +48,9 @@ def make_vector_env(factory, seeds, *, parallel, timeout=120.0):
 def count_workers(parallel, environments):
     """In how many workers so many environments are stepped; 0: in this process."""
     if parallel == "auto":
-        parallel = environments > 1
+        parallel = len(os.sched_getaffinity(0)) if environments > 1 else False
     if isinstance(parallel, bool):
-        return min(len(os.sched_getaffinity(0)), environments) if parallel else 0
+        return environments if parallel else 0
     if not isinstance(parallel, int) or parallel < 1:
         raise ValueError(f"parallel={parallel!r} must be true, false, auto or a number of workers of at least 1.")
     return min(parallel, environments)

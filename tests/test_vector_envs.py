@@ -13,7 +13,7 @@ from torchrl.envs.utils import check_env_specs
 from torchrl.modules import RandomPolicy
 from toys import FACTORIES, every_factory, same, trajectory
 
-from r2dreamer.envs import WorkerError, env_seeds, make_custom, make_gym, make_vector_env, reseed
+from r2dreamer.envs import WorkerError, count_workers, env_seeds, make_custom, make_gym, make_vector_env, reseed
 from r2dreamer.envs.gl import hanging_gl
 
 
@@ -51,13 +51,15 @@ def test_it_gives_what_the_environments_give_alone(factory):
         assert set(one.keys(True, True)) == set(other.keys(True, True)) and same(one, other)
 
 
-@pytest.mark.parametrize("workers", [True, 1, 2, 3])
+@pytest.mark.parametrize("workers", [True, "auto", 1, 2])
 @pytest.mark.parametrize("name", ["gym dict", "dmc vision", "probe"])
 def test_workers_give_what_one_process_gives_also_after_reseeding(name, workers):
     serial = make_vector_env(FACTORIES[name], [1, 2, 5], parallel=False)
     threads = torch.get_num_threads()
     parallel = make_vector_env(FACTORIES[name], [1, 2, 5], parallel=workers)
-    assert len(parallel.squad.crew) == (min(3, len(os.sched_getaffinity(0))) if workers is True else workers)
+    named = {True: 3, "auto": min(3, len(os.sched_getaffinity(0)))}
+    expected = workers if type(workers) is int else named[workers]
+    assert len(parallel.squad.crew) == expected
     assert same(trajectory(serial), trajectory(parallel))
     for env in (serial, parallel):
         reseed(env, [6, 7, 9])
@@ -189,3 +191,11 @@ def test_an_exception_without_workers_carries_task_and_seed():
     with pytest.raises(ArithmeticError) as caught:
         env.rollout(5)
     assert "Toy-raise-v0" in caught.value.__notes__[0] and "seed 40" in caught.value.__notes__[0]
+
+
+def test_how_many_workers_a_setting_makes():
+    assert [count_workers(parallel, 5) for parallel in (False, True, 2, 99)] == [0, 5, 2, 5]
+    assert count_workers("auto", 1) == 0 and count_workers("auto", 99) == len(os.sched_getaffinity(0))
+    for wrong in ("yes", 0, -1, 1.5, None):
+        with pytest.raises(ValueError, match="true, false, auto or a number of workers"):
+            count_workers(wrong, 3)
