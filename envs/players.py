@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torchrl.envs.utils import step_mdp
 
-from .transforms import with_task
+from .transforms import ContractEnv, with_task
 
 FLAGS = ("done", "terminated", "truncated")
 
@@ -127,7 +127,9 @@ class Squad:
         for number, seed in seeds.items():
             at(number)
             env = factory(seed=seed)
-            self.players[number] = SimulatorPlayer(env) if env.bare else EnvPlayer(env)
+            # A transform put on top passes unknown attributes on to what is below it, `bare` as well.
+            bare = type(env) is ContractEnv and env.bare
+            self.players[number] = SimulatorPlayer(env) if bare else EnvPlayer(env)
         self.layout, self.specs = self.describe()
 
     def describe(self):

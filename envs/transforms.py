@@ -76,7 +76,8 @@ def with_task(call, name, env, *args, **kwargs):
     try:
         return call(*args, **kwargs)
     except Exception as error:
-        note = f"This happened in `{name}` of task {env.task!r}, environment seed {env.seed}."
+        task, seed = getattr(env, "task", type(env).__name__), getattr(env, "seed", None)
+        note = f"This happened in `{name}` of task {task!r}, environment seed {seed}."
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         raise

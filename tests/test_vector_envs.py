@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from torchrl.collectors import Collector
-from torchrl.envs import GymEnv, RewardSum, SerialEnv, TransformedEnv
+from torchrl.envs import GymEnv, RewardSum, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules import RandomPolicy
 from toys import FACTORIES, every_factory, same, trajectory
@@ -84,6 +84,20 @@ def test_an_environment_of_somebody_elses_is_stepped_as_it_is():
     vector.close()
     assert one["next", "done"].any() and same(one, other)
     assert one["next", "episode_reward"].max() > 5
+
+
+def limited(seed):
+    """One of ours with a transform on top, which must not be passed over."""
+    return TransformedEnv(FACTORIES["gym state"](seed=seed), StepCounter(max_steps=3))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_transform_on_top_of_an_environment_of_ours_is_stepped_too(parallel):
+    vector = make_vector_env(limited, [3, 4], parallel=parallel)
+    alone = SerialEnv(2, limited, create_env_kwargs=[{"seed": 3}, {"seed": 4}])
+    one, other = trajectory(vector, 9), trajectory(alone, 9)
+    vector.close()
+    assert same(one, other) and one["next", "truncated"].squeeze(-1).sum(1).tolist() == [3, 3]
 
 
 def test_some_can_be_reset_while_others_go_on():

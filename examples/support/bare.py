@@ -10,13 +10,14 @@ from gymnasium.spaces import Box, Dict, Discrete
 from torchrl.envs import EnvBase
 
 from r2dreamer.envs import Simulator
+from r2dreamer.envs.transforms import ContractEnv
 
 
 def bare(factory: Callable[..., EnvBase], seed: int) -> gymnasium.Env:
     """The simulator inside `factory(seed=seed)`; it makes the same images, repeats actions as often, checks nothing."""
     environment = factory(seed=seed)
-    if not environment.bare:
-        raise ValueError(f"{environment.task} is not of a suite of this package: what is inside of it is not known.")
+    if not (isinstance(environment, ContractEnv) and environment.bare):
+        raise ValueError(f"{environment} is not of a suite of this package: what is inside of it is not known.")
     simulator = environment.base_env
     if isinstance(simulator.__dict__.get("env"), gymnasium.Env):
         return simulator.env
