@@ -23,11 +23,7 @@ from r2dreamer.dreamer import Agent, compile_parts
 from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
-from r2dreamer.losses import (
-    R2DreamerWorldModelLoss,
-    collapse_metrics,
-    total_loss,
-)
+from r2dreamer.losses import R2DreamerWorldModelLoss, collapse_metrics, total_loss
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision

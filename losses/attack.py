@@ -39,7 +39,7 @@ class PlanningAttackLoss(LossModule):
 
     Args:
         patch: offers ``views(count, (H, W))``, a list of draws; ``paste(pixels, *draw)``; ``total_variation()``, ``l2()``;
-            for example ``r2dreamer.envs.AdversarialPatch``. The loss is averaged over the draws, the image never is.
+            for example the ``AdversarialPatch`` among our environment transforms. The loss is averaged over the draws, the image never is.
         world_model: encoder and RSSM rollout on records [B, T]; what it does beyond that is not used.
         prior_model: one imagined step, (state, belief, action) -> ("next", state), ("next", belief).
         actor_model, reward_model, value_model, continue_model: read latents at the root. Without the last nothing ends.
@@ -49,11 +49,13 @@ class PlanningAttackLoss(LossModule):
 
     Keys: reads ``state``, ``belief`` (before the window), ``action``, ``is_init`` and ``("next", "pixels")`` [B, T].
 
-    Example:
-        >>> loss = PlanningAttackLoss(  # doctest: +SKIP
-        ...     AdversarialPatch(), world_model, prior_model, actor, reward_model, value_model, belief="clean")
-        >>> optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)  # the patch, and nothing else  # doctest: +SKIP
-        >>> total_loss(loss(records)).backward(); optimizer.step(); loss.patch.project_()  # doctest: +SKIP
+    A step of the search, with the parts of an agent by their names (``examples/support/trained.py`` takes them from one)::
+
+        loss = PlanningAttackLoss(patch, world_model, prior_model, actor, reward_model, value_model)
+        optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)  # the patch, and nothing else
+        total_loss(loss(records)).backward()
+        optimizer.step()
+        patch.project_()
     """
 
     @dataclass

@@ -31,7 +31,7 @@ class Objective(nn.Module):
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
         """Weighted terms by name, and detached diagnostics."""
-        raise NotImplementedError
+        raise NotImplementedError  # this is what an objective is
 
     def after_update(self) -> None:
         """Called once after every step of the optimiser: networks that follow others do it here."""
