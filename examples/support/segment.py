@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torchrl.envs import DMControlWrapper, EnvBase, TransformedEnv
+from torchrl.envs import EnvBase, TransformedEnv
 
-from r2dreamer.envs import RenderPixels
+from r2dreamer.envs.dmc import Control
 from r2dreamer.envs.subtle import OFFICIAL
 
 KINDS = ("geom", "site", "tendon")
@@ -25,11 +25,10 @@ def segmenter(
     if colour is not None:
         wanted = torch.tensor(list(colour), dtype=torch.uint8).view(-1, 1, 1)
         return lambda pixels: (pixels.cpu() == wanted).all(0)
-    view, base = None, env
+    base = env
     while isinstance(base, TransformedEnv):
-        view = next((each for each in base.transform if isinstance(each, RenderPixels)), view)
         base = base.base_env
-    if not isinstance(base, DMControlWrapper) or view is None:
+    if not isinstance(base, Control) or base.view is None:
         if objects is not None:
             raise ValueError(
                 f"objects={list(objects)}: only environments of the DeepMind Control suite can tell where objects are. "
@@ -48,7 +47,8 @@ def segmenter(
         raise ValueError(f"objects={list(objects)} are not among what this model has: {', '.join(sorted(known))}.")
 
     def segment(pixels: torch.Tensor) -> torch.Tensor:
-        ids = base._env.physics.render(view.size, view.size, camera_id=view.camera, segmentation=True)
+        size, camera = base.view
+        ids = base._env.physics.render(size, size, camera_id=camera, segmentation=True)
         return torch.from_numpy(np.isin(ids[..., 0] * 1000 + ids[..., 1], wanted))
 
     return segment
