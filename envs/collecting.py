@@ -40,6 +40,8 @@ class VectorCollector(Collector):
                     column[:, step] = outcome[key]
                 for key, tensor in env.latest.items():
                     root.set(key, tensor)
+        for key, tensor in env.latest.items():
+            root.set(key, tensor.clone())  # between two batches TorchRL writes into it, which must not reach the arrays
         env.fresh.zero_()
         return _nested(before, self.frames_per_batch).set("next", _nested(after, self.frames_per_batch))
 

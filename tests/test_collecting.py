@@ -11,7 +11,7 @@ from torchrl.envs import ParallelEnv
 from train import Trainer
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
-from r2dreamer.envs import VectorCollector, make_gym, make_vector_env
+from r2dreamer.envs import VectorCollector, make_gym, make_vector_env, reseed
 from r2dreamer.envs.check import RESERVED
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import make_replay
@@ -85,6 +85,26 @@ def test_workers_one_process_and_both_collectors_give_the_same_steps():
             ):
                 assert torch.equal(steps[key], expected[key]), (parallel, collector, key)
     assert "encoded_latents" in steps.keys()
+
+
+def test_a_collector_that_was_reset_gives_what_a_new_one_does():
+    factory, batches = functools.partial(make_gym, "CartPole-v1"), []
+    for resets in (0, 1):
+        environment = make_vector_env(factory, SEEDS, parallel=False)
+        torch.manual_seed(0)
+        agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, True), **WIDTHS)
+        collector = VectorCollector(environment, agent.policy, frames_per_batch=len(SEEDS) * 9, total_frames=-1)
+        stream = iter(collector)
+        for _ in range(resets):
+            next(stream)
+        reseed(environment, SEEDS)
+        collector.reset()
+        torch.manual_seed(1)
+        batches.append(next(stream))
+        collector.shutdown()
+    for key in ("observation", "is_init", "action", "state", ("next", "is_init")):
+        assert torch.equal(*(batch[key] for batch in batches)), key
+    assert not batches[0]["is_init"][:, 1:].all()
 
 
 def test_a_batch_holds_of_the_policys_entries_what_is_to_be_kept():
