@@ -29,7 +29,7 @@ from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
-from support.metrics import Averages, MetricsWriter, rename_loss
+from support.metrics import Averages, MetricsWriter, progress, rename_loss
 from support.openloop import film_open_loop
 from support.script import Interrupt, script
 from support.setup import build, check_weights, metrics_position, objective, open_run, parameter_groups
@@ -52,9 +52,8 @@ class Learner(nn.Module):
         )
         self.augmentation = make(algorithm.augmentation)
         value_loss = make(algorithm.value)(agent.value_model, num_value_bins=agent.value.num_bins)
-        self.actor_loss = make(algorithm.actor)(
-            agent.actor, value_loss.bootstrap_model, agent.imagination, continue_model=agent.continue_model
-        )
+        bootstrap, ends = value_loss.bootstrap_model, agent.continue_model
+        self.actor_loss = make(algorithm.actor)(agent.actor, bootstrap, agent.imagination, continue_model=ends)
         self.value_loss = value_loss
         self.probe = objective(algorithm.probe, agent)  # last: with it or without, all else begins the same
         device = next(agent.encoder.parameters()).device
@@ -91,10 +90,9 @@ class Learner(nn.Module):
         replayed = latents.copy()
         replayed.set("bootstrap", imagined.get("lambda_target")[:, 0].reshape(*batch.shape, 1))
         replayed.set("next", batch.get("next").select("reward", "done", "terminated"))
-        replay_loss = self.value_loss.replay_value_loss(
-            replayed, horizon=1 / (1 - self.actor_loss.discount), lmbda=self.actor_loss.lmbda
-        )
-        return replay_loss.get("loss_replay_value")
+        horizon = 1 / (1 - self.actor_loss.discount)
+        loss = self.value_loss.replay_value_loss(replayed, horizon=horizon, lmbda=self.actor_loss.lmbda)
+        return loss.get("loss_replay_value")
 
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """One step of the one optimiser over everything, then the slow critic moves."""
@@ -132,10 +130,8 @@ class Trainer:
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile)
 
         streams, sizes = cfg.env.num_envs, self.agent.latent_sizes
-        size, saved_in = (
-            record_bytes(self.agent.example_record(), sizes),
-            self.logdir if cfg.checkpoint.replay else None,
-        )
+        size = record_bytes(self.agent.example_record(), sizes)
+        saved_in = self.logdir if cfg.checkpoint.replay else None
         self.memory = check_memory(size, cfg.replay.capacity, **cfg.replay.place, saved_in=saved_in)
         self.replay = make_replay(cfg.replay.capacity, streams, cfg.batch_size, cfg.batch_length, **cfg.replay.place)
         self.records = RecordBuilder(streams, keys, latent_sizes=sizes)
@@ -233,19 +229,9 @@ class Trainer:
         self.averages.check_finite(self.frames, self.count["updates"])
 
     def log(self) -> dict[str, str]:
-        now = self.now()
-        passed = {name: now[name] - self.clock[name] for name in now}
-        self.clock = now
+        before, self.clock = self.clock, self.now()
         line = {rename_loss(name): value for name, value in self.averages.pop().items()} | self.returns.pop()
-        line |= {
-            "count/policy_steps": now["policy_steps"],
-            "count/updates": now["updates"],
-            "count/train_ratio": now["replayed_steps"] / now["policy_steps"],
-            "count/policy_lag": self.stream.lag,
-            "speed/fps": passed["policy_steps"] * self.cfg.env.action_repeat / passed["time"],
-            "speed/updates_per_second": passed["updates"] / passed["time"],
-            "speed/waiting": passed["waited"] / passed["time"],  # share of the time that collecting kept the learner
-        }
+        line |= progress(before, self.clock, self.cfg.env.action_repeat) | {"count/policy_lag": self.stream.lag}
         self.metrics.write(self.frames, line)
         return {"updates/s": f"{line['speed/updates_per_second']:.1f}", "return": f"{self.returns.latest:.4g}"}
 
@@ -254,14 +240,8 @@ class Trainer:
         self.stream.pause()
         cfg = self.cfg
         last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
-        result = evaluate_seeds(
-            self.evaluation,
-            self.agent,
-            self.evaluation_seeds,
-            seed=cfg.seed,
-            record=cfg.eval.video,
-            make_environment=self.suite["make_evaluation"] if last else None,
-        )
+        film = {"record": cfg.eval.video, "make_environment": self.suite["make_evaluation"] if last else None}
+        result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, seed=cfg.seed, **film)
         self.metrics.write(self.frames, result.summary(self.suite["scores"]))
         if result.frames is not None:
             write_video(self.logdir / "eval.mp4", result.frames, fps=30)
@@ -296,10 +276,8 @@ class Trainer:
             tqdm.write(f"WARNING: {error} Training goes on; the next checkpoint tries again.", file=sys.stderr)
 
     def close(self) -> None:
-        self.stream.close()
-        self.evaluation.close()
-        self.metrics.close()
-        self.lock.close()
+        for part in (self.stream, self.evaluation, self.metrics, self.lock):
+            part.close()
 
 
 @script("config")

@@ -72,6 +72,19 @@ class Averages:
         self._groups = {tuple(names): [torch.tensor(sums, dtype=torch.float64), count] for names, sums, count in state}
 
 
+def progress(before: Mapping[str, float], now: Mapping[str, float], action_repeat: int) -> dict[str, float]:
+    """Counts now, and speeds since `before`; both hold the trainer's counters, the time, and how long it waited."""
+    passed = {name: now[name] - before[name] for name in now}
+    return {
+        "count/policy_steps": now["policy_steps"],
+        "count/updates": now["updates"],
+        "count/train_ratio": now["replayed_steps"] / now["policy_steps"],
+        "speed/fps": passed["policy_steps"] * action_repeat / passed["time"],
+        "speed/updates_per_second": passed["updates"] / passed["time"],
+        "speed/waiting": passed["waited"] / passed["time"],  # share of the time that collecting kept the learner
+    }
+
+
 def rename_loss(name: str) -> str:
     """The losses' own names, as a run reports them."""
     return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss_") else f"train/{name}"
