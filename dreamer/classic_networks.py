@@ -117,7 +117,7 @@ class GRUCore(nn.Module):
     def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
         value = F.elu(self.state_in(state) + projected_action)
         with torch.autocast(belief.device.type, enabled=False):  # half a mantissa loses what a GRU keeps for long
-            flat = self.cell(value.float().flatten(0, -2), belief.float().flatten(0, -2))
+            flat = self.cell(value.float().reshape(-1, value.shape[-1]), belief.float().reshape(-1, self.belief_size))
         return flat.view(belief.shape)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor, action: torch.Tensor) -> torch.Tensor:

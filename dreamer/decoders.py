@@ -6,6 +6,7 @@ SiLU] per stage, the last one without norm, to pixels in (0, 1). Vectors: an MLP
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -51,7 +52,9 @@ class ImageDecoder(nn.Module):
         widths = [depth * multiplier for multiplier in reversed(multipliers)]  # from the smallest map upwards
         self.smallest = (height // stride, width // stride, widths[0])
         positions = self.smallest[0] * self.smallest[1] * widths[0]
-        self.belief_in = BlockLinear(belief_size, positions, blocks)
+        # Each block of the belief draws some of the channels, everywhere.
+        self.blocks = math.gcd(blocks, widths[0])
+        self.belief_in = BlockLinear(belief_size, positions, self.blocks)
         self.state_in = nn.Sequential(*normed_linear(state_size, 2 * units), Linear(2 * units, positions))
         self.norms = nn.ModuleList(NormSiLU(stage) for stage in widths)
         outs = [*widths[1:], channels]
@@ -63,8 +66,11 @@ class ImageDecoder(nn.Module):
             nn.init.zeros_(convolution.bias)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
-        flat = self.belief_in(belief.to(state.dtype)) + self.state_in(state)
-        value = flat.reshape(-1, *self.smallest)  # [N, H, W, C]
+        height, width, channels = self.smallest
+        drawn = self.belief_in(belief.to(state.dtype)).reshape(-1, self.blocks, height, width, channels // self.blocks)
+        value = drawn.permute(0, 2, 3, 1, 4).flatten(3) + self.state_in(state).reshape(
+            -1, *self.smallest
+        )  # [N, H, W, C]
         for norm, convolution in zip(self.norms, self.convolutions, strict=True):
             value = norm(value).permute(0, 3, 1, 2)  # channels last in memory, as in the encoder
             value = convolution(F.interpolate(value, scale_factor=2.0, mode="nearest")).permute(0, 2, 3, 1)

@@ -59,6 +59,10 @@ class CategoricalLatent(nn.Module):
         index = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, index, 1.0).flatten(-2)
 
+    def expected(self, logits: torch.Tensor) -> torch.Tensor:
+        """The mean of what is sampled."""
+        return unimix_probs(logits, self.unimix).flatten(-2)
+
 
 class GaussianLatent(nn.Module):
     """A diagonal Gaussian of S*K dimensions in the place of S categoricals of K classes: the state of Dreamer V1.
@@ -84,3 +88,5 @@ class GaussianLatent(nn.Module):
 
     def mode(self, logits: torch.Tensor) -> torch.Tensor:
         return logits[..., 0]
+
+    expected = mode

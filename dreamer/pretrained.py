@@ -12,6 +12,8 @@ import functools
 import importlib
 import json
 import os
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,17 +95,24 @@ def load_pretrained(directory: str | os.PathLike, device: torch.device | str = "
         True
     """
     path = Path(directory)
-    found = path / STATE
-    if not found.exists():
+    files = [path / STATE] if (path / STATE).exists() else []
+    if not files:
         steps = [*path.glob(f"checkpoints/step_*/{STATE}"), *path.glob(f"step_*/{STATE}")]
         # A name is step_<frames>, or step_<frames>_<serial> where a run came by twice.
-        newest = lambda file: [int(part) for part in file.parent.name.split("_")[1:]]
-        found = max(steps, key=newest, default=None)
-    if found is None:
+        files = sorted(steps, key=lambda file: [int(part) for part in file.parent.name.split("_")[1:]], reverse=True)
+    if not files:
         raise ValueError(f"{path} holds no agent: give a run's directory, one of its checkpoints, or a saved agent's.")
-    state = torch.load(found, map_location=device, weights_only=True)
+    for file in files:  # the newest one that is whole
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+            break
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            damaged = f"{file} is damaged ({type(error).__name__})"
+            if file == files[-1]:
+                raise ValueError(f"{damaged}, and there is no other one.") from error
+            warnings.warn(f"{damaged}; an older checkpoint is loaded in its place.", stacklevel=2)
     if "agent" not in state:
-        raise ValueError(f"{found} holds {sorted(state)} and no agent; it was saved by another program or version.")
+        raise ValueError(f"{file} holds {sorted(state)} and no agent; it was saved by another program or version.")
     agent = unpack(state["agent"])
     for part in agent.parts().values():
         part.to(device).eval().requires_grad_(False)

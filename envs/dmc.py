@@ -53,7 +53,12 @@ class Control(Simulator):
         else:
             shapes = {name: (int(np.prod(spec.shape)),) for name, spec in env.observation_spec().items()}
         spec = env.action_spec()
-        super().__init__(observations=shapes, actions=(spec.minimum, spec.maximum))
+        # An actuator without limits has MuJoCo's largest number for them.
+        bounds = (
+            np.where(np.abs(bound) < 1e10, bound, sign * np.inf)
+            for bound, sign in ((spec.minimum, -1), (spec.maximum, 1))
+        )
+        super().__init__(observations=shapes, actions=tuple(bounds))
         self._env, self.repeat, self.view = env, action_repeat, view
 
     def seed(self, number):

@@ -21,9 +21,9 @@ def require_positive(**sizes):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
-def unknown_task(task, known, suite):
+def unknown_task(task, known, suite, own=None):
     """The error for a task that `suite` does not have, naming the nearest ones it has, or the suite that has it."""
-    elsewhere = " or ".join(f"env={name}" for name in suites_with(task))
+    elsewhere = " or ".join(f"env={name}" for name in suites_with(task) if name != own)
     if elsewhere:
         return ValueError(f"{suite} has no task {task!r}, but another suite has: use {elsewhere} env.task={task}.")
     # Case must not hide a near miss: "cartpole-v1" is one key away from "CartPole-v1".

@@ -87,6 +87,8 @@ def _explained(task):
         raise ImportError(f"Gymnasium's task {task!r} needs a package that is missing: {error}") from error
     except (Error, ValueError):
         raise
+    except TypeError as error:
+        raise ValueError(f"Gymnasium's task {task!r} cannot be made from its name alone: {error}") from error
     except Exception as error:
         files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
         if any("mujoco" in file for file in files):
@@ -99,10 +101,12 @@ def _build(gymnasium, task, from_pixels, time_limit):
     kwargs = {"render_mode": "rgb_array"} if from_pixels else {}
     if time_limit is not None:
         kwargs["max_episode_steps"] = time_limit
+    if str(task).startswith("ALE/") or "NoFrameskip" in str(task):
+        require("ale_py", "atari")  # which registers them
     try:
         with _explained(task):
             return gymnasium.make(task, disable_env_checker=True, **kwargs)
     except gymnasium.error.DeprecatedEnv as error:
         raise ValueError(f"Gymnasium no longer has {task!r}: {error}") from error
     except gymnasium.error.Error as error:  # not registered, or not even a name
-        raise unknown_task(task, gymnasium.registry, "Gymnasium") from error
+        raise unknown_task(task, gymnasium.registry, "Gymnasium", own="gym") from error

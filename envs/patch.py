@@ -141,13 +141,18 @@ class AdversarialPatch(Transform):
         row, column = row.clamp(0, height - 1).unsqueeze(-1), column.clamp(0, width - 1).unsqueeze(-2)
         shown = self.content()[row, column].movedim(-1, -3)  # [N, C, H, W]
         shown = shown.reshape(*lead, *between, *shown.shape[-3:])
+        under = {"direct": None, "eps": self.colour[:, None, None], "perturb": image}[self.mode]
         if self.mode == "perturb":
             shown = image + shown
         if brightness is not None:
             shown = shown + brightness.reshape(*lead, *between, 1, 1, 1)
         shown = shown.clamp(0, 1)
         if self.quantize:
-            rounded = (shown.detach() * 255).round() / 255
+            rounded = (shown.detach() * 255).round()
+            if under is not None and brightness is None:  # to the nearest level that is inside the bounds
+                low, high = (bound.reshape(-1, 1, 1) + under for bound in (self.low, self.high))
+                rounded = rounded.clamp((low * 255 - 1e-3).ceil(), (high * 255 + 1e-3).floor()).clamp(0, 255)
+            rounded = rounded / 255
             shown = rounded + (shown - shown.detach())  # in this order the value is exactly the rounded one
         return torch.where(inside.reshape(*lead, *between, 1, *inside.shape[-2:]), shown, image)
 
@@ -323,7 +328,7 @@ class AdversarialPatch(Transform):
             patch = cls(allowed=arrays.pop("allowed", None), **settings)
             delta = torch.from_numpy(arrays.pop("delta"))
             _require(delta.shape == patch.delta.shape, f"its delta has the shape {tuple(delta.shape)}.")
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a patch that was saved by AdversarialPatch.save: {error}") from error
         with torch.no_grad():
             patch.delta.copy_(delta)

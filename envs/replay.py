@@ -226,6 +226,8 @@ def check_memory(
     saved_in: where checkpoints keep a copy of it, which takes up to twice as much again; a line warns if that may not fit.
     """
     free, where = _free_bytes(storage, directory)
+    if storage == "memmap":  # what an earlier run of this directory wrote is written over
+        free += sum(file.stat().st_blocks * 512 for file in Path(directory).rglob("*") if file.is_file())
     total = bytes_per_record * capacity
     line = (
         f"{_readable(bytes_per_record)} a record x {capacity} records = {_readable(total)} on {where}; "

@@ -186,9 +186,14 @@ class Shrunk:
     def __call__(self, physics):
         parts = [part for part in self.parts.values() if not part.edit.frozen]
         sizes = [part.read(physics.model) for part in parts]
+        marks = [np.nextafter(size, np.inf) for size in sizes]  # which no task sets, though it may set what is there
+        for part, mark in zip(parts, marks, strict=True):
+            part.write(physics.model, mark)
         self.begin(physics)
-        for part, size in zip(parts, sizes, strict=True):
-            if (part.read(physics.model) != size).any():  # the task set it, to what is big
+        for part, size, mark in zip(parts, sizes, marks, strict=True):
+            if (part.read(physics.model) == mark).all():
+                part.write(physics.model, size)
+            else:  # the task set it, to what is big
                 part.shrink(physics.model)
         self.render_small(physics)
 

@@ -21,6 +21,13 @@ def _dmc():
     return {"_".join(names) for names in importlib.import_module("dm_control.suite").ALL_TASKS}
 
 
+def _atari():
+    try:
+        return importlib.import_module("ale_py.roms").get_all_rom_ids()
+    except ImportError:  # the extra is missing: those of the benchmark
+        return importlib.import_module("r2dreamer.envs.atari_scores").SCORES
+
+
 def _metaworld():
     return {name.removesuffix("-v3") for name in importlib.import_module("metaworld").ALL_V3_ENVIRONMENTS}
 
@@ -30,7 +37,7 @@ SUITES = {
     "dmc_proprio": _dmc,
     "dmc_subtle": lambda: importlib.import_module("r2dreamer.envs.subtle").OFFICIAL,
     "metaworld": _metaworld,
-    "atari100k": lambda: importlib.import_module("ale_py.roms").get_all_rom_ids(),
+    "atari100k": _atari,
     "crafter": lambda: importlib.import_module("r2dreamer.envs.crafter").TASKS,
     "memory_maze": lambda: importlib.import_module("r2dreamer.envs.memory_maze").TASKS,
     "gym": lambda: importlib.import_module("gymnasium").registry,

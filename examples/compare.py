@@ -40,20 +40,25 @@ def train(run: Run, quiet: bool) -> bool:
 
 
 def summarise(runs: Sequence[Run], key: str) -> dict[str, dict]:
-    """By variant: every seed's last value of `key`, their mean, its interval, and the difference to the first variant."""
+    """By variant: every seed's last value of `key`, their mean, its interval, and the difference to the first run's variant.
+
+    No difference where that variant has no values.
+    """
     finals: dict[str, list[float]] = {}
     for run in runs:
         _, values = read_curve(run.logdir, key)
         if len(values):
             finals.setdefault(run.name, []).append(float(values[-1]))
     summary = {}
-    reference = np.array(next(iter(finals.values()), []))
+    reference = np.array(finals.get(runs[0].name, []) if runs else [])
     for name, final in finals.items():
         values = np.array(final)
         low, high = bootstrap_band(values[:, None])
         summary[name] = {"final": final, "mean": values.mean(), "interval": [float(low[0]), float(high[0])]}
-        summary[name]["difference"] = values.mean() - reference.mean()
-        summary[name]["difference_interval"] = bootstrap_difference(values, reference)
+        if len(reference):
+            summary[name]["difference_from"] = runs[0].name
+            summary[name]["difference"] = values.mean() - reference.mean()
+            summary[name]["difference_interval"] = bootstrap_difference(values, reference)
     return summary
 
 

@@ -7,11 +7,24 @@ python examples/doctor.py env=dmc_vision env.task=walker_walk
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import time
 
 import support  # noqa: F401  # isort: skip  # before torch
-import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
+
+try:
+    import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
+except ImportError as error:
+    if "MUJOCO_GL" not in os.environ:
+        raise
+    os.environ["DOCTOR_FOUND"] = str(
+        error
+    )  # to be reported; the rest is examined in a new process without that renderer
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
+        os.environ.pop(name, None)
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -81,12 +94,12 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
         actions = ActionSpace.from_spec(environment.action_spec)
         environment.close()
         report.line(f"images {observations.images}, vectors {observations.vectors}, {actions}")
-        if cfg.env.num_envs > 1:
-            many = frames_per_second(cfg, cfg.env.num_envs)
-            report.line(f"{cfg.env.num_envs} of them in parallel: {many:.0f} frames/s")
+        count = max(4, cfg.env.num_envs)
+        report.line(f"{count} of them in parallel: {frames_per_second(cfg, count):.0f} frames/s")
         agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
         size = record_bytes(agent.example_record(), latent_keys=agent.latent_sizes)
-        report.line(f"replay: {check_memory(size, cfg.replay.capacity, **cfg.replay.place)}")
+        saved_in = cfg.logdir if cfg.checkpoint.replay else None
+        report.line(f"replay: {check_memory(size, cfg.replay.capacity, **cfg.replay.place, saved_in=saved_in)}")
     except USER_ERRORS as error:
         report.problem(" ".join([str(error), *getattr(error, "__notes__", [])]))
 
@@ -94,11 +107,14 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
 @script("doctor")
 def main(cfg: DictConfig) -> None:
     report = Report()
-    asked = any(override.startswith("env=") for override in HydraConfig.get().overrides.task)
+    overrides = HydraConfig.get().overrides.task
+    asked = any(override.startswith(("env=", "env.", "experiment=")) for override in overrides)
 
     print("Machine")
     for line in processor():
         report.line(line)
+    if "DOCTOR_FOUND" in os.environ:
+        report.problem(os.environ["DOCTOR_FOUND"])
     print("Packages")
     lines, problems = packages()
     for line in lines:
@@ -126,7 +142,6 @@ def main(cfg: DictConfig) -> None:
         elif asked:
             examine(cfg, report, thorough=True)
         else:
-            overrides = [each for each in HydraConfig.get().overrides.task if not each.startswith("env")]
             examine(hydra.compose("doctor", [f"env={name}", *overrides]), report, thorough=False)
 
     print(f"{len(report.problems)} problems" if report.problems else "Everything that is installed works.")

@@ -12,7 +12,7 @@ import support  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import nn
 from torchrl.envs.utils import ExplorationType
@@ -61,7 +61,8 @@ class Learner(nn.Module):
         self.replay_value_weight = algorithm.replay_value_weight
         self.optimizer = make(algorithm.optimizer, parameter_groups(self))
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.final_fraction = algorithm.final_lr_fraction
+        self.entropy_bonus = self.actor_loss.entropy_bonus
+        self.final_fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
         self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -109,9 +110,11 @@ class Learner(nn.Module):
         return losses.detach(), latents
 
     def anneal(self, progress: float) -> None:
-        """The learning rate falls linearly, to ``final_lr_fraction`` of itself when ``progress`` is 1."""
-        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
-            group["lr"] = rate * (1 + (self.final_fraction - 1) * min(progress, 1.0))
+        """Learning rate and entropy bonus fall linearly, to their final fractions when ``progress`` is 1."""
+        rate, entropy = (1 + (final - 1) * min(progress, 1.0) for final in self.final_fractions)
+        for group, initial in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = initial * rate
+        self.actor_loss.entropy_bonus = self.entropy_bonus * entropy
 
 
 class Trainer:
@@ -154,6 +157,7 @@ class Trainer:
             exploration_type=ExplorationType.RANDOM,
         )
         self.stream.start(collector)
+        OmegaConf.save(cfg, self.logdir / "config.yaml", resolve=True)  # nothing refuses it any more
         self.metrics = MetricsWriter(
             self.logdir,
             loggers=[hydra.utils.instantiate(logger, logdir=self.logdir) for logger in (cfg.logger or {}).values()],
@@ -169,10 +173,6 @@ class Trainer:
     @property
     def frames(self) -> int:
         return self.count["policy_steps"] * self.cfg.env.action_repeat
-
-    @property
-    def when(self) -> str:
-        return f"at frame {self.frames:,}, update {self.count['updates']:,}"
 
     def now(self) -> dict[str, float]:
         return self.count | {"time": time.perf_counter(), "waited": self.stream.waited}
@@ -267,7 +267,7 @@ class Trainer:
             self.count["restarts"] += 1
             self.restart_environments()
         self.stream.pause()  # the generators are saved, too
-        check_weights(self.agent, self.when)
+        check_weights(self.agent, self.frames, self.count["updates"])
         try:
             self.checkpoints.save(self.frames, snapshot(self), self.replay if self.cfg.checkpoint.replay else None)
         except CheckpointError as error:
@@ -289,7 +289,7 @@ def main(cfg: DictConfig) -> None:
         if trainer.stream.failed or isinstance(error, WorkerError):  # environments are lost, what was learned is not
             trainer.save(leaving=True)
         elif isinstance(error, RuntimeError):
-            check_weights(trainer.agent, trainer.when)
+            check_weights(trainer.agent, trainer.frames, trainer.count["updates"])
         raise
     finally:
         trainer.close()

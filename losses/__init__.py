@@ -8,6 +8,7 @@ from .dynamics import DynamicsActorLoss
 from .functional import (
     barlow_twins_loss,
     categorical_entropy,
+    categorical_kl,
     imagination_weight,
     info_nce_loss,
     lambda_return,
@@ -51,6 +52,7 @@ __all__ = [
     "VICReg",
     "barlow_twins_loss",
     "categorical_entropy",
+    "categorical_kl",
     "collapse_metrics",
     "effective_rank",
     "gather_ranks",

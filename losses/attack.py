@@ -18,10 +18,9 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules import SymExpTwoHot
-from torchrl.objectives import categorical_kl_terms
 from torchrl.objectives.common import LossModule
 
-from .functional import lambda_return
+from .functional import categorical_kl, lambda_return
 
 View = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -162,7 +161,7 @@ class PlanningAttackLoss(LossModule):
                 seen, logits = self._filter(tensordict, self.patch.paste(pixels, *view), seed)
                 judging = clean if self.belief == "clean" else seen
                 returns, action = self._imagine(seen, judging, seed)
-                _, kl = categorical_kl_terms(logits, clean_logits, 0.0, self.unimix)
+                kl = categorical_kl(logits, clean_logits, self.unimix).mean()
                 terms.append(torch.stack([returns.mean(), kl, (action - clean_action).square().sum(-1).mean()]))
             imagined, kl, shift = torch.stack(terms).mean(0)
         weights = self.weights

@@ -120,6 +120,8 @@ def lambda_return(
     mix = lmbda * (1 - (zeros if last is None else last.to(reward.dtype)))[:, 1:]
     interim = reward[:, 1:] + live * (1 - mix) * bootstrap[:, 1:]
     decay = live * mix
+    if not interim.shape[1]:
+        return interim  # a single state has nothing after it
     returns = [bootstrap[:, -1]]
     for t in reversed(range(interim.shape[1])):
         returns.append(interim[:, t] + decay[:, t] * returns[-1])
@@ -150,7 +152,7 @@ def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tens
             "the same number (num_reward_bins, num_value_bins)."
         )
     targets = targets.clamp(support[0], support[-1])
-    upper = torch.bucketize(targets, support).clamp_min(1)  # [..., n]
+    upper = torch.bucketize(targets, support).clamp(1, len(support) - 1)  # [..., n]; NaN goes beyond the last one
     low, high = support[upper - 1], support[upper]
     weight = (targets - low) / (high - low)
     mean_logit = (1 - weight) * logits.gather(-1, upper - 1) + weight * logits.gather(-1, upper)
@@ -160,6 +162,17 @@ def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tens
 def imagination_weight(continuation: torch.Tensor, discount: float = 1 - 1 / 333) -> torch.Tensor:
     """Probability, discounted, that an imagined step happens at all: cumulative product of continue * discount."""
     return (discount * continuation).cumprod(1)
+
+
+def categorical_kl(logits: torch.Tensor, other: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:
+    """KL of S independent categoricals [..., S, K] from others, mixed with ``unimix`` of the uniform, summed over S."""
+    one, two = (_log_mixed(each, unimix) for each in (logits, other))
+    return (one.exp() * (one - two)).sum((-1, -2))
+
+
+def _log_mixed(logits: torch.Tensor, unimix: float) -> torch.Tensor:
+    log_probs = torch.log_softmax(logits.float(), -1)
+    return ((1 - unimix) * log_probs.exp() + unimix / logits.shape[-1]).log() if unimix else log_probs
 
 
 def categorical_entropy(logits: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import nn
-from torchrl.objectives import categorical_kl_terms
 
-from .functional import categorical_entropy
+from .functional import categorical_entropy, categorical_kl
 
 
 class CategoricalKL(nn.Module):
@@ -31,7 +30,9 @@ class CategoricalKL(nn.Module):
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         posterior = tensordict.get(("next", keys.posterior_logits)).float()
         prior = tensordict.get(("next", keys.prior_logits)).float()
-        dynamics, representation = categorical_kl_terms(posterior, prior, self.free_nats, self.unimix)
+        # As TorchRL's categorical_kl_terms, which is NaN where logits differ by hundreds and nothing is mixed in.
+        dynamics = categorical_kl(posterior.detach(), prior, self.unimix).clamp_min(self.free_nats).mean()
+        representation = categorical_kl(posterior, prior.detach(), self.unimix).clamp_min(self.free_nats).mean()
         terms = {"dynamics": self.dynamics * dynamics, "representation": self.representation * representation}
         with torch.no_grad():
             diagnostics = {

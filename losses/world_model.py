@@ -157,7 +157,7 @@ class R2DreamerWorldModelLoss(LossModule):
         terms["reward"] = self.reward_weight * reward_loss.mean()
         if self.predicts_continue:
             logit = posterior.get(at(keys.continue_pred)).float()
-            alive = (~tensordict.get(at(keys.terminated))).float().reshape(logit.shape)
+            alive = 1 - tensordict.get(at(keys.terminated)).float().reshape(logit.shape)
             terms["continue"] = self.continue_weight * F.binary_cross_entropy_with_logits(logit, alive)
 
         losses = TensorDict({f"loss_{name}": term for name, term in terms.items()}, [])

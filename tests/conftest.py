@@ -16,6 +16,7 @@ import support  # noqa: E402, F401 - sets how threads wait, before torch is impo
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
     os.environ["OMP_NUM_THREADS"] = "1"
 
+
 @pytest.fixture(scope="session")
 def server():
     server = Server()

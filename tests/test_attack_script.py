@@ -147,6 +147,29 @@ def test_checkpoints_that_cannot_be_attacked_are_refused(damaged, checkpoint, er
         load_trained(checkpoint and str(damaged / checkpoint), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("generation", ["dreamerv1", "dreamerv2"])
+def test_agents_of_the_first_two_generations_are_not_attacked_but_looked_into(server, tmp_path, generation):
+    small = {"units": 8, "classes": 1 if generation == "dreamerv1" else 4}
+    sizes = [f"model.{name}={size}" for name, size in small.items()]
+    seeing = [each for each in SEEING if each != "env.make.image_size=16"]  # four stages need 64 pixels
+    made = server.run(tmp_path, *seeing, f"algorithm={generation}", *sizes, "total_frames=40", "logdir=log")
+    assert made.status == 0, made.stderr
+    run = server.run(tmp_path, *QUICK, "checkpoint=log", script="attack")
+    assert run.status == 1 and "another family (Dreamer V1 or V2" in " ".join(run.stderr.split())
+    assert "Traceback" not in run.stderr
+    options = [
+        "checkpoint=log",
+        "episodes=1",
+        "occlusion.window=16",
+        "occlusion.stride=16",
+        "progress=false",
+        "device=cpu",
+        "out=looked",
+    ]
+    run = server.run(tmp_path, *options, script="saliency")
+    assert run.status == 0, run.stderr
+
+
 @pytest.mark.parametrize("script", ["attack", "saliency"])
 def test_a_user_reads_why_in_one_paragraph(server, damaged, tmp_path, script):
     run = server.run(tmp_path, f"checkpoint={damaged / 'blind'}", script=script)

@@ -125,6 +125,12 @@ def test_the_patch_kept_is_the_one_that_was_scored_on_all_windows_held_out(agent
     )
 
 
+def test_a_score_that_is_no_number_ends_the_search(agent, episodes, monkeypatch):
+    monkeypatch.setattr("support.search.total_loss", lambda losses: total_loss(losses) * float("nan"))
+    with pytest.raises(FloatingPointError, match="held out is nan at step 0"):
+        search_for(agent, episodes)
+
+
 def test_a_search_repeats_and_an_interrupted_one_keeps_the_best_so_far(agent, episodes):
     first, *_ = search_for(agent, episodes)
     again, *_ = search_for(agent, episodes)

@@ -11,7 +11,7 @@ import pytest
 from launcher import CARTPOLE, EXAMPLES, config
 
 from support.bootstrap import bootstrap_band, bootstrap_difference
-from support.grid import expand, plan
+from support.grid import Run, expand, plan
 
 ABLATIONS = sorted(path.stem for path in (EXAMPLES.parent / "configs" / "experiment").glob("ablation_*.yaml"))
 
@@ -82,6 +82,19 @@ def test_one_command_trains_draws_and_goes_on(tmp_path):
     assert list(numbers) == names and (tmp_path / "comparison.png").stat().st_size > 1000
     assert "finished at 40 frames" in (tmp_path / "runs" / names[1] / "seed0" / "output.txt").read_text()
     assert numbers[names[0]]["difference"] == 0 and len(numbers[names[1]]["final"]) == 1
+
+
+def test_differences_are_to_the_first_variant_or_none(tmp_path):
+    runs = [Run((), name, tmp_path / name / str(seed), 10) for name in ("first", "second") for seed in (0, 1)]
+    for run in runs:
+        run.logdir.mkdir(parents=True)
+        score = int(run.logdir.name) + (5 if run.name == "second" else 0)
+        (run.logdir / "metrics.jsonl").write_text(f'{{"step": 10, "eval/return": {score}}}\n')
+    assert compare.summarise(runs, "eval/return")["second"]["difference"] == 5
+    for run in runs[:2]:
+        (run.logdir / "metrics.jsonl").write_text("")
+    alone = compare.summarise(runs, "eval/return")
+    assert list(alone) == ["second"] and "difference" not in alone["second"]
 
 
 def test_a_run_that_fails_is_named(tmp_path):

@@ -44,6 +44,17 @@ def test_the_decoder_reads_state_and_belief():
     assert image.shape == (1, 1, 8, 8)
     gradients = torch.autograd.grad(image.square().sum(), [state, belief])
     assert all((gradient != 0).all() for gradient in gradients)
+    height, width, channels = decoder.smallest
+    drawn = []  # which of the smallest map's channels and places each block of the belief reaches
+    decoder.norms[0].register_forward_pre_hook(lambda norm, inputs: drawn.append(inputs[0]))
+    for block in (None, 0, 3):
+        belief = torch.zeros(1, 8)
+        if block is not None:
+            belief[:, 2 * block : 2 * block + 2] = 1.0
+        decoder(torch.zeros(1, 6), belief)
+    for block, seen in ((0, drawn[1]), (3, drawn[2])):
+        changed = (seen != drawn[0]).reshape(height, width, 4, channels // 4).any(-1)
+        assert changed[..., block].all() and changed.sum() == height * width
     with pytest.raises(ValueError, match="12x8 cannot be decoded"):
         ImageDecoder(6, 8, (1, 12, 8), depth=2, units=4, multipliers=(1, 2, 2), blocks=4)
 

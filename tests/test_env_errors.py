@@ -35,6 +35,22 @@ def test_an_unknown_task_is_answered_with_the_nearest(make, task, nearest):
         make(task, seed=0)
 
 
+def test_arcade_games_go_by_their_gymnasium_names_too_and_what_needs_more_than_a_name_is_refused():
+    code = """if True:
+        from r2dreamer.envs import make_gym
+        print(make_gym("ALE/Pong-v5", seed=0).action_spec.shape[-1])
+        for task in ("ALE/Pnog-v5", "Meta-World/MT1"):
+            try:
+                make_gym(task, seed=0)
+            except ValueError as error:
+                print(error)
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("6\n") and "ALE/Pong-v5" in done.stdout
+    assert "env=gym" not in done.stdout and "cannot be made from its name alone" in done.stdout
+
+
 def test_a_task_of_yesterday_is_answered_with_todays():
     with pytest.raises(ValueError, match="no longer has 'Pendulum-v0'.*Pendulum-v1"), pytest.warns(DeprecationWarning):
         make_gym("Pendulum-v0", seed=0)

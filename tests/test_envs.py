@@ -85,6 +85,11 @@ def test_continuous_actions_are_scaled_and_clipped():
     assert far["next", "reward"].isfinite().all() and edge["next", "reward"].isfinite().all()
 
 
+def test_actuators_without_limits_are_not_scaled():
+    spec = make_dmc("lqr_lqr_2_1", seed=0).action_spec
+    assert not isinstance(spec, Bounded)
+
+
 def test_discrete_actions_are_one_hot_and_count_from_the_spaces_start():
     env = make_gym("Toy-v0", seed=0)
     assert isinstance(env.action_spec, OneHot)

@@ -6,7 +6,7 @@ from agents import ACTIONS, BATCH, BELIEF, CATEGORICALS, CLASSES, TIME, tiny_age
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import SoftUpdate, categorical_kl_terms
 
 from r2dreamer.dreamer import FeatureMLP, latent_head
 from r2dreamer.losses import (
@@ -16,8 +16,10 @@ from r2dreamer.losses import (
     R2DreamerWorldModelLoss,
     TwoHotLikelihood,
     barlow_twins_loss,
+    categorical_kl,
     lambda_return,
     total_loss,
+    two_hot_nll,
 )
 
 
@@ -100,10 +102,37 @@ def test_each_kl_term_trains_its_own_side():
         agent = tiny_agent()
         loss = R2DreamerWorldModelLoss(agent.world_model)
         loss.kl.free_nats = 0.0
-        loss(tiny_records(agent))[0][term].backward()
+        # One step: through earlier states the prior's side would reach the posterior's networks, too.
+        loss(tiny_records(agent, time=1))[0][term].backward()
         assert has_gradient(agent.prior.head) == {prior}
-        # The prior's own side reaches the posterior's networks only through earlier states in the recurrence.
-        assert has_gradient(agent.posterior.out) == ({True} if posterior else has_gradient(agent.posterior.out))
+        assert has_gradient(agent.posterior.out) == {posterior}
+
+
+def test_what_is_not_a_number_stays_so_and_flags_may_have_any_type():
+    """An index beyond the bins would hide which loss it was."""
+    logits, support = torch.zeros(2, 5), torch.linspace(-2, 2, 5)
+    assert two_hot_nll(logits, torch.tensor([[float("nan")], [1.0]]), support).isnan().tolist() == [[True], [False]]
+    assert lambda_return(torch.ones(3, 1, 1), torch.ones(3, 1, 1)).shape == (3, 0, 1)
+    agent, found = tiny_agent(), []
+    for dtype in (torch.bool, torch.uint8, torch.float32):
+        records = tiny_records(agent)
+        records["next", "terminated"] = records["next", "terminated"].to(dtype)
+        torch.manual_seed(0)
+        found.append(R2DreamerWorldModelLoss(agent.world_model)(records)[0]["loss_continue"].item())
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("gap", [0.0, 90.0, 500.0])
+def test_categorical_kl_is_finite_and_right_without_a_mix(gap):
+    one = torch.tensor([[0.0, gap, -gap]], dtype=torch.float64).requires_grad_()
+    two = torch.tensor([[gap, 0.0, 0.5 * gap]], dtype=torch.float64).requires_grad_()
+    kl = categorical_kl(one, two)
+    p, q = (torch.distributions.Categorical(logits=each) for each in (one, two))
+    assert kl.item() == pytest.approx(torch.distributions.kl_divergence(p, q).item(), rel=1e-5)
+    assert all(each.isfinite().all() for each in torch.autograd.grad(kl, [one, two]))
+    logits = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    expected = categorical_kl_terms(*logits, 0.0, 0.01)[0]
+    torch.testing.assert_close(categorical_kl(*logits, 0.01).mean(), expected)
 
 
 def test_free_nats_silence_the_kl():

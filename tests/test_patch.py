@@ -104,6 +104,21 @@ def test_a_perturbation_is_that_of_the_pixels_underneath_and_never_leaves_its_bo
     assert patched.min() >= 0 and patched.max() <= 255 and len(change.unique()) == 19
 
 
+@pytest.mark.parametrize("levels", [1, 8, 16, 20.3])
+def test_what_a_sticker_or_a_perturbation_shows_is_inside_its_bound_though_rounded(levels):
+    image = torch.rand(2, 3, H, W)  # between the levels of 8 bits
+    for mode, under in (("eps", torch.tensor(0.5)), ("perturb", image)):
+        patch = patch_of(mode=mode, eps=levels / 255)
+        patch.delta.data.normal_(std=3)
+        patch.project_()
+        shown = patch.paste(image, patch.corners(2, (H, W)))
+        inside = torch.zeros(H, W, dtype=torch.bool)
+        (y, x), (height, width) = patch.corners(1, (H, W))[0], patch.patch_hw
+        inside[y : y + height, x : x + width] = True
+        change = ((shown - under) * 255)[..., inside].abs()
+        assert levels - 1 <= change.max() <= levels + 1e-2
+
+
 @pytest.mark.parametrize(
     "settings, low, high",
     [
@@ -371,6 +386,9 @@ def test_what_is_not_a_saved_patch_is_refused_and_never_executed(tmp_path):
         AdversarialPatch.load(path)
     with pytest.raises(ValueError, match="is not a patch"):
         AdversarialPatch.load(tmp_path / "nowhere.npz")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a patch"):
+        AdversarialPatch.load(path)
 
 
 def test_a_patch_can_be_sent_to_another_process():

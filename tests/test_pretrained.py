@@ -1,5 +1,6 @@
 """Agents are taken out of runs without their command line; configurations come back as they were saved."""
 
+import shutil
 import subprocess
 import sys
 
@@ -75,6 +76,20 @@ def test_the_newest_checkpoint_or_the_one_that_is_named(run):
     assert torch.equal(weights(load_pretrained(folder)), weights(newest))
     assert torch.equal(weights(load_pretrained(folder / "checkpoints")), weights(trainer.agent))
     assert not torch.equal(weights(newest), weights(oldest))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    oldest, newest = sorted(tmp_path.glob("checkpoints/step_*/state.pt"))
+    newest.write_bytes(newest.read_bytes()[:-50])
+    with pytest.warns(UserWarning, match="step_000000100.* is damaged"):
+        agent = load_pretrained(tmp_path)
+    expected = load_pretrained(folder / "checkpoints" / oldest.parent.name)
+    assert torch.equal(next(agent.encoder.parameters()), next(expected.encoder.parameters()))
+    oldest.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="step_000000052.* is damaged .* no other one"):
+        load_pretrained(tmp_path)
 
 
 def test_a_checkpoint_holds_the_agents_weights_once(run):

@@ -100,6 +100,14 @@ def test_a_size_the_task_draws_anew_is_shrunk_anew():
     assert len(set(rewards[0])) == 3 and [reward * 0.25 for reward in rewards[0]] == rewards[1]
 
 
+def test_a_size_that_the_task_sets_to_what_is_small_already_is_shrunk_all_the_same():
+    """0.3 of the 0.05 in the XML is the 0.015 that reacher's hard task sets in every episode."""
+    env = TransformedEnv(DMControlEnv("reacher", "hard"), DMCSubtle(geoms="target", shrink=0.3))
+    for _ in range(3):
+        env.reset()
+        assert env._env.physics.named.model.geom_size["target", 0] == pytest.approx(0.3 * 0.015)
+
+
 def test_what_the_user_or_the_task_changed_in_the_model_stays():
     env = stock("ball_in_cup_catch")
     env._env.physics.model.opt.gravity[2] = -3

@@ -3,6 +3,7 @@
 import csv
 import importlib.resources
 import json
+import os
 import subprocess
 import sys
 
@@ -189,6 +190,23 @@ def test_the_doctor_says_what_is_ill_and_how_to_mend_it(server, tmp_path):
     ):
         status, said = doctor(server, tmp_path, *overrides, without=without)
         assert status == 1 and remedy in " ".join(said.split()), said
+
+
+def test_the_doctor_reports_a_renderer_that_cannot_be_loaded_and_goes_on(tmp_path):
+    command = [
+        sys.executable,
+        str(EXAMPLES / "doctor.py"),
+        "env=gym",
+        "env.task=CartPole-v1",
+        "steps=5",
+        "model=size1M",
+    ]
+    environment = {**os.environ, "MUJOCO_GL": "nonsense"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 1 and "MUJOCO_GL is nonsense. Set MUJOCO_GL=egl" in said and "frames/s" in said, (
+        done.stderr
+    )
 
 
 def test_a_driver_that_does_not_render_is_a_problem_with_a_way_out(tmp_path):

@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from launcher import CARTPOLE, EXAMPLES, PENDULUM, TINY, lines, steps, train_here
+import torch
+import train
+from agents import tiny_agent
+from launcher import CARTPOLE, EXAMPLES, PENDULUM, TINY, config, lines, steps, train_here
 
 
 def test_the_command_trains_from_nothing_to_a_curve(tmp_path):
@@ -32,6 +35,15 @@ def test_the_command_trains_from_nothing_to_a_curve(tmp_path):
     evaluated = lines(logdir, '"eval/return"')
     assert [line["step"] for line in evaluated] == [0, 80, 160, 200]
     assert {"eval/return", "eval/return_std", "eval/length"} <= evaluated[0].keys()
+
+
+def test_learning_rate_and_entropy_bonus_fall_to_their_final_fractions():
+    algorithm = config("algorithm.final_lr_fraction=0.5", "algorithm.final_entropy_fraction=0.1").algorithm
+    learner = train.Learner(tiny_agent(images=False), algorithm, torch.float32)
+    for progress, rate, entropy in ((0.0, 1.0, 1.0), (0.5, 0.75, 0.55), (2.0, 0.5, 0.1)):
+        learner.anneal(progress)
+        assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(rate * algorithm.optimizer.lr)
+        assert learner.actor_loss.entropy_bonus == pytest.approx(entropy * algorithm.actor.entropy_bonus)
 
 
 def test_the_train_ratio_is_kept_once_past_the_warmup(tmp_path):

@@ -19,6 +19,8 @@ def resolve_device(name: str) -> torch.device:
             f"device={name}, but this PyTorch ({torch.__version__}) sees no CUDA device. Use device=auto or "
             "device=cpu, or install a CUDA build of PyTorch and check nvidia-smi."
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name}, but this machine's GPUs are cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
     return device
 
 

@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch.nn.functional import conv2d, pad
 
 from r2dreamer.dreamer import Agent
+from r2dreamer.dreamer.classic_networks import SquashedNormal
 
 CHUNK = 256  # occluded images encoded at once
 
@@ -67,8 +68,10 @@ class OcclusionSaliency:
         seen = TensorDict({**others, self.key: images}, [count])
         belief = belief.expand(count, -1)
         logits, _ = self.agent.posterior(belief, self.encoder(seen)["encoded_latents"])
-        latents = TensorDict({"state": logits.softmax(-1).flatten(-2), "belief": belief}, [count])
-        return self.agent.actor.get_dist(latents).mean, self.agent.value_model(latents.copy())["state_value"]
+        latents = TensorDict({"state": self.agent.posterior.latent.expected(logits), "belief": belief}, [count])
+        policy = self.agent.actor.get_dist(latents)
+        action = policy.deterministic_sample if isinstance(policy, SquashedNormal) else policy.mean
+        return action, self.agent.value_model(latents.copy())["state_value"]
 
 
 def window_masks(height: int, width: int, window: int, stride: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ class Search:
 
     def offer(self, patch: AdversarialPatch, step: int, held_out: dict[str, float], training: float | None) -> None:
         self.curve.append({"step": step, "training_loss": training} | held_out)
+        if not math.isfinite(held_out["loss"]):
+            raise FloatingPointError(f"The attack's loss on the windows held out is {held_out['loss']} at step {step}.")
         if held_out["loss"] < self.score:
             self.score, self.step = held_out["loss"], step
             self.patch = copy.deepcopy(patch)  # as it was when it was scored
@@ -74,7 +77,7 @@ def optimize(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    search = Search(patch)
+    search = Search(copy.deepcopy(patch))
     search.offer(patch, 0, measure(loss, held_out, precision, seed), None)
     with tqdm(total=cfg.steps, desc=title, disable=not progress) as bar:
         for step in range(1, cfg.steps + 1):

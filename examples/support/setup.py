@@ -39,9 +39,14 @@ FIXED = (
 
 
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
-    """Makes the run's directory and locks it, finds what to resume, refuses what cannot work; writes ``config.yaml``."""
+    """Makes the run's directory and locks it, finds what to resume, refuses what cannot work."""
     check_sizes(cfg)
     check_environment_keys(cfg)
+    if cfg.checkpoint.exact and not cfg.checkpoint.replay:
+        raise ValueError(
+            "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which it cannot without the "
+            "replay: add checkpoint.replay=true, or use checkpoint.exact=false."
+        )
     if not hydra.utils.get_class(cfg.collector._target_).repeats:
         if cfg.checkpoint.exact:
             raise ValueError(
@@ -68,7 +73,7 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
         ) from error
 
     checkpoints, saved = Checkpoints(logdir / "checkpoints", keep=cfg.checkpoint.keep), None
-    if cfg.resume == "auto":
+    if cfg.resume in ("auto", True):
         saved = checkpoints.load()
     elif cfg.resume is not False:
         saved = checkpoints.load(cfg.resume)
@@ -88,11 +93,13 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
                 f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on "
                 "with a larger total_frames, or begin a new run with another seed or logdir."
             )
-    OmegaConf.save(cfg, logdir / "config.yaml", resolve=True)
     return logdir, lock, checkpoints, saved
 
 
 def check_sizes(cfg: DictConfig) -> None:
+    for name, sizes in cfg.model.items():
+        if OmegaConf.is_list(sizes) and not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"model.{name}={list(sizes)} must hold whole numbers of at least 1.")
     widths = [f"model.{name}" for name, value in cfg.model.items() if name != "unimix" and not OmegaConf.is_list(value)]
     layers = [key for key in widths if key.endswith("_layers")]
     for key in (*POSITIVE, *(key for key in widths if key not in layers)):
@@ -107,6 +114,22 @@ def check_sizes(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{key}={value} must be a number that is not negative.")
+    if not isinstance(cfg.seed, int):
+        raise ValueError(f"seed={cfg.seed} must be a whole number.")
+    if cfg.threads is not None:
+        require_positive(threads=cfg.threads)
+    if not isinstance(cfg.timeout, int | float) or cfg.timeout <= 0:
+        raise ValueError(f"timeout={cfg.timeout} must be a number of seconds above 0.")
+    if cfg.batch_length < 2:
+        raise ValueError(f"batch_length={cfg.batch_length} must be at least 2: a step and what comes after it.")
+    if not 0 <= cfg.algorithm.actor.discount < 1:
+        raise ValueError(f"algorithm.actor.discount={cfg.algorithm.actor.discount} must be at least 0 and less than 1.")
+    steps = cfg.total_frames // (cfg.env.action_repeat * cfg.env.num_envs)  # of each; an episode has a record more
+    if cfg.train_ratio and 2 * steps < cfg.batch_length:
+        raise ValueError(
+            f"total_frames={cfg.total_frames} are {steps} steps of each of {cfg.env.num_envs} environments, too few for one "
+            f"window of batch_length={cfg.batch_length}: nothing would be learnt. Use more frames or shorter windows."
+        )
 
 
 def check_environment_keys(cfg: DictConfig) -> None:
@@ -153,20 +176,20 @@ def objective(section: DictConfig, agent: Agent) -> nn.Module:
 
 
 def parameter_groups(learner: nn.Module) -> list[dict]:
-    """Of the optimiser, by name: actor, value, and the model with all that trains beside it."""
-    groups = {"model": [], "actor": [], "value": []}
-    owners = {"actor_loss": "actor", "value_loss": "value"}
+    """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm."""
+    groups = {"model": [], "actor": [], "value": [], "probe": []}
+    owners = {"actor_loss": "actor", "value_loss": "value", "probe": "probe"}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
             groups[owners.get(name.partition(".")[0], "model")].append(parameter)
-    return [{"name": name, "params": parameters} for name, parameters in groups.items()]
+    return [{"name": name, "params": parameters} for name, parameters in groups.items() if parameters]
 
 
-def check_weights(agent: Agent, when: str) -> None:
+def check_weights(agent: Agent, step: int, updates: int) -> None:
     """A finite loss can have a NaN gradient, which would be saved, or end in sampling from NaN probabilities."""
     for name, part in agent.parts().items():
         if not all(parameter.isfinite().all() for parameter in part.parameters()):
-            raise FloatingPointError(f"The weights of the {name} are NaN or Inf {when}.")
+            raise FloatingPointError(f"The weights of the {name} are NaN or Inf at frame {step:,}, update {updates:,}.")
 
 
 def metrics_position(logdir: Path, saved: LoadedCheckpoint | None) -> dict[str, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from omegaconf import OmegaConf
+from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 
 from r2dreamer.dreamer.pretrained import pack
 
@@ -39,4 +40,4 @@ def restore(trainer) -> None:
         trainer.count["restarts"] += 1
     if not saved.restore_replay(trainer.replay):  # left out of the checkpoint: collect anew, owe nothing for it
         trainer.first_update = trainer.count["policy_steps"] + cfg.warmup_steps
-        trainer.ratio.reset(trainer.first_update)
+        trainer.ratio = DreamerV3UpdateRatio(rate)

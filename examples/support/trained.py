@@ -55,9 +55,9 @@ class Trained:
         agent = self.agent
         if not (isinstance(agent.posterior.latent, CategoricalLatent) and isinstance(agent.reward, TwoHotMLP)):
             raise ValueError(
-                f"{self.path} is of algorithm={self.run.algorithm.agent._target_.rpartition('.')[2]}'s making, and the attack reads "
-                "categorical states and two-hot heads: give a checkpoint of R2-Dreamer, Dreamer V3 or another member built by "
-                "build_agent."
+                f"{self.path} holds an agent of another family (Dreamer V1 or V2, built by "
+                f"{self.run.algorithm.agent._target_.rpartition('.')[2]}), and the attack reads categorical states and two-hot "
+                "heads: give a checkpoint of R2-Dreamer, Dreamer V3 or another member that build_agent builds."
             )
         prior_keys = ["prior_logits", ("next", "state"), ("next", "belief")]
         loss = PlanningAttackLoss(
