@@ -123,10 +123,10 @@ class Trainer:
     def __init__(self, cfg: DictConfig):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         precision = resolve_precision(cfg.precision, self.device)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
         # Refuses what cannot be resumed before anything heavy starts.
         self.logdir, self.lock, self.checkpoints, self.saved = open_run(cfg)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
         self.suite = suite = hydra.utils.instantiate(cfg.env, _convert_="all")
         self.agent, keys = build(suite["make"], cfg, self.device)
         self.stream = hydra.utils.instantiate(cfg.collector, self.agent.policy)

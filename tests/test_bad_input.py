@@ -94,7 +94,7 @@ COMMANDS = {
     "unknown dmc task": (["env=dmc_proprio", "env.task=walker_wlak", *TINY], ["'walker_wlak'", "walker_walk"]),
     "unknown probe": (["env=probe", "env.task=endnig", *TINY], ["'endnig'", "ending"]),
     "batch longer than a stream": (
-        [*CARTPOLE, "batch_length=600"],
+        [*CARTPOLE, "batch_length=600", "total_frames=2000"],
         ["batch longer than any stored stream", "batch_length of at most 499", "capacity of at least 1202"],
     ),
     "image and stride": (

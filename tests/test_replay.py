@@ -230,7 +230,7 @@ def test_bad_sizes_are_refused(arguments, message):
         make_replay(**arguments)
 
 
-def test_memory_is_predicted_to_the_byte_and_refused_beyond_what_is_free(tmp_path):
+def test_memory_is_predicted_to_the_byte_and_refused_beyond_what_is_free(tmp_path, monkeypatch):
     streams, builder = CountingStreams(STREAMS, 5), RecordBuilder(STREAMS, ["count", "pixels"])
     records = builder(streams.collect(4))
     replay = make_replay(60, STREAMS, BATCH, LENGTH)
@@ -244,6 +244,13 @@ def test_memory_is_predicted_to_the_byte_and_refused_beyond_what_is_free(tmp_pat
     _, _, free = shutil.disk_usage(tmp_path)
     line = check_memory(1, int(0.4 * free), "memmap", tmp_path, saved_in=tmp_path)  # fits, three times does not
     assert "WARNING" in line and "checkpoint.replay=false" in line
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "old.memmap").write_bytes(bytes(10**6))  # an earlier run's, which is written over
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=600_000))
+    assert "1.2 MB" in check_memory(12_000, 100, "memmap", tmp_path)
+    with pytest.raises(MemoryError, match="does not fit"):
+        check_memory(12_000, 100, "memmap", tmp_path / "elsewhere")
     with pytest.raises(MemoryError, match=r"smaller replay.capacity .*storage=memmap"):
         check_memory(12_600, 10**12)
 

@@ -120,8 +120,10 @@ def test_the_restored_learner_makes_the_same_fifty_updates_bit_for_bit(tmp_path,
     assert torch.equal(found, expected)
 
 
-def test_without_the_replay_a_resumed_run_collects_first_and_owes_nothing_for_it(tmp_path):
-    overrides = [*CARTPOLE, "checkpoint.replay=false", "warmup_steps=40", "train_ratio=15"]
+@pytest.mark.parametrize(("warmup", "length", "begins"), [(40, 5, 40), (4, 30, 62)])  # a window takes longer to fill
+def test_without_the_replay_a_resumed_run_collects_first_and_owes_nothing_for_it(tmp_path, warmup, length, begins):
+    overrides = [*CARTPOLE, "checkpoint.replay=false", f"warmup_steps={warmup}", f"batch_length={length}"]
+    overrides += [f"train_ratio={3 * length}"]  # an update a policy step
     before = train_here(tmp_path, *overrides, "total_frames=120").count["updates"]
     after = train.Trainer(config(*overrides, "total_frames=240", f"logdir={tmp_path}"))
     seen = []
@@ -130,8 +132,9 @@ def test_without_the_replay_a_resumed_run_collects_first_and_owes_nothing_for_it
     after.run()
     after.close()
     assert len(after.replay) <= 240 - 120 + 40  # nothing of what came before, and the records of ended episodes
-    assert seen[0][0] >= 120 + 40 and seen[0][1] - before <= 4  # one update a policy step; four steps are taken at once
-    assert seen[-1] == (240, before + 240 - 120 - 40)
+    assert seen[0][0] >= 120 + warmup and seen[0][1] - before <= 4  # four steps are taken at once
+    assert seen[-1][0] == 240 and before + 120 - begins - 4 <= seen[-1][1] <= before + 121 - warmup
+    assert max(b - a for (_, a), (_, b) in zip(seen, seen[1:], strict=False)) <= 4
 
 
 def test_a_resumed_run_trains_at_the_ratio_of_its_own_command(tmp_path):
