@@ -13,7 +13,7 @@ from support.metrics import read_metrics
 
 # Environment frames, about 4 to an update: what the slowest of them needs, and a quarter more.
 FRAMES = {
-    "remember_first_frame": 4500,
+    "remember_first_frame": 4000,
     "small_target": 3500,
     "reward_from_observation": 3500,
     "delayed_reward": 2100,
