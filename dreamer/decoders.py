@@ -68,9 +68,8 @@ class ImageDecoder(nn.Module):
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
         height, width, channels = self.smallest
         drawn = self.belief_in(belief.to(state.dtype)).reshape(-1, self.blocks, height, width, channels // self.blocks)
-        value = drawn.permute(0, 2, 3, 1, 4).flatten(3) + self.state_in(state).reshape(
-            -1, *self.smallest
-        )  # [N, H, W, C]
+        value = self.state_in(state).reshape(-1, *self.smallest)  # [N, H, W, C]
+        value = value + drawn.permute(0, 2, 3, 1, 4).flatten(3)
         for norm, convolution in zip(self.norms, self.convolutions, strict=True):
             value = norm(value).permute(0, 3, 1, 2)  # channels last in memory, as in the encoder
             value = convolution(F.interpolate(value, scale_factor=2.0, mode="nearest")).permute(0, 2, 3, 1)

@@ -173,7 +173,10 @@ class Part:
         getattr(model, self.field)[self.index : self.index + 1][self.numbers] = sizes
 
     def shrink(self, model):
-        self.write(model, (self.read(model) if self.edit.size is None else self.edit.size) * self.edit.shrink)
+        self.write(model, self.small(self.read(model)))
+
+    def small(self, sizes):
+        return (sizes if self.edit.size is None else np.full_like(sizes, self.edit.size)) * self.edit.shrink
 
 
 class Shrunk:
@@ -191,10 +194,8 @@ class Shrunk:
             part.write(physics.model, mark)
         self.begin(physics)
         for part, size, mark in zip(parts, sizes, marks, strict=True):
-            if (part.read(physics.model) == mark).all():
-                part.write(physics.model, size)
-            else:  # the task set it, to what is big
-                part.shrink(physics.model)
+            now = part.read(physics.model)  # where it is not the mark, the task set it, to what is big
+            part.write(physics.model, np.where(now == mark, size, part.small(now)))
         self.render_small(physics)
 
     def add(self, edit, physics, sources):

@@ -18,9 +18,8 @@ try:
 except ImportError as error:
     if "MUJOCO_GL" not in os.environ:
         raise
-    os.environ["DOCTOR_FOUND"] = str(
-        error
-    )  # to be reported; the rest is examined in a new process without that renderer
+    # To be reported; the rest is examined by a new process, without that renderer.
+    os.environ["DOCTOR_FOUND"] = str(error)
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
         os.environ.pop(name, None)
     os.execv(sys.executable, [sys.executable, *sys.argv])

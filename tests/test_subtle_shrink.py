@@ -108,6 +108,22 @@ def test_a_size_that_the_task_sets_to_what_is_small_already_is_shrunk_all_the_sa
         assert env._env.physics.named.model.geom_size["target", 0] == pytest.approx(0.3 * 0.015)
 
 
+def test_a_task_that_sets_one_side_of_a_box_leaves_the_others_small():
+    env = DMControlEnv("cartpole", "balance")
+    task, sizes = env._env.task, env._env.physics.named.model.geom_size
+    begin, stock = task.initialize_episode, np.array(sizes["cart"])
+
+    def begin_with_one_side(physics):
+        begin(physics)
+        physics.named.model.geom_size["cart", 1] = 2 * stock[1]
+
+    task.initialize_episode = begin_with_one_side
+    env = TransformedEnv(env, DMCSubtle(geoms="cart", shrink=1 / 2))
+    for _ in range(3):
+        env.reset()
+        np.testing.assert_array_equal(env._env.physics.named.model.geom_size["cart"], stock * [0.5, 1, 0.5])
+
+
 def test_what_the_user_or_the_task_changed_in_the_model_stays():
     env = stock("ball_in_cup_catch")
     env._env.physics.model.opt.gravity[2] = -3
