@@ -4,10 +4,13 @@ Imports neither TorchRL nor MuJoCo at its top: TorchRL imports MuJoCo, and MuJoC
 """
 
 import ctypes
+import faulthandler
 import importlib
 import importlib.util
 import os
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -43,10 +46,28 @@ def missing_gl(error):
 
 
 def hanging_gl(driver=Path("/proc/driver/nvidia/version")):
-    """What a user is told when a worker never came back from rendering."""
+    """What a user is told when rendering never came back."""
     version = driver.read_text().splitlines()[0].strip() if driver.exists() else "the system's OpenGL driver"
     return (
         f"It hung in the renderer: MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'unset')}, {version}. Drivers can hang when "
         "many processes render at once: use fewer (env.num_envs, env.eval_episodes), MUJOCO_GL=osmesa (apt-get install libosmesa6), or "
         "another driver; `python examples/doctor.py` asks the driver by itself."
     )
+
+
+@contextmanager
+def watch(what, seconds):
+    """Ends the process, with its stack and the way out, if what is inside takes longer: no exception reaches a driver's call."""
+
+    def give_up():
+        faulthandler.dump_traceback()
+        print(f"{what} did not come back within {seconds:g} seconds (timeout=...). {hanging_gl()}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

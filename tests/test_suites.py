@@ -35,6 +35,10 @@ def counted():
 
 def nothing():
     return object()
+
+def hanging():
+    import time
+    time.sleep(60)
 """
 # Beside `eval/return`: what a user of the suite looks for.
 REPORTED = {
@@ -138,6 +142,13 @@ def test_a_factory_that_does_not_fit_is_answered_with_what_is_wrong(server, tmp_
     run = server.run(tmp_path, "env=custom", f"env.factory={factory}", *TINY)
     assert run.status == 1 and said in " ".join(run.stderr.split()), run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_first_environment_that_never_comes_back_ends_the_run_with_its_stack_and_the_way_out(server, tmp_path):
+    (tmp_path / "my_envs.py").write_text(MAKE_ENV)
+    run = server.run(tmp_path, "env=custom", "env.factory=my_envs:hanging", *TINY, "timeout=1.5", timeout=40)
+    assert run.status == 1 and "in hanging" in run.stderr, run.stderr
+    assert "did not come back within 1.5 seconds" in run.stderr and "MUJOCO_GL is" in run.stderr, run.stderr
 
 
 def test_a_custom_environment_with_its_own_is_init_is_watched_like_any_other(server, tmp_path):

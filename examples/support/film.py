@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import Agent
-from r2dreamer.envs import make_gym, reseed
+from r2dreamer.envs import make_gym, make_vector_env, reseed
 from support.evaluation import LONGEST_FILM, EvaluationResult, evaluate
 
 SIDE = 192  # about how many pixels the shorter side of a film gets
@@ -52,14 +53,15 @@ def film(make_environment: Callable[..., EnvBase], seed: int, actions: Sequence[
     """
     # Gymnasium's images have shapes of their own; a square would squeeze them.
     size = None if getattr(make_environment, "func", None) is make_gym else SIDE
+    factory = functools.partial(make_environment, from_pixels=True, image_size=size)
     try:
-        environment = make_environment(seed=seed, from_pixels=True, image_size=size)
+        environment = make_vector_env(factory, [seed], parallel=1)  # a worker: a renderer may hang, or take its process along
         try:
             now = environment.reset()
-            frames = [_shrink(now["pixels"])]
+            frames = [_shrink(now["pixels"][0])]
             for action in actions:
-                now = environment.step(now.set("action", action))["next"]
-                frames.append(_shrink(now["pixels"]))
+                now = environment.step(now.set("action", action[None]))["next"]
+                frames.append(_shrink(now["pixels"][0]))
         finally:
             environment.close()
     except Exception as error:  # noqa: BLE001 - renderers fail in many ways, and no film is worth a lost run

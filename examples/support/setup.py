@@ -17,6 +17,7 @@ from torchrl.envs import EnvBase
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.envs import check_environment, count_workers
 from r2dreamer.envs.errors import require_positive
+from r2dreamer.envs.gl import watch
 
 from .checkpoint import Checkpoints, LoadedCheckpoint
 
@@ -143,8 +144,9 @@ def check_environment_keys(cfg: DictConfig) -> None:
 
 def build(make_environment: Callable[..., EnvBase], cfg: DictConfig, device: torch.device) -> tuple[Agent, list[str]]:
     """The agent for this environment: one is made, checked against the key contract, and closed again."""
-    environment = make_environment(seed=0)
-    check_environment(environment)
+    with watch("The first environment, which is made and tried in this process,", cfg.timeout):
+        environment = make_environment(seed=0)
+        check_environment(environment)
     observations = ObservationSpace.from_spec(environment.observation_spec)
     actions = ActionSpace.from_spec(environment.action_spec)
     environment.close()
