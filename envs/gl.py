@@ -61,7 +61,11 @@ def watch(what, seconds):
 
     def give_up():
         faulthandler.dump_traceback()
-        print(f"{what} did not come back within {seconds:g} seconds (timeout=...). {hanging_gl()}", file=sys.stderr, flush=True)
+        print(
+            f"{what} did not come back within {seconds:g} seconds (timeout=...). {hanging_gl()}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)
 
     timer = threading.Timer(seconds, give_up)

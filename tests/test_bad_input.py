@@ -182,6 +182,14 @@ def test_a_missing_extra_names_the_line_that_installs_it(server, tmp_path, modul
 
 
 @pytest.mark.parametrize(
+    "module, task, suite", [("dm_control", "walker_walk", "dmc_vision"), ("metaworld", "hammer", "metaworld")]
+)
+def test_a_task_of_a_suite_that_is_not_installed_is_sent_there_all_the_same(server, tmp_path, module, task, suite):
+    message = refused(server, tmp_path, *CARTPOLE, f"env.task={task}", "logdir=log", without=module)
+    assert "another suite has" in message and f"env={suite}" in message, message
+
+
+@pytest.mark.parametrize(
     "name, words",
     [
         ("NaNSpeed", ["observation 'speed' is not finite", "step 4", "world:NaNSpeed-v0", "seed"]),
