@@ -57,6 +57,14 @@ def test_the_first_generations_have_the_published_sizes(name):
     assert config(f"algorithm={name}", "model=size1M", "batch_size=3").batch_size == 3  # the command line has its say
 
 
+@pytest.mark.parametrize("name", CLASSIC)
+def test_the_quickstarts_of_the_first_generations_are_those_members_on_the_quickstart(name):
+    own, plain = config(f"experiment=quickstart_{name}"), config(f"experiment=[quickstart,member_{name}]")
+    assert (own.env, own.model, own.name) == (plain.env, plain.model, plain.name)
+    assert own.algorithm.agent == plain.algorithm.agent == config(f"algorithm={name}").algorithm.agent
+    assert own.algorithm != plain.algorithm and (own.batch_size, own.train_ratio) == (16, 8)
+
+
 @pytest.mark.parametrize("name", ["dreamer", *CLASSIC])
 def test_a_continuous_member_with_decoder_in_mixed_precision(tmp_path, name):
     mixed = ["precision=bf16", "total_frames=80", "model.units=8"]
