@@ -131,6 +131,7 @@ def controls(patch: AdversarialPatch, seed: int) -> dict[str, AdversarialPatch]:
     shown = {
         "grey": (low + high) / 2,  # in the mode "perturb": the pixels underneath, unchanged
         "black": low,
+        "white": high,
         "noise": low + (high - low) * torch.rand(low.shape, generator=generator),
         "shuffled": pixels[torch.randperm(len(pixels), generator=generator)].reshape(low.shape),
     }

@@ -53,7 +53,7 @@ def test_one_command_attacks_a_checkpoint_and_reports_every_condition(server, tr
     out = trained / "attack"
     found = json.loads((out / "metrics.json").read_text())
     conditions = found["conditions"]
-    unoptimised = ["grey", "black", "noise", "shuffled", "other agent"]
+    unoptimised = ["grey", "black", "white", "noise", "shuffled", "other agent"]
     assert list(conditions) == ["clean", "optimized", *unoptimised, "patched belief"]
     for name, line in conditions.items():
         assert len(line["returns"]) == 3 and line["mean"] == pytest.approx(np.mean(line["returns"]))

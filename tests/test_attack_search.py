@@ -224,8 +224,12 @@ def test_random_places_are_the_same_for_every_patch(played):
 def test_controls_have_the_size_place_and_bounds_of_the_patch():
     patch = patch_of((4, 6), seed=9)
     found = controls(patch, seed=0)
-    assert list(found) == ["grey", "black", "noise", "shuffled"]
-    assert (found["grey"].content() == 0.5).all() and (found["black"].content() == 0).all()
+    assert list(found) == ["grey", "black", "white", "noise", "shuffled"]
+    assert (
+        (found["grey"].content() == 0.5).all()
+        and (found["black"].content() == 0).all()
+        and (found["white"].content() == 1).all()
+    )
     assert 0 <= found["noise"].delta.min() < 0.1 and 0.9 < found["noise"].delta.max() <= 1
     rows = lambda each: sorted(map(tuple, each.content().flatten(0, 1).tolist()))
     assert rows(found["shuffled"]) == rows(patch) and not torch.equal(found["shuffled"].delta, patch.delta)

@@ -9,7 +9,7 @@ import numpy as np
 from .evaluation import EvaluationResult
 
 BELIEFS = ("clean", "patched")
-CONTROLS = ("grey", "black", "noise", "shuffled", "other agent")
+CONTROLS = ("grey", "black", "white", "noise", "shuffled", "other agent")
 RESAMPLES = 10_000
 
 
