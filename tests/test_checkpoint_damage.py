@@ -45,16 +45,32 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     assert len(list(tmp_path.glob("step_*"))) == 2 and "WARNING" not in capsys.readouterr().err
 
 
-def test_when_all_are_damaged_the_error_says_so(tmp_path):
+def test_a_damaged_segment_that_all_checkpoints_share_costs_the_replay_and_not_what_was_learnt(tmp_path, capsys):
     run, checkpoints = Run(), Checkpoints(tmp_path)
     run.collect(20)
     checkpoints.save(1, run.state(), run.replay)
     checkpoints.save(2, run.state(), run.replay)
-    damage(next((tmp_path / "journal").glob("*.bin")), "flip")  # shared by both
+    damage(next((tmp_path / "journal").glob("*.bin")), "flip")
+    fresh = Checkpoints(tmp_path)
+    loaded = fresh.load()
+    assert (loaded.step, loaded.has_replay, loaded.restore_replay(Run().replay)) == (2, False, False)
+    assert "from step_000000002 goes on what was learnt" in capsys.readouterr().err
+    other = Run()
+    other.collect(30)
+    fresh.save(3, other.state(), other.replay)  # whole again: nothing of the damaged journal is continued
+    again, loaded = restored(Checkpoints(tmp_path))
+    assert loaded.step == 3 and digest(again.replay) == digest(other.replay)
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_when_all_are_damaged_the_error_says_so(tmp_path):
+    run, checkpoints = Run(), Checkpoints(tmp_path)
+    run.collect(20)
+    for step in (1, 2):
+        checkpoints.save(step, run.state(), run.replay)
+        damage(tmp_path / f"step_00000000{step}" / "state.pt", "truncate")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints .* is whole"):
         Checkpoints(tmp_path).load()
-    assert Checkpoints(tmp_path).load(replay=False).step == 2
-    damage(tmp_path / "step_000000002" / "state.pt", "truncate")
     with pytest.raises(CheckpointError, match=r"state\.pt has .* truncated"):
         Checkpoints(tmp_path).load(tmp_path / "step_000000002")
 

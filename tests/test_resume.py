@@ -158,6 +158,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_resumed(serve
     assert steps(logdir, "count/updates") == [40, 80, 120, 160, 200]
 
 
+def test_a_replay_that_no_checkpoint_can_read_is_collected_anew_unless_the_run_must_repeat(server, tmp_path):
+    logdir = tmp_path / "log"
+    assert server.run(tmp_path, *CARTPOLE, "logdir=log", "total_frames=100").status == 0
+    oldest = min((logdir / "checkpoints" / "journal").glob("*-records.bin"))  # what every later save builds on
+    with open(oldest, "r+b") as file:
+        file.truncate(1000)
+    exact = server.run(tmp_path / "exact", *CARTPOLE, f"logdir={logdir}", "checkpoint.exact=true")
+    assert exact.status == 1 and "checkpoint.exact=false" in exact.stderr, exact.stderr
+    run = server.run(tmp_path, *CARTPOLE, "logdir=log")
+    assert run.status == 0 and "no replay is whole; from step_000000100 goes on" in run.stderr, run.stderr
+    assert steps(logdir, "count/updates") == [40, 80, 120, 160, 200]
+
+
 def test_ctrl_c_leaves_an_exact_run_where_it_will_repeat_from(server, uninterrupted, tmp_path):
     run = server.start(tmp_path, *EXACT, "logdir=log")
     wait_for(run, lambda: count_lines(tmp_path / "log") >= 3)

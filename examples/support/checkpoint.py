@@ -43,6 +43,10 @@ class LoadedCheckpoint:
         self._manifest = manifest
         self._owner = owner
 
+    @property
+    def has_replay(self) -> bool:
+        return self._manifest["replay"] is not None
+
     def restore_replay(self, replay: RecordReplay) -> bool:
         """Restores slots, cursors and generations; False if the replay was left out of this checkpoint."""
         saved = self._manifest["replay"]
@@ -159,22 +163,36 @@ class Checkpoints:
             except CheckpointError as error:
                 damaged.append(directory)
                 _warn(directory, error)
-        for directory in sorted(readable, key=lambda directory: readable[directory]["serial"], reverse=True):
-            try:
-                _check_files(directory, readable[directory], replay)
-                loaded = LoadedCheckpoint(directory, readable[directory], self)
-            except CheckpointError as error:
-                damaged.append(directory)
-                _warn(directory, error)
-                continue
-            if root.resolve() == self.directory.resolve():  # another run's are not ours to delete
-                self._damaged.update(self.directory / directory.name for directory in damaged)
+        newest_first = sorted(readable, key=lambda directory: readable[directory]["serial"], reverse=True)
+        loaded = self._newest_whole({directory: readable[directory] for directory in newest_first}, replay, damaged)
+        if loaded is None and replay:  # all share the journal's older segments: one of those may have spoilt them all
+            rest = {directory: readable[directory] | {"replay": None} for directory in newest_first}
+            loaded = self._newest_whole(rest, False, [])
+            if loaded is not None:
+                damaged.remove(loaded.path)
+                print(f"WARNING: no replay is whole; from {loaded.path.name} goes on what was learnt.", file=sys.stderr)
+        if loaded is not None and root.resolve() == self.directory.resolve():  # another run's are not ours to delete
+            self._damaged.update(self.directory / directory.name for directory in damaged)
+        if loaded is not None:
             return loaded
         if found:
             raise CheckpointError(
                 f"none of the {len(found)} checkpoints in {root} is whole (see the warnings above). Start anew with "
                 "resume=false and another logdir."
             )
+        return None
+
+    def _newest_whole(
+        self, manifests: Mapping[Path, dict], replay: bool, damaged: list[Path]
+    ) -> LoadedCheckpoint | None:
+        """The first of them whose files are as they were written; those before it are added to `damaged`."""
+        for directory, manifest in manifests.items():
+            try:
+                _check_files(directory, manifest, replay)
+                return LoadedCheckpoint(directory, manifest, self)
+            except CheckpointError as error:
+                damaged.append(directory)
+                _warn(directory, error)
         return None
 
     def _manifests(self) -> dict[Path, dict[str, Any]]:

@@ -89,6 +89,11 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
         )
     if saved is not None:
         check_same_run(OmegaConf.create(saved.state["config"]), cfg, saved.path)
+        if cfg.checkpoint.exact and not saved.has_replay:
+            raise ValueError(
+                f"{saved.path} has no replay that can be read, and checkpoint.exact=true promises that a resumed run repeats "
+                "the uninterrupted one. Go on without that promise with checkpoint.exact=false."
+            )
         if saved.step >= cfg.total_frames:
             raise ValueError(
                 f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on "
