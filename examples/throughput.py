@@ -4,13 +4,14 @@
     python examples/throughput.py env=crafter counts=[1,4]
 
 `collector`: frames per second through the trainer's collector and environments (in workers where the suite's config says
-so), under random actions; `bare`: the simulators inside of them stepped by Gymnasium's AsyncVectorEnv with the same action repeat and images. The two take
-turns, `rounds` times; medians.
+so); `bare`: the simulators inside of them stepped by Gymnasium's AsyncVectorEnv with the same action repeat and images. Both
+play random actions that were drawn before. The two take turns, `rounds` times; medians.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -26,6 +27,8 @@ from r2dreamer.envs import VectorCollector, env_seeds, make_vector_env
 from support.bare import bare
 from support.script import script
 
+DRAWN = 512  # actions, before anything is timed: what drawing them costs differs between the two
+
 
 def rate(step: Callable[[], object], seconds: float) -> float:
     """Steps per second."""
@@ -40,9 +43,10 @@ def measure(cfg: DictConfig, count: int) -> dict[str, float]:
     factory, seeds = hydra.utils.instantiate(cfg.env.make), env_seeds(cfg.seed, count, "train")
     frames = count * cfg.env.action_repeat
     environments = make_vector_env(factory, seeds, parallel=cfg.env.parallel)
+    actions = itertools.cycle([environments.action_spec.rand() for _ in range(DRAWN)])
     collector = VectorCollector(
         environments,
-        lambda root: root.set("action", environments.action_spec.rand()),
+        lambda root: root.set("action", next(actions)),
         frames_per_batch=count * cfg.collect_steps,
         total_frames=-1,
         trust_policy=True,
@@ -56,10 +60,11 @@ def measure(cfg: DictConfig, count: int) -> dict[str, float]:
     found = {"collector": [], "bare": []}
     try:
         simulators.reset()
-        sample = lambda: simulators.step(simulators.action_space.sample())
+        samples = itertools.cycle([simulators.action_space.sample() for _ in range(DRAWN)])
+        step = lambda: simulators.step(next(samples))
         for turn in range(cfg.rounds + 1):  # the first turn warms up
             seconds = cfg.seconds if turn else cfg.seconds / 4
-            rates = cfg.collect_steps * rate(lambda: next(batches), seconds), rate(sample, seconds)
+            rates = cfg.collect_steps * rate(lambda: next(batches), seconds), rate(step, seconds)
             if turn:
                 for name, value in zip(found, rates, strict=True):
                     found[name].append(frames * value)
