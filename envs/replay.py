@@ -225,7 +225,7 @@ def check_memory(
 
     saved_in: where checkpoints keep a copy of it, which takes up to twice as much again; a line warns if that may not fit.
     """
-    free, where = _free_bytes(storage, directory)
+    free, where = free_bytes(storage, directory)
     if storage == "memmap":  # what an earlier run of this directory wrote is written over
         free += sum(file.stat().st_blocks * 512 for file in Path(directory).rglob("*") if file.is_file())
     total = bytes_per_record * capacity
@@ -240,7 +240,7 @@ def check_memory(
             f"now), {other}, or smaller images."
         )
     if saved_in is not None:
-        disk, path = _free_bytes("memmap", saved_in)
+        disk, path = free_bytes("memmap", saved_in)
         needed = 2 * total + (total if storage == "memmap" else 0)
         if needed > disk:
             line += (
@@ -255,7 +255,8 @@ def _require_storage(storage: str) -> None:
         raise ValueError(f"replay: storage must be 'cpu', 'cuda' or 'memmap', got {storage!r}.")
 
 
-def _free_bytes(storage: str, directory: str | os.PathLike | None) -> tuple[int, str]:
+def free_bytes(storage: str, directory: str | os.PathLike | None = None) -> tuple[int, str]:
+    """How much room is left there, and what the place is called."""
     _require_storage(storage)
     if storage == "memmap":
         if directory is None:

@@ -196,6 +196,9 @@ class Workers:
         self.kill()
         raise error
 
+    def pids(self):
+        return [member.process.pid for member in self.crew]
+
     def kill(self):
         for member in self.crew:
             member.process.kill()

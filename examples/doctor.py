@@ -30,8 +30,8 @@ from omegaconf import DictConfig
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.envs import check_environment, env_seeds, make_vector_env
-from r2dreamer.envs.replay import check_memory, record_bytes
-from support.machine import opengl, packages, processor
+from r2dreamer.envs.replay import check_memory, free_bytes, record_bytes
+from support.machine import opengl, packages, private_bytes, processor
 from support.script import USER_ERRORS, script
 from support.setup import make_agent
 
@@ -63,8 +63,11 @@ class Report:
         self.line(f"PROBLEM: {text}")
 
 
-def frames_per_second(cfg: DictConfig, count: int) -> float:
-    """Of `count` environments under random actions, each in a worker: one that dies or hangs is an error here."""
+def measure(cfg: DictConfig, count: int) -> tuple[float, int]:
+    """Frames/s of `count` environments under random actions, each in a worker, and the bytes that one of them takes.
+
+    One that dies or hangs is an error here.
+    """
     factory = hydra.utils.instantiate(cfg.env.make)
     seeds = env_seeds(cfg.seed, count, "eval")
     environments = make_vector_env(factory, seeds, parallel=True, timeout=cfg.timeout)
@@ -74,7 +77,8 @@ def frames_per_second(cfg: DictConfig, count: int) -> float:
             if step == 3:
                 start = time.perf_counter()
             _, root = environments.step_and_maybe_reset(root.update(environments.rand_action(root)))
-        return cfg.steps * count * cfg.env.action_repeat / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return cfg.steps * count * cfg.env.action_repeat / seconds, private_bytes(environments.squad.pids()) // count
     finally:
         environments.close()
 
@@ -83,7 +87,7 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
     """Builds the configured environment, holds it to the contract, and measures it."""
     name = f"env={cfg.env.suite} env.task={cfg.env.task}"
     try:
-        single = frames_per_second(cfg, 1)
+        single, _ = measure(cfg, 1)
         report.line(f"{name}: {single:.0f} frames/s, {1000 * cfg.env.action_repeat / single:.2f} ms a step")
         if not thorough:
             return
@@ -94,7 +98,14 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
         environment.close()
         report.line(f"images {observations.images}, vectors {observations.vectors}, {actions}")
         count = max(4, cfg.env.num_envs)
-        report.line(f"{count} of them in parallel: {frames_per_second(cfg, count):.0f} frames/s")
+        together, each = measure(cfg, count)
+        report.line(f"{count} of them in parallel: {together:.0f} frames/s, {each / 1e6:.0f} MB each")
+        wanted, free = each * (cfg.env.num_envs + cfg.eval.episodes), free_bytes("cpu")[0]
+        if wanted > free:
+            report.problem(
+                f"{cfg.env.num_envs} environments and {cfg.eval.episodes} to evaluate in take {wanted / 1e9:.3g} GB of memory, "
+                f"and {free / 1e9:.3g} GB are free: use fewer, env.num_envs=N env.eval_episodes=M."
+            )
         agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
         size = record_bytes(agent.example_record(), latent_keys=agent.latent_sizes)
         saved_in = cfg.logdir if cfg.checkpoint.replay else None

@@ -186,6 +186,7 @@ def test_the_doctor_finds_a_healthy_suite_healthy(server, tmp_path):
         "ms for a 64x64 image",
         "frames/s",
         "5 of them in parallel",
+        " MB each",
         "a record x 500000 records",
         "Renderer of MuJoCo",
         "works.",
@@ -198,6 +199,7 @@ def test_the_doctor_says_what_is_ill_and_how_to_mend_it(server, tmp_path):
         (["env=crafter"], "crafter", 'pip install "torchrl-r2dreamer[crafter]"'),
         (["env=gym", "env.task=CartPole-v9"], None, "CartPole-v1"),
         (["env=gym", "replay.capacity=1000000000000"], None, "does not fit"),
+        (["env=gym", "env.eval_episodes=10000000"], None, "use fewer, env.num_envs=N env.eval_episodes=M"),
     ):
         status, said = doctor(server, tmp_path, *overrides, without=without)
         assert status == 1 and remedy in " ".join(said.split()), said

@@ -8,6 +8,8 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
@@ -101,3 +103,12 @@ def opengl(timeout: float) -> tuple[str, str | None]:
     renderer = asked.stdout.strip()
     software = any(name in renderer.lower() for name in ("llvmpipe", "softpipe", "swrast", "osmesa"))
     return f"{chosen}: {renderer}, " + ("in software, slow" if software else "on the GPU"), None
+
+
+def private_bytes(pids: Sequence[int]) -> int:
+    """The memory that these processes share with nobody: what would be free without them."""
+    total = 0
+    for pid in pids:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return total
