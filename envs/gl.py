@@ -49,7 +49,7 @@ def hanging_gl(driver=Path("/proc/driver/nvidia/version")):
     """What a user is told when rendering never came back."""
     version = driver.read_text().splitlines()[0].strip() if driver.exists() else "the system's OpenGL driver"
     return (
-        f"It hung in the renderer: MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'unset')}, {version}. Drivers can hang when "
+        f"MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'unset')}, {version}. Drivers can hang when "
         "many processes render at once: use fewer (env.num_envs, env.eval_episodes), MUJOCO_GL=osmesa (apt-get install libosmesa6), or "
         "another driver; `python examples/doctor.py` asks the driver by itself."
     )
@@ -62,7 +62,8 @@ def watch(what, seconds):
     def give_up():
         faulthandler.dump_traceback()
         print(
-            f"{what} did not come back within {seconds:g} seconds (timeout=...). {hanging_gl()}",
+            f"{what} did not come back within {seconds:g} seconds (timeout=...): see the stack above. If it ends in the "
+            f"renderer: {hanging_gl()}",
             file=sys.stderr,
             flush=True,
         )

@@ -192,7 +192,7 @@ class Workers:
             )
         # A stack as faulthandler dumps it of a process that hangs, not the traceback of one that failed in rendering.
         if re.search(r"line \d+ in render$", text, re.MULTILINE):
-            error.add_note(hanging_gl())
+            error.add_note(f"It hung in the renderer: {hanging_gl()}")
         self.kill()
         raise error
 

@@ -55,9 +55,7 @@ def film(make_environment: Callable[..., EnvBase], seed: int, actions: Sequence[
     size = None if getattr(make_environment, "func", None) is make_gym else SIDE
     factory = functools.partial(make_environment, from_pixels=True, image_size=size)
     try:
-        environment = make_vector_env(
-            factory, [seed], parallel=1
-        )  # a worker: a renderer may hang, or take its process along
+        environment = make_vector_env(factory, [seed], parallel=1)  # a renderer may hang, or end its process
         try:
             now = environment.reset()
             frames = [_shrink(now["pixels"][0])]
