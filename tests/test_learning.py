@@ -6,36 +6,27 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launcher import EXAMPLES
+from launcher import EXAMPLES, config
 
 from r2dreamer.envs import PROBES, make_probe
 from support.metrics import read_metrics
-
-# Environment frames, about 4 to an update: what the slowest of them needs, and a quarter more.
-FRAMES = {
-    "remember_first_frame": 4000,
-    "small_target": 3500,
-    "reward_from_observation": 3500,
-    "delayed_reward": 2100,
-    "reward_from_action": 1400,
-    "ending": 1400,
-}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All probes, as many at once as there are cores; the longest first. Each is the command a user would type."""
     folder = tmp_path_factory.mktemp("probes")
+    frames = config("experiment=probe").env.frames
 
     def train(task):
-        overrides = [f"env.task={task}", f"total_frames={FRAMES[task]}", f"logdir={folder / task}", "progress=false"]
+        overrides = [f"env.task={task}", f"logdir={folder / task}", "progress=false"]
         command = [sys.executable, str(EXAMPLES / "train.py"), "experiment=probe", *overrides]
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
         return [line["eval/return"] for line in read_metrics(folder / task) if "eval/return" in line]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {task: pool.submit(train, task) for task in FRAMES}
+        yield {task: pool.submit(train, task) for task in sorted(PROBES, key=frames.get, reverse=True)}
 
 
 @pytest.mark.timeout(1800)
