@@ -1,4 +1,4 @@
-"""Trains a grid of variants and seeds, then draws them together: mean and 95 % bootstrap interval over the seeds.
+"""Trains a grid of variants, tasks and seeds, then draws them together: mean and 95 % bootstrap interval over the seeds.
 
     python examples/compare.py env=dmc_vision env.task=walker_walk experiment=ablation_baseline,ablation_half_batch seed=0,1,2
     python examples/compare.py "experiment=[quickstart,ablation_baseline],[quickstart,ablation_dreamer]" "seed=range(0,5)"
@@ -40,26 +40,43 @@ def train(run: Run, quiet: bool) -> bool:
 
 
 def summarise(runs: Sequence[Run], key: str) -> dict[str, dict]:
-    """By variant: every seed's last value of `key`, their mean, its interval, and the difference to the first run's variant.
+    """By name: every seed's last value of `key`, their mean, its interval, and the difference to the task's first variant.
 
     No difference where that variant has no values.
     """
+    first = {run.task: run.name for run in reversed(runs)}
     finals: dict[str, list[float]] = {}
     for run in runs:
         _, values = read_curve(run.logdir, key)
         if len(values):
             finals.setdefault(run.name, []).append(float(values[-1]))
     summary = {}
-    reference = np.array(finals.get(runs[0].name, []) if runs else [])
-    for name, final in finals.items():
-        values = np.array(final)
+    for run in runs:
+        if run.name in summary or run.name not in finals:
+            continue
+        values = np.array(finals[run.name])
         low, high = bootstrap_band(values[:, None])
-        summary[name] = {"final": final, "mean": values.mean(), "interval": [float(low[0]), float(high[0])]}
-        if len(reference):
-            summary[name]["difference_from"] = runs[0].name
-            summary[name]["difference"] = values.mean() - reference.mean()
-            summary[name]["difference_interval"] = bootstrap_difference(values, reference)
+        numbers = {"final": finals[run.name], "mean": values.mean(), "interval": [float(low[0]), float(high[0])]}
+        if reference := finals.get(first[run.task]):
+            numbers["difference_from"] = first[run.task]
+            numbers["difference"] = values.mean() - np.mean(reference)
+            numbers["difference_interval"] = bootstrap_difference(values, np.array(reference))
+        summary[run.name] = numbers
     return summary
+
+
+def table(runs: Sequence[Run], summary: dict[str, dict]) -> str:
+    """Markdown: a row for each variant, a column for each task, in every cell the mean and each seed's last value."""
+    tasks, names = list(dict.fromkeys(run.task for run in runs)), {(run.variant, run.task): run.name for run in runs}
+    rows = [["", *tasks], ["---"] * (1 + len(tasks))]
+    for variant in dict.fromkeys(run.variant for run in runs):
+        cells = [summary.get(names.get((variant, task))) for task in tasks]
+        rows.append([variant, *(_cell(cell) if cell else "" for cell in cells)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cell(numbers: dict) -> str:
+    return f"**{numbers['mean']:.4g}** ({', '.join(f'{value:.4g}' for value in numbers['final'])})"
 
 
 def main() -> None:
@@ -67,7 +84,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="+", help="as for train.py; a=1,2 and a=range(0,3) vary")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument(
-        "--out", type=Path, default=Path("comparison.png"), help="the picture; numbers beside it as .json"
+        "--out",
+        type=Path,
+        default=Path("comparison.png"),
+        help="the picture; beside it numbers as .json, a table as .md",
     )
     parser.add_argument("--key", default="eval/return", help="entry of metrics.jsonl to compare")
     arguments = parser.parse_args()
@@ -95,8 +115,10 @@ def main() -> None:
     if summary:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.with_suffix(".json").write_text(json.dumps(summary, indent=1))
-        directories, names = [run.logdir for run in complete], [run.name for run in complete]
-        print(draw_runs(directories, names, arguments.out, key=arguments.key, bootstrap=True))
+        arguments.out.with_suffix(".md").write_text(table(complete, summary))
+        columns = ("logdir", "variant", "task")
+        directories, variants, tasks = ([getattr(run, column) for run in complete] for column in columns)
+        print(draw_runs(directories, variants, arguments.out, key=arguments.key, bootstrap=True, panels=tasks))
     for run in failed:
         print(f"Not finished: {' '.join(run.overrides)} (in {run.logdir})", file=sys.stderr)
     sys.exit(bool(failed))

@@ -11,6 +11,7 @@ import pytest
 from launcher import CARTPOLE, EXAMPLES, config
 
 from support.bootstrap import bootstrap_band, bootstrap_difference
+from support.curves import draw_runs
 from support.grid import Run, expand, plan
 
 ABLATIONS = sorted(path.stem for path in (EXAMPLES.parent / "configs" / "experiment").glob("ablation_*.yaml"))
@@ -81,6 +82,7 @@ def test_one_command_trains_draws_and_goes_on(tmp_path):
     names = ["gym-CartPole-v1-baseline", "gym-CartPole-v1-projector_one_layer"]
     assert list(numbers) == names and (tmp_path / "comparison.png").stat().st_size > 1000
     assert "finished at 40 frames" in (tmp_path / "runs" / names[1] / "seed0" / "output.txt").read_text()
+    assert (tmp_path / "comparison.md").read_text().startswith("|  | gym-CartPole-v1 |")
     assert numbers[names[0]]["difference"] == 0 and len(numbers[names[1]]["final"]) == 1
 
 
@@ -95,6 +97,28 @@ def test_differences_are_to_the_first_variant_or_none(tmp_path):
         (run.logdir / "metrics.jsonl").write_text("")
     alone = compare.summarise(runs, "eval/return")
     assert list(alone) == ["second"] and "difference" not in alone["second"]
+
+
+def test_tasks_are_columns_and_panels_and_variants_differ_within_their_task(tmp_path):
+    """One variant has no run of the second task; what is first there is what its others are compared to."""
+    grid = {("a", "gym-x"): 3.0, ("b", "gym-x"): 5.0, ("b", "gym-y"): 70.0, ("c", "gym-y"): 10.0}
+    runs = [Run((), f"{task}-{variant}", tmp_path / task / variant, 10, task) for variant, task in grid]
+    for run, score in zip(runs, grid.values(), strict=True):
+        run.logdir.mkdir(parents=True)
+        (run.logdir / "metrics.jsonl").write_text(f'{{"step": 10, "eval/return": {score}}}\n')
+    summary = compare.summarise(runs, "eval/return")
+    assert [numbers["difference"] for numbers in summary.values()] == [0, 2, 0, -60]
+    assert compare.table(runs, summary).splitlines() == [
+        "|  | gym-x | gym-y |",
+        "| --- | --- | --- |",
+        "| a | **3** (3) |  |",
+        "| b | **5** (5) | **70** (70) |",
+        "| c |  | **10** (10) |",
+    ]
+    columns = [[getattr(run, name) for run in runs] for name in ("logdir", "variant", "task")]
+    for panels, width in ((columns[2], 1344), (None, 960)):  # in 150ths of an inch: 1.4 times as wide for two
+        drawn = draw_runs(*columns[:2], tmp_path / "panels.png", panels=panels)
+        assert drawn.read_bytes()[16:20] == width.to_bytes(4, "big")
 
 
 def test_a_run_that_fails_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -13,7 +14,8 @@ import numpy as np
 from support.bootstrap import bootstrap_band
 from support.metrics import read_metrics
 
-OURS, PUBLISHED, PALETTE = "#1764ab", "#8a8a8a", ["#1764ab", "#c8553d", "#2f8f5b", "#7d5ba6", "#b8860b"]
+OURS, PUBLISHED = "#1764ab", "#8a8a8a"
+PALETTE = [OURS, "#c8553d", "#2f8f5b", "#7d5ba6", "#b8860b", "#17a2b8", "#d36ba6", "#4a4a4a"]
 
 
 def draw_curve(logdir: str | os.PathLike, suite: str, task: str, out_png: str | os.PathLike) -> Path | None:
@@ -33,7 +35,8 @@ def draw_curve(logdir: str | os.PathLike, suite: str, task: str, out_png: str | 
     if len(evaluated[0]):
         marker = "o" if len(evaluated[0]) <= 60 else None
         axes.plot(*evaluated, color=OURS, linewidth=2, marker=marker, markersize=3.5, label="evaluation (mode actions)")
-    return _finish(figure, axes, f"{task} ({suite})", out_png)
+    _label(axes, f"{task} ({suite})")
+    return _finish(figure, out_png)
 
 
 def draw_runs(
@@ -46,36 +49,53 @@ def draw_runs(
     task: str | None = None,
     key: str = "eval/return",
     bootstrap: bool = False,
+    panels: Sequence[str] | None = None,
 ) -> Path | None:
     """Mean over the runs that share a label, with a band from the worst to the best of them.
 
     suite and task: those of the published curve to draw beside them.
     bootstrap: the band is the 95 % bootstrap interval of the mean.
+    panels: the panel that each run is drawn in, by its title; by default there is one.
     """
     if len(logdirs) != len(labels):
         raise ValueError(f"{len(logdirs)} logdirs with {len(labels)} labels: give each run one; seeds share theirs.")
-    figure = _figure()
+    title = title or (f"{task} ({suite})" if suite and task else "")
+    panels = [title] * len(labels) if panels is None else panels
+    titles = list(dict.fromkeys(panels)) or [title]
+    columns = min(len(titles), 3)
+    rows = -(-len(titles) // columns)
+    figure = _figure(width=6.4 * (1 + 0.4 * (columns - 1)), height=4.0 * (1 + 0.55 * (rows - 1)))
     if figure is None:
         return None
-    axes = figure.subplots()
-    longest = 0
-    for index, label in enumerate(dict.fromkeys(labels)):
-        runs = [read_curve(logdir, key) for logdir, its in zip(logdirs, labels, strict=True) if its == label]
-        runs = [run for run in runs if len(run[0])]
-        if not runs:
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, panel in zip(grid, titles, strict=False):
+        longest = 0
+        for index, label in enumerate(dict.fromkeys(labels)):
+            those = [each for each in zip(logdirs, labels, panels, strict=True) if each[1:] == (label, panel)]
+            longest = max(longest, _draw_mean(axes, [logdir for logdir, *_ in those], label, index, key, bootstrap))
+        if suite and task and longest:
+            _draw_published(axes, suite, task, longest)
+        _label(axes, panel)
+    for axes in grid[len(titles) :]:
+        axes.remove()
+    return _finish(figure, out_png)
+
+
+def _draw_mean(axes, logdirs, label, index, key, bootstrap):
+    """Of the runs that have values; the last frame they go to."""
+    runs = [run for run in (read_curve(logdir, key) for logdir in logdirs) if len(run[0])]
+    if not runs:
+        if logdirs:
             print(f"No {key} in the runs called {label!r}.")
-            continue
-        frames, values = _common_grid(runs)
-        longest = max(longest, frames[-1])
-        color = PALETTE[index % len(PALETTE)]
-        band = bootstrap_band(values) if bootstrap else (values.min(0), values.max(0))
-        meaning = "95 % bootstrap" if bootstrap else "range"
-        seeds = f" (mean and {meaning} of {len(runs)} seeds)" if len(runs) > 1 else ""
-        axes.plot(frames, values.mean(0), color=color, linewidth=2, label=f"{label}{seeds}", zorder=3)
-        axes.fill_between(frames, *band, color=color, alpha=0.18, linewidth=0)
-    if suite and task and longest:
-        _draw_published(axes, suite, task, longest)
-    return _finish(figure, axes, title or (f"{task} ({suite})" if suite and task else ""), out_png)
+        return 0
+    frames, values = _common_grid(runs)
+    color = PALETTE[index % len(PALETTE)]
+    band = bootstrap_band(values) if bootstrap else (values.min(0), values.max(0))
+    meaning = "95 % bootstrap" if bootstrap else "range"
+    seeds = f" (mean and {meaning} of {len(runs)} seeds)" if len(runs) > 1 else ""
+    axes.plot(frames, values.mean(0), color=color, linewidth=2, label=f"{label}{seeds}", zorder=3)
+    axes.fill_between(frames, *band, color=color, alpha=0.18, linewidth=0)
+    return frames[-1]
 
 
 def read_curve(logdir: str | os.PathLike, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -124,17 +144,17 @@ def _common_grid(runs):
     return frames, np.stack([np.interp(frames, *run) for run in runs])
 
 
-def _figure():
+def _figure(width=6.4, height=4.0):
     try:
         # Figure alone, without pyplot: no display, no global state, no setting of the user's is touched.
         from matplotlib.figure import Figure
     except ImportError:
         print('No learning curve: drawing one needs pip install "torchrl-r2dreamer[plot]"')
         return None
-    return Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _finish(figure, axes, title, out_png):
+def _label(axes, title):
     from matplotlib.ticker import FuncFormatter
 
     axes.set_title(title, loc="left", fontsize=11)
@@ -145,9 +165,15 @@ def _finish(figure, axes, title, out_png):
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
+
+
+def _finish(figure, out_png):
+    handles, labels = zip(*[axes.get_legend_handles_labels() for axes in figure.axes], strict=True)
+    legend = dict(zip(itertools.chain(*labels), itertools.chain(*handles), strict=True))  # each label once
+    if legend:
         # Below the axes: wherever a curve goes, the legend does not cover it.
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        place = dict(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        figure.legend(legend.values(), legend.keys(), **place)
     out_png = Path(out_png)
     try:
         out_png.parent.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its overrides, and what they make of name, directory and length."""
+    """One training: its overrides, and what they make of name, directory, length and task."""
 
     overrides: tuple[str, ...]
     name: str
     logdir: Path
     total_frames: int
+    task: str = ""
+
+    @property
+    def variant(self) -> str:
+        """The name without its task: what has the same variant and task are the seeds of one thing."""
+        return self.name.removeprefix(f"{self.task}-")
 
     @property
     def finished(self) -> bool:
@@ -49,7 +55,7 @@ def plan(arguments: Sequence[str]) -> list[Run]:
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         for overrides in expand(arguments):
             cfg = hydra.compose("config", list(overrides))
-            run = Run(overrides, cfg.name, Path(cfg.logdir), cfg.total_frames)
+            run = Run(overrides, cfg.name, Path(cfg.logdir), cfg.total_frames, f"{cfg.env.suite}-{cfg.env.task}")
             if run.logdir in runs:
                 raise ValueError(
                     f"{' '.join(runs[run.logdir].overrides)} and {' '.join(overrides)} share logdir={run.logdir}: vary "
