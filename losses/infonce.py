@@ -10,6 +10,7 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from .functional import info_nce_loss
+from .ranks import gather_ranks
 from .representation import Objective, Terms, two_views
 
 
@@ -17,7 +18,7 @@ class InfoNCE(Objective):
     """Each projected latent must pick its own embedding among those of the whole batch.
 
     Raw dot products, as in the R2-Dreamer paper's comparison; ``cosine`` and ``temperature`` give the usual contrastive
-    form. The embedding is detached, as in :class:`BarlowTwins`. Negatives are this rank's alone.
+    form. The embedding is detached, as in :class:`BarlowTwins`. Negatives come from every rank.
 
     Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
 
@@ -41,6 +42,6 @@ class InfoNCE(Objective):
         self.cosine, self.temperature = cosine, temperature
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
-        projected, target = two_views(tensordict, keys)
+        projected, target = (gather_ranks(view) for view in two_views(tensordict, keys))
         loss, accuracy = info_nce_loss(projected, target.detach(), cosine=self.cosine, temperature=self.temperature)
         return {"infonce": self.weight * loss}, {"infonce_accuracy": accuracy}

@@ -1,4 +1,4 @@
-"""Barlow Twins over two processes: each computes the loss of the joined batch, and so is the averaged gradient."""
+"""Objectives over two processes: each computes the loss of the joined batch, and so is the averaged gradient."""
 
 import os
 import socket
@@ -9,22 +9,28 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from r2dreamer.losses import BarlowTwins, R2DreamerWorldModelLoss, gather_ranks
+from r2dreamer.losses import BarlowTwins, InfoNCE, R2DreamerWorldModelLoss, VICReg, gather_ranks
 
 SAMPLES, FEATURES, EMBEDDING = 12, 3, 4
+OBJECTIVES = {
+    "barlow": lambda: BarlowTwins(weight=0.5, redundancy_weight=0.1),
+    "barlow, attached": lambda: BarlowTwins(weight=0.5, redundancy_weight=0.1, detach_target=False),
+    "infonce": lambda: InfoNCE(temperature=0.5),
+    "vicreg": lambda: VICReg(covariance=0.3),
+}
 
 
-def loss_and_gradients(rows, detach_target):
+def loss_and_gradients(rows, which):
     """Of a projection and an encoder on these rows [N, 3], shaped as a batch of two sequences."""
     torch.manual_seed(0)
     projection, encoder = (nn.Linear(FEATURES, EMBEDDING) for _ in range(2))
     k, e = (network(rows).unflatten(0, (2, -1)) for network in (projection, encoder))
     views = TensorDict({"next": {"projected_latents": k, "encoded_latents": e}}, k.shape[:2])
-    objective = BarlowTwins(weight=0.5, redundancy_weight=0.1, detach_target=detach_target)
-    terms, _ = objective(views, R2DreamerWorldModelLoss.default_keys())
-    terms["barlow"].backward()
-    parameters = [*projection.parameters(), *([] if detach_target else encoder.parameters())]
-    return terms["barlow"].detach(), [parameter.grad for parameter in parameters]
+    terms, _ = OBJECTIVES[which]()(views, R2DreamerWorldModelLoss.default_keys())
+    (loss,) = terms.values()
+    loss.backward()
+    parameters = [*projection.parameters(), *encoder.parameters()]
+    return loss.detach(), [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def joined_batch():
@@ -37,12 +43,12 @@ def one_rank(out):
     rank = torch.distributed.get_rank()
     mine = joined_batch().chunk(2)[rank]
     results = {}
-    for detach_target in (True, False):
-        loss, gradients = loss_and_gradients(mine, detach_target)
+    for which in OBJECTIVES:
+        loss, gradients = loss_and_gradients(mine, which)
         for gradient in gradients:  # as data-parallel training does
             torch.distributed.all_reduce(gradient)
             gradient /= 2
-        results[detach_target] = (loss, gradients)
+        results[which] = (loss, gradients)
     torch.save(results, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -56,12 +62,13 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
         [*command, __file__, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    alone = loss_and_gradients(joined_batch().chunk(2)[0], True)[0]
-    for detach_target in (True, False):
-        expected, gradients = loss_and_gradients(joined_batch(), detach_target)
+    for which in OBJECTIVES:
+        alone, _ = loss_and_gradients(joined_batch().chunk(2)[0], which)
+        expected, gradients = loss_and_gradients(joined_batch(), which)
+        assert len(gradients) == (4 if which in ("barlow, attached", "vicreg") else 2)
         assert not torch.allclose(alone, expected, rtol=1e-2)  # half a batch has another correlation
         for rank in (0, 1):
-            loss, found = torch.load(tmp_path / f"{rank}.pt")[detach_target]
+            loss, found = torch.load(tmp_path / f"{rank}.pt")[which]
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
             for one, other in zip(found, gradients, strict=True):
                 assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6  # the bias' gradient is 0
