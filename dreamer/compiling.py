@@ -9,19 +9,25 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .classic_networks import ConvDecoder, ConvEncoder, ELUVectorEncoder, GRUCore
 from .decoders import ImageDecoder
 from .encoders import ImageEncoder, VectorEncoder
 from .heads import FeatureMLP, ProjectionHead
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
+
+WHOLE = (
+    *(ImageEncoder, VectorEncoder, ImageDecoder, FeatureMLP, ProjectionHead),
+    *(ConvEncoder, ELUVectorEncoder, ConvDecoder),
+)
 
 
 def compile_parts(*roots: nn.Module, **options) -> None:
     """Compiles, in place, every encoder, decoder, recurrent step and head below ``roots``; ``options`` go to ``torch.compile``."""
     options.setdefault("dynamic", False)
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
-        if isinstance(module, ImageEncoder | ImageDecoder | VectorEncoder | FeatureMLP | ProjectionHead):
+        if isinstance(module, WHOLE):
             module.compile(**options)
-        elif isinstance(module, BlockGRU):
+        elif isinstance(module, BlockGRU | GRUCore):
             module.advance = torch.compile(module.advance, **options)
         elif isinstance(module, RSSMPosterior):
             module.logits = torch.compile(module.logits, **options)

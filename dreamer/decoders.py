@@ -25,7 +25,7 @@ from .sizes import Sizes
 class ImageDecoder(nn.Module):
     """(state, belief) -> images [..., C, H, W] in (0, 1), float32.
 
-    The belief reaches the smallest feature map by a block-Linear, each block a group of its positions; the state by an
+    The belief reaches the smallest feature map by a block-Linear, each block some of its channels everywhere; the state by an
     MLP of one hidden layer, twice ``units`` wide. Their sum is normed.
     """
 

@@ -35,9 +35,13 @@ class CategoricalLatent(nn.Module):
 
     def __init__(self, num_categoricals: int = 32, num_classes: int = 32, unimix: float = 0.01):
         super().__init__()
-        for name, value in (("num_categoricals", num_categoricals), ("num_classes", num_classes)):
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}.")
+        if num_categoricals < 1:
+            raise ValueError(f"num_categoricals must be positive, got {num_categoricals}.")
+        if num_classes < 2:
+            raise ValueError(
+                f"num_classes={num_classes}: categoricals of a single class are constant and know nothing; give at least "
+                "2 (Dreamer V1's sizes, classes=1, belong to its Gaussian state)."
+            )
         if not 0 <= unimix < 1:
             raise ValueError(f"unimix must be in [0, 1), got {unimix}.")
         self.num_categoricals, self.num_classes, self.unimix = num_categoricals, num_classes, unimix

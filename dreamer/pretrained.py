@@ -2,19 +2,26 @@
 
 agent = load_pretrained("runs/quickstart/seed0")
 agent.encoder, agent.prior, agent.posterior, agent.imagination     # the world model
-action = agent.policy(observation)["action"]                       # acts on TensorDicts, carries its own latents
+step = TensorDict({"pixels": images, "is_init": torch.ones(1, 1, dtype=torch.bool)}, [1])  # an episode's first images
+with set_exploration_type(ExplorationType.DETERMINISTIC):          # the mode; else actions are sampled
+    step = agent.policy(step)                                      # "action", and the latents it remembers by
+step.update({"pixels": images, "is_init": torch.zeros(1, 1, dtype=torch.bool)})  # the same TensorDict goes on
 print(agent.summary())
+
+Continuous actions are for [-1, 1]: clip them and scale them to the environment's range.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +33,27 @@ STATE = "state.pt"  # the file of a checkpoint that holds the entry "agent"
 PACKAGE = "r2dreamer.dreamer."
 
 
-def construct(recipe: Any) -> Any:
-    """Builds what nested dicts with ``_target_`` (and ``_partial_``) describe, as hydra does, from this package alone."""
+def construct(recipe: Any, trust: Sequence[str] = ()) -> Any:
+    """Builds what nested dicts with ``_target_`` (and ``_partial_``) describe, as hydra does, from this package alone.
+
+    trust: other packages and modules whose functions it may call.
+    """
     if isinstance(recipe, list):
-        return [construct(entry) for entry in recipe]
+        return [construct(entry, trust) for entry in recipe]
     if not isinstance(recipe, Mapping):
         return recipe
-    arguments = {name: construct(entry) for name, entry in recipe.items() if name not in ("_target_", "_partial_")}
+    arguments = {
+        name: construct(entry, trust) for name, entry in recipe.items() if name not in ("_target_", "_partial_")
+    }
     if "_target_" not in recipe:
         return arguments
     target = recipe["_target_"]
-    if not target.startswith(PACKAGE):
-        raise ValueError(f"_target_: {target} is not part of {PACKAGE[:-1]}; a saved agent is made of its parts only.")
     module, _, name = target.rpartition(".")
+    if not target.startswith((PACKAGE, *(f"{each}." for each in trust))):
+        raise ValueError(
+            f"_target_: {target} is not part of {PACKAGE[:-1]}, and a saved agent calls nothing else unless you say so: "
+            f"trust=[{module!r}]."
+        )
     function = getattr(importlib.import_module(module), name)
     return functools.partial(function, **arguments) if recipe.get("_partial_") else function(**arguments)
 
@@ -56,11 +71,13 @@ def pack(agent: Agent, recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def unpack(packed: Mapping[str, Any]) -> Agent:
+def unpack(packed: Mapping[str, Any], trust: Sequence[str] = ()) -> Agent:
     images = {key: tuple(shape) for key, shape in packed["observations"]["images"].items()}
     observations = ObservationSpace(images, packed["observations"]["vectors"])
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
-        agent = construct({**packed["recipe"], "_partial_": True})(observations, ActionSpace(**packed["actions"]))
+        agent = construct({**packed["recipe"], "_partial_": True}, trust)(
+            observations, ActionSpace(**packed["actions"])
+        )
     for name, part in agent.parts().items():
         part.load_state_dict(packed["weights"][name])
     return agent
@@ -77,10 +94,15 @@ def save_pretrained(agent: Agent, recipe: Mapping[str, Any], directory: str | os
     return directory / STATE
 
 
-def load_pretrained(directory: str | os.PathLike, device: torch.device | str = "cpu") -> Agent:
+def load_pretrained(
+    directory: str | os.PathLike, device: torch.device | str = "cpu", trust: Sequence[str] = ()
+) -> Agent:
     """The agent of a run's newest checkpoint, of one particular checkpoint, or of :func:`save_pretrained`'s directory.
 
     In evaluation mode and without gradients. Nothing pickled is executed.
+
+    Args:
+        trust: packages or modules beside this one whose functions may build the agent, such as heads of your own.
 
     Example:
         >>> import tempfile
@@ -97,23 +119,37 @@ def load_pretrained(directory: str | os.PathLike, device: torch.device | str = "
     path = Path(directory)
     files = [path / STATE] if (path / STATE).exists() else []
     if not files:
-        steps = [*path.glob(f"checkpoints/step_*/{STATE}"), *path.glob(f"step_*/{STATE}")]
-        # A name is step_<frames>, or step_<frames>_<serial> where a run came by twice.
-        files = sorted(steps, key=lambda file: [int(part) for part in file.parent.name.split("_")[1:]], reverse=True)
+        files = sorted([*path.glob(f"checkpoints/step_*/{STATE}"), *path.glob(f"step_*/{STATE}")], key=_serial)[::-1]
     if not files:
         raise ValueError(f"{path} holds no agent: give a run's directory, one of its checkpoints, or a saved agent's.")
     for file in files:  # the newest one that is whole
         try:
+            _check_sums(file)
             state = torch.load(file, map_location=device, weights_only=True)
             break
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             damaged = f"{file} is damaged ({type(error).__name__})"
             if file == files[-1]:
                 raise ValueError(f"{damaged}, and there is no other one.") from error
             warnings.warn(f"{damaged}; an older checkpoint is loaded in its place.", stacklevel=2)
     if "agent" not in state:
         raise ValueError(f"{file} holds {sorted(state)} and no agent; it was saved by another program or version.")
-    agent = unpack(state["agent"])
+    agent = unpack(state["agent"], trust)
     for part in agent.parts().values():
         part.to(device).eval().requires_grad_(False)
     return agent
+
+
+def _serial(file: Path) -> tuple[int, list[int]]:
+    """Of a run's checkpoints the one saved last is the newest, even if an older one was resumed and it has fewer frames."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((file.parent / "manifest.json").read_bytes())["manifest"]["serial"], []
+    return -1, [int(part) for part in file.parent.name.split("_")[1:]]
+
+
+def _check_sums(file: Path) -> None:
+    """torch.load reads past flipped bits; the sums in its archive do not."""
+    with zipfile.ZipFile(file) as archive:
+        broken = archive.testzip()
+    if broken:
+        raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")

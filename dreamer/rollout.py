@@ -113,7 +113,12 @@ class RSSMStateEstimator(TensorDictModuleBase):
         return TensorDictPrimer(latents, default_value=-1.0, expand_specs=True)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        embedding, is_init = (tensordict.get(key) for key in self.keys[3:])
+        embedding, is_init = (tensordict.get(key, None) for key in self.keys[3:])
+        if is_init is None:
+            raise ValueError(
+                f"{self.keys[4]!r} is missing, which says where an episode begins: add TorchRL's InitTracker to the "
+                "environment, or set it yourself, True at an episode's first observation and False after it."
+            )
         keep = _reset_mask(is_init, embedding)
         previous = []
         for key, size in zip(self.keys[:3], self.sizes, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
@@ -35,6 +37,8 @@ def random_shift(images: torch.Tensor, pad: int = 3) -> torch.Tensor:
 class RandomShift(TensorDictModuleBase):
     """Replaces the images of records [B, T] below ``"next"`` by shifted ones, in a copy; vectors stay as they are.
 
+    Warns where there is no image: nothing is augmented then.
+
     Args:
         pad: the largest offset in pixels.
 
@@ -59,7 +63,13 @@ class RandomShift(TensorDictModuleBase):
     def forward(self, records: TensorDictBase) -> TensorDictBase:
         shifted = records.copy()
         after = records.get("next").copy()
-        for key, value in after.items():
-            if isinstance(value, torch.Tensor) and value.ndim == records.ndim + 3:
-                after.set(key, random_shift(value, self.pad))
+        images = {
+            key: value
+            for key, value in after.items()
+            if isinstance(value, torch.Tensor) and value.ndim == records.ndim + 3
+        }
+        if not images:
+            warnings.warn("RandomShift found no image to shift: these records are not augmented.", stacklevel=2)
+        for key, value in images.items():
+            after.set(key, random_shift(value, self.pad))
         return shifted.set("next", after)

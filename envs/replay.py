@@ -173,7 +173,8 @@ def make_replay(
 
     Args:
         storage: ``"cpu"``, a CUDA device, or ``"memmap"``: files in ``directory``.
-        latent_dtype: of the stored latents; beliefs lie in [-1, 1] and states are one-hot, float16 is enough.
+        latent_dtype: of the stored latents, where windows begin; beliefs lie in [-1, 1] and states are one-hot or a
+            Gaussian's few units, so that float16 is enough.
     """
     sizes = {"capacity": capacity, "num_streams": num_streams, "batch_size": batch_size, "batch_length": batch_length}
     for name, value in sizes.items():

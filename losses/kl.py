@@ -31,12 +31,13 @@ class CategoricalKL(nn.Module):
         posterior = tensordict.get(("next", keys.posterior_logits)).float()
         prior = tensordict.get(("next", keys.prior_logits)).float()
         # As TorchRL's categorical_kl_terms, which is NaN where logits differ by hundreds and nothing is mixed in.
-        dynamics = categorical_kl(posterior.detach(), prior, self.unimix).clamp_min(self.free_nats).mean()
+        divergence = categorical_kl(posterior.detach(), prior, self.unimix)  # [B, T]
+        dynamics = divergence.clamp_min(self.free_nats).mean()
         representation = categorical_kl(posterior, prior.detach(), self.unimix).clamp_min(self.free_nats).mean()
         terms = {"dynamics": self.dynamics * dynamics, "representation": self.representation * representation}
         with torch.no_grad():
             diagnostics = {
-                "kl": dynamics.detach(),
+                "kl": divergence.mean(),  # what is left where the free nats hide it from the loss
                 "prior_entropy": categorical_entropy(prior, self.unimix).mean(),
                 "posterior_entropy": categorical_entropy(posterior, self.unimix).mean(),
             }

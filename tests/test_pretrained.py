@@ -1,5 +1,6 @@
 """Agents are taken out of runs without their command line; configurations come back as they were saved."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,49 @@ def test_the_newest_checkpoint_or_the_one_that_is_named(run):
     assert not torch.equal(weights(newest), weights(oldest))
 
 
+def test_the_newest_is_the_one_that_was_saved_last(run, tmp_path):
+    """A run resumed from an older checkpoint and stopped early has saved fewer frames than it once had."""
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
+    older = tmp_path / "checkpoints" / "step_000000052"
+    manifest = json.loads((older / "manifest.json").read_text())
+    manifest["manifest"]["serial"] = 99
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    expected, found = load_pretrained(older), load_pretrained(tmp_path)
+    assert torch.equal(next(found.encoder.parameters()), next(expected.encoder.parameters()))
+
+
+def test_heads_of_ones_own_are_loaded_where_they_are_trusted(tmp_path, monkeypatch):
+    (tmp_path / "my_heads.py").write_text(
+        "from torch import nn\nfrom r2dreamer.dreamer import latent_head\n\n"
+        "class Distance(nn.Module):\n"
+        "    def __init__(self, features):\n        super().__init__()\n        self.linear = nn.Linear(features, 1)\n"
+        "    def forward(self, state, belief):\n        return self.linear(belief)\n\n"
+        'def distance(sizes):\n    return latent_head(Distance(sizes.belief), ["distance"], prefix=("next",))\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = "+algorithm.agent.heads.mine={_target_:my_heads.distance,_partial_:true}"
+    trained = train_here(tmp_path / "run", *CARTPOLE, "total_frames=52", "algorithm=none", mine).agent
+    with pytest.raises(ValueError, match=r"my_heads.distance is not part .* trust=\['my_heads'\]"):
+        load_pretrained(tmp_path / "run")
+    loaded = load_pretrained(tmp_path / "run", trust=["my_heads"])
+    one, other = (agent.heads["mine"].module.linear.weight for agent in (trained, loaded))
+    assert torch.equal(one, other)
+
+
+def test_a_policy_remembers_in_its_tensordict_and_asks_where_episodes_begin(run):
+    agent = load_pretrained(run[0])
+    observation = TensorDict({"observation": torch.randn(2, 4)}, [2])
+    with pytest.raises(ValueError, match="'is_init' is missing.*InitTracker"):
+        agent.policy(observation.copy())
+    step, beliefs = observation.copy(), []
+    for begins in (True, False, True):
+        step["is_init"] = torch.full((2, 1), begins)
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            step = agent.policy(step)
+        beliefs.append(step["belief"])
+    assert torch.equal(beliefs[0], beliefs[2]) and not torch.allclose(beliefs[0], beliefs[1])
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, tmp_path):
     folder, _ = run
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
@@ -86,6 +130,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, tmp_path):
     with pytest.warns(UserWarning, match="step_000000100.* is damaged"):
         agent = load_pretrained(tmp_path)
     expected = load_pretrained(folder / "checkpoints" / oldest.parent.name)
+    assert torch.equal(next(agent.encoder.parameters()), next(expected.encoder.parameters()))
+    content = bytearray((folder / "checkpoints" / newest.parent.name / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 64  # torch.load would not notice
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="step_000000100.* is damaged"):
+        agent = load_pretrained(tmp_path)
     assert torch.equal(next(agent.encoder.parameters()), next(expected.encoder.parameters()))
     oldest.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="step_000000052.* is damaged .* no other one"):
