@@ -9,6 +9,7 @@ import train
 from agents import BATCH, TIME, tiny_agent, tiny_records
 from launcher import CARTPOLE, config, train_here
 from test_resume import fifty_updates
+from torch import nn
 
 from r2dreamer.dreamer import RandomShift
 from r2dreamer.losses import DreamerPro, R2DreamerWorldModelLoss, sinkhorn
@@ -85,8 +86,27 @@ def naive_terms(objective, embedding, slow, latents):
     return {"swapped": swapped, "temporal": temporal, "norm": norm}
 
 
+class Alternately(nn.Module):
+    """Leaves the first copy as it is and inverts the second one: whose assignment is predicted makes a difference."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, records):
+        self.calls += 1
+        return records if self.calls % 2 else inverted(records)
+
+
+def inverted(records):
+    other = records.clone()
+    other["next", "pixels"] = 255 - other["next", "pixels"]
+    other["next", "speed"] = -other["next", "speed"]
+    return other
+
+
 def test_the_terms_equal_naive_loops():
-    agent, objective, _ = made(weight=0.5)
+    agent, objective, _ = made(weight=0.5, augmentation=Alternately())
     with torch.no_grad():
         for parameter in objective.slow_encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -94,7 +114,7 @@ def test_the_terms_equal_naive_loops():
     torch.manual_seed(3)
     terms, _ = objective(records.copy(), R2DreamerWorldModelLoss.default_keys())
     torch.manual_seed(3)
-    copies = torch.cat([records, records])
+    copies = torch.cat([records, inverted(records)])
     slow = objective.slow_encoder(copies.copy())["next", "encoded_latents"]
     after = agent.rollout(agent.encoder(copies))["next"]
     expected = naive_terms(objective, after["encoded_latents"], slow, torch.cat([after["state"], after["belief"]], -1))
