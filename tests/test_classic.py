@@ -53,7 +53,7 @@ def made(generation, *, images=False, discrete=False, noise=0.0, **changed):
     layers = dict(vector_layers=1, reward_layers=1, actor_layers=1, value_layers=1)
     widths = dict(belief=16, hidden=12, units=10, depth=2, categoricals=7, classes=4)
     options = {**GENERATIONS[generation][0], "noise": noise, "heads": {"decoder": classic_decoder}, **changed}
-    return build_classic_agent(observations, ActionSpace(2, discrete), **widths, **layers, **options)
+    return build_classic_agent(observations, ActionSpace(2, discrete), **{**widths, **layers, **options})
 
 
 def model_loss(agent, generation):
