@@ -15,6 +15,7 @@ from .encoders import ImageEncoder, VectorEncoder
 from .heads import FeatureMLP, ProjectionHead
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
 
+RECOMPILE_LIMIT = 64
 WHOLE = (
     *(ImageEncoder, VectorEncoder, ImageDecoder, FeatureMLP, ProjectionHead),
     *(ConvEncoder, ELUVectorEncoder, ConvDecoder),
@@ -24,6 +25,9 @@ WHOLE = (
 def compile_parts(*roots: nn.Module, **options) -> None:
     """Compiles, in place, every encoder, decoder, recurrent step and head below ``roots``; ``options`` go to ``torch.compile``."""
     options.setdefault("dynamic", False)
+    # Dynamo counts what it compiled by function, and all heads share one, each in the shapes of records and of imagined
+    # steps; beyond its limit it leaves the rest uncompiled, with a warning.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
         if isinstance(module, WHOLE):
             module.compile(**options)

@@ -11,17 +11,24 @@ from agents import tiny_agent, tiny_records
 from hydra import compose, initialize_config_module
 from train import Learner
 
-from r2dreamer.dreamer import FeatureMLP, ImageEncoder, ProjectionHead, VectorEncoder, compile_parts
+from r2dreamer.dreamer import ObservationSpace, compile_parts
 from r2dreamer.dreamer.layers import BLOCK, BlockedNormSiLU, NormSiLU
 from r2dreamer.losses import R2DreamerWorldModelLoss
+from support.setup import make_agent
+
+CLASSIC_WIDTHS = dict(belief=16, hidden=12, units=10, depth=2, categoricals=7, classes=4)
 
 
-def learner(compile=None, precision=torch.float32, num_bins=255, **overrides):
+def learner(compile=None, precision=torch.float32, num_bins=255, member="r2dreamer", **overrides):
     with initialize_config_module("r2dreamer.configs", version_base=None):
-        algorithm = compose("config").algorithm
-    algorithm.actor.imagination_horizon = 3
-    algorithm.optimizer.update(overrides)
-    return Learner(tiny_agent(images=False, num_bins=num_bins), algorithm, precision, compile)
+        cfg = compose("config", [f"algorithm={member}"])
+    cfg.algorithm.actor.imagination_horizon = 3
+    cfg.algorithm.optimizer.update(overrides)
+    agent = tiny_agent(images=False, num_bins=num_bins)
+    if member != "r2dreamer":
+        cfg.model.update(CLASSIC_WIDTHS)
+        agent = make_agent(cfg.algorithm, cfg.model, agent.observations, agent.actions)
+    return Learner(agent, cfg.algorithm, precision, compile)
 
 
 def three_updates(made):
@@ -31,15 +38,18 @@ def three_updates(made):
     return losses, [p.detach().clone() for p in made.parameters()]
 
 
-def test_updates_with_compiled_parts_equal_eager_ones():
+@pytest.mark.parametrize("member", ["r2dreamer", "dreamerv1"])
+def test_updates_with_compiled_parts_equal_eager_ones(member):
     """Sampling stays outside the compiled parts, so even the random draws are the same."""
-    eager, eager_parameters = three_updates(learner(lr=1e-3, warmup_steps=0))
-    compiled, compiled_parameters = three_updates(learner("parts", lr=1e-3, warmup_steps=0))
+    options = dict(member=member, lr=1e-3, warmup_steps=0)
+    eager, eager_parameters = three_updates(learner(**options))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # which would leave parts eager
+        compiled, compiled_parameters = three_updates(learner("parts", **options))
     for one, other in zip(eager, compiled, strict=True):
         assert set(one.keys()) == set(other.keys())
         for key in one.keys():
             torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4, msg=key)
-    moved = [not torch.equal(p, q) for p, q in zip(eager_parameters, learner().parameters(), strict=True)]
+    moved = [not torch.equal(p, q) for p, q in zip(eager_parameters, learner(**options).parameters(), strict=True)]
     assert sum(moved) > len(moved) / 2
     for one, other in zip(eager_parameters, compiled_parameters, strict=True):
         assert (one - other).abs().mean() < 1e-4
@@ -127,12 +137,21 @@ def test_heads_and_losses_share_their_bins():
         R2DreamerWorldModelLoss(tiny_agent(num_bins=51).world_model)(tiny_records(tiny_agent()))
 
 
-def test_every_part_is_compiled():
+@pytest.mark.parametrize("member", ["r2dreamer", "dreamer", "dreamerv1", "dreamerv2"])
+def test_every_part_is_compiled(member):
     agent = tiny_agent()
+    if member != "r2dreamer":
+        with initialize_config_module("r2dreamer.configs", version_base=None):
+            cfg = compose("config", [f"algorithm={member}"])
+        agent = make_agent(
+            cfg.algorithm, cfg.model, ObservationSpace({"pixels": (3, 64, 64)}, {"speed": 6}), agent.actions
+        )
     compile_parts(*agent.parts().values())
-    kinds = (ImageEncoder, VectorEncoder, FeatureMLP, ProjectionHead)
-    modules = [module for part in agent.parts().values() for module in part.modules() if isinstance(module, kinds)]
-    assert len(modules) == 7 and all(module._compiled_call_impl is not None for module in modules)
+    parts = [agent.encoder.image, agent.encoder.vector, agent.prior.head]
+    parts += [agent.reward, agent.value, agent.actor[0].module, agent.continue_, agent.heads.get("projection")]
+    decoder = agent.heads.get("decoder")
+    parts += [decoder.image, decoder.vector] if decoder else []
+    assert all(part is None or getattr(part, "module", part)._compiled_call_impl is not None for part in parts)
     assert hasattr(agent.prior.core.advance, "_torchdynamo_orig_callable")
     assert hasattr(agent.posterior.logits, "_torchdynamo_orig_callable")
 
