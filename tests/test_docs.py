@@ -39,6 +39,19 @@ def block_with(name):
     return block
 
 
+def test_the_agent_in_the_readme_acts_and_dreams(tmp_path, monkeypatch):
+    sizes = dict(belief=16, hidden=8, classes=4, depth=2)
+    spaces = r2dreamer.dreamer.ObservationSpace({}, {"observation": 4}), r2dreamer.dreamer.ActionSpace(2, discrete=True)
+    agent = r2dreamer.dreamer.build_agent(*spaces, **sizes)
+    recipe = {"_target_": "r2dreamer.dreamer.build_agent", **sizes}
+    r2dreamer.dreamer.save_pretrained(agent, recipe, tmp_path / "runs" / "quickstart" / "seed0")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block_with("load_pretrained"), names)
+    assert names["dream"].shape == (1, 15, 1) and names["step"]["action"].sum() == 1
+    assert names["step"]["state"].sum() == 32
+
+
 def test_the_transform_in_the_readme_steps():
     choose_gl()  # in place of the `export` the block's first line speaks of
     names = {}
