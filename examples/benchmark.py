@@ -5,6 +5,7 @@
     python examples/benchmark.py compare=torchrl        TorchRL's own DreamerV3 objective, same size, same process
     python examples/benchmark.py compare=algorithm      our own Dreamer with its decoder, turn by turn in the same process
     python examples/benchmark.py compare=algorithm algorithm@other=infonce
+    python examples/benchmark.py algorithm=dreamerv2    V1 and V2 have sizes of their own, and are timed alone
 
 `update` is one whole update (all losses, backward, clipping, optimiser, target), `acting` one policy step for all
 environments, `environment` frames per second of the configured environments under random actions, `replay` sampled
