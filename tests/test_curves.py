@@ -65,7 +65,8 @@ def test_curve_without_a_published_one(tmp_path, drawn):
 def test_seeds_share_a_label(tmp_path, drawn):
     runs = [make_run(tmp_path / str(seed), range(90, 991, 90), offset=seed) for seed in (0, 2, 4)]
     assert draw_runs(runs, ["ours", "ours", "other"], tmp_path / "runs.png", title="CartPole-v1")
-    assert labels(drawn[0]) == ["ours (mean and range of 2 seeds)", "other"]
+    assert labels(drawn[0]) == ["ours (2 seeds)", "other"]
+    assert drawn[0].legends[0].get_title().get_text() == "mean and range"
     mean = drawn[0].axes[0].get_lines()[0]
     assert mean.get_ydata()[1] == pytest.approx(90 / 90 + 1.0)
     with pytest.raises(ValueError, match="3 logdirs with 1 labels"):
@@ -96,7 +97,7 @@ def test_the_command_draws_the_seeds_of_a_folder_together(tmp_path, drawn, monke
     runs = [str(make_run(tmp_path / "mine" / f"seed{seed}", range(90, 991, 90), offset=seed)) for seed in (0, 2)]
     monkeypatch.setattr(sys, "argv", ["curves.py", *runs, "--out", str(tmp_path / "runs.png")])
     curves.main()
-    assert labels(drawn[0]) == ["mine (mean and range of 2 seeds)"] and "runs.png" in capsys.readouterr().out
+    assert labels(drawn[0]) == ["mine (2 seeds)"] and "runs.png" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["curves.py", runs[0], str(tmp_path)])
     with pytest.raises(SystemExit, match="No metrics.jsonl in"):
         curves.main()

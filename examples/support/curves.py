@@ -78,7 +78,8 @@ def draw_runs(
         _label(axes, panel)
     for axes in grid[len(titles) :]:
         axes.remove()
-    return _finish(figure, out_png)
+    meaning = "mean and 95 % bootstrap interval" if bootstrap else "mean and range"
+    return _finish(figure, out_png, legend_title=meaning if len(set(labels)) < len(labels) else None)
 
 
 def _draw_mean(axes, logdirs, label, index, key, bootstrap):
@@ -91,10 +92,9 @@ def _draw_mean(axes, logdirs, label, index, key, bootstrap):
     frames, values = _common_grid(runs)
     color = PALETTE[index % len(PALETTE)]
     band = bootstrap_band(values) if bootstrap else (values.min(0), values.max(0))
-    meaning = "95 % bootstrap" if bootstrap else "range"
-    seeds = f" (mean and {meaning} of {len(runs)} seeds)" if len(runs) > 1 else ""
+    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
     axes.plot(frames, values.mean(0), color=color, linewidth=2, label=f"{label}{seeds}", zorder=3)
-    axes.fill_between(frames, *band, color=color, alpha=0.18, linewidth=0)
+    axes.fill_between(frames, *band, color=color, alpha=0.15, linewidth=0)
     return frames[-1]
 
 
@@ -167,12 +167,12 @@ def _label(axes, title):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finish(figure, out_png):
+def _finish(figure, out_png, legend_title=None):
     handles, labels = zip(*[axes.get_legend_handles_labels() for axes in figure.axes], strict=True)
     legend = dict(zip(itertools.chain(*labels), itertools.chain(*handles), strict=True))  # each label once
     if legend:
         # Below the axes: wherever a curve goes, the legend does not cover it.
-        place = dict(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        place = dict(loc="outside lower center", ncols=2, frameon=False, fontsize=9, title=legend_title)
         figure.legend(legend.values(), legend.keys(), **place)
     out_png = Path(out_png)
     try:
