@@ -78,8 +78,9 @@ def draw_runs(
         _label(axes, panel)
     for axes in grid[len(titles) :]:
         axes.remove()
+    repeated = len(set(zip(labels, panels, strict=True))) < len(labels)
     meaning = "mean and 95 % bootstrap interval" if bootstrap else "mean and range"
-    return _finish(figure, out_png, legend_title=meaning if len(set(labels)) < len(labels) else None)
+    return _finish(figure, out_png, legend_title=meaning if repeated else None)
 
 
 def _draw_mean(axes, logdirs, label, index, key, bootstrap):
