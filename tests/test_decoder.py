@@ -104,3 +104,5 @@ def test_the_augmentation_moves_images_alone_each_sequence_by_itself():
     assert (RandomShift(pad=1)(plain)["next", "pixels"] == 7).all()
     with pytest.raises(ValueError, match="pad=0"):
         RandomShift(pad=0)
+    with pytest.warns(UserWarning, match="no image to shift"):
+        RandomShift(pad=1)(TensorDict({"next": {"speed": torch.zeros(2, 3, 4)}}, [2, 3]))

@@ -62,7 +62,10 @@ def test_the_world_model_loss_has_every_term_and_each_is_what_it_says():
     expected = -(alive * probability.log() + (1 - alive) * (1 - probability).log()).mean()
     torch.testing.assert_close(losses["loss_continue"], expected)
     q, p = (0.99 * posterior["next", f"{name}_logits"].softmax(-1) + 0.01 / CLASSES for name in ("posterior", "prior"))
-    kl = (q * (q.log() - p.log())).sum((-1, -2)).clamp_min(1).mean()
+    divergence = (q * (q.log() - p.log())).sum((-1, -2))
+    torch.testing.assert_close(losses["kl"], divergence.mean())  # the diagnostic is not clipped
+    kl = divergence.clamp_min(1).mean()
+    assert not torch.allclose(kl, divergence.mean())
     torch.testing.assert_close(losses["loss_dynamics"], kl)
     torch.testing.assert_close(losses["loss_representation"], 0.1 * kl)
     assert all(not value.requires_grad for key, value in losses.items() if not key.startswith("loss_"))

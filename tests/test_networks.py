@@ -100,6 +100,8 @@ def test_samples_are_exactly_one_hot_follow_the_mixed_probabilities_and_pass_gra
     (actual,) = torch.autograd.grad((sample * weight).sum(), logits)
     (expected,) = torch.autograd.grad((probs.flatten() * weight.flatten()).sum(), logits)
     torch.testing.assert_close(actual, expected)
+    with pytest.raises(ValueError, match="num_classes=1: .* know nothing"):
+        CategoricalLatent(30, 1)
 
 
 def test_the_sequence_pass_equals_single_steps():
