@@ -51,8 +51,8 @@ def construct(recipe: Any, trust: Sequence[str] = ()) -> Any:
     module, _, name = target.rpartition(".")
     if not target.startswith((PACKAGE, *(f"{each}." for each in trust))):
         raise ValueError(
-            f"_target_: {target} is not part of {PACKAGE[:-1]}, and a saved agent calls nothing else unless you say so: "
-            f"trust=[{module!r}]."
+            f"_target_: {target} is not part of {PACKAGE[:-1]}, and a saved agent calls nothing else unless you say so; "
+            f"if it is yours: trust=[{module!r}]."
         )
     function = getattr(importlib.import_module(module), name)
     return functools.partial(function, **arguments) if recipe.get("_partial_") else function(**arguments)
