@@ -20,6 +20,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from .functional import sinkhorn
+from .ranks import gather_ranks, own_rows
 from .representation import Objective, Terms
 
 
@@ -104,10 +105,8 @@ class DreamerPro(Objective):
         embedded, latent = self.embedding_projection(copies.get(embedding_key)), self.latent_projection(latents)
 
         with torch.autocast(slow.device.type, enabled=False):
-            targets = [
-                sinkhorn(scores.T, eps=self.sinkhorn_eps, iterations=self.sinkhorn_iterations).T
-                for scores in self._scores(slow, self.prototypes.detach()).chunk(2)  # each copy by itself
-            ]  # each [B*T', K]
+            scores = self._scores(slow, self.prototypes.detach())
+            targets = [self._assign(each) for each in scores.chunk(2)]  # each copy by itself, [B*T', K]
             prototypes = self._trained_prototypes()
             by_embedding, by_latents = (
                 F.log_softmax(self._scores(projected, prototypes) / self.temperature, -1).chunk(2)
@@ -127,6 +126,11 @@ class DreamerPro(Objective):
         """Cosines [2B*T', K] with every prototype, without the dropped steps."""
         rows = projected[:, self.dropped_steps :].float().flatten(0, 1)
         return F.normalize(rows, dim=-1) @ F.normalize(prototypes, dim=-1).T
+
+    def _assign(self, scores: torch.Tensor) -> torch.Tensor:
+        """Which prototypes the samples belong to, [N, K]; those of all ranks share every prototype equally."""
+        plan = sinkhorn(gather_ranks(scores).T, eps=self.sinkhorn_eps, iterations=self.sinkhorn_iterations)
+        return own_rows(plan.T)
 
     def _trained_prototypes(self) -> torch.Tensor:
         """The prototypes, with a gradient of 0 while they are frozen; the counter stays on its device."""

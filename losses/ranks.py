@@ -13,9 +13,16 @@ def gather_ranks(rows: torch.Tensor) -> torch.Tensor:
     its rows is the sum over what all ranks do with them: averaged over ranks, as data-parallel training does, parameters
     get the gradient that one process gets from the joined batch.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    return _Gather.apply(rows)
+    return _Gather.apply(rows) if _ranks() > 1 else rows
+
+
+def own_rows(joined: torch.Tensor) -> torch.Tensor:
+    """This rank's rows among those that :func:`gather_ranks` joined."""
+    return joined.chunk(_ranks())[dist.get_rank()] if _ranks() > 1 else joined
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _Gather(torch.autograd.Function):

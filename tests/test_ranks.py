@@ -5,11 +5,13 @@ import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 
-from r2dreamer.losses import BarlowTwins, InfoNCE, R2DreamerWorldModelLoss, VICReg, gather_ranks
+from r2dreamer.losses import BarlowTwins, DreamerPro, InfoNCE, R2DreamerWorldModelLoss, VICReg, gather_ranks
 
 SAMPLES, FEATURES, EMBEDDING = 12, 3, 4
 OBJECTIVES = {
@@ -33,6 +35,20 @@ def loss_and_gradients(rows, which):
     return loss.detach(), [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
+def dreamerpro_loss_and_gradients(rows):
+    """The mean over the rows of terms of which only the assignment is a statistic of the batch."""
+    torch.manual_seed(0)
+    encoder = TensorDictModule(nn.Linear(FEATURES, EMBEDDING), ["x"], ["e"])
+    rollout = TensorDictModule(lambda e: (e.sin(), e.cos()), ["e"], [("next", "state"), ("next", "belief")])
+    options = dict(prototypes=5, size=3, frozen_updates=0, dropped_steps=0)
+    objective = DreamerPro(encoder, rollout, EMBEDDING, 2 * EMBEDDING, **options)
+    rows = rows.unflatten(0, (2, -1))
+    terms, _ = objective(TensorDict({"x": rows}, rows.shape[:2]), R2DreamerWorldModelLoss.default_keys())
+    sum(terms.values()).backward()
+    parameters = [*encoder.parameters(), *objective.parameters()]
+    return sum(terms.values()).detach(), [each.grad for each in parameters if each.grad is not None]
+
+
 def joined_batch():
     return torch.randn(SAMPLES, FEATURES, generator=torch.Generator().manual_seed(1))
 
@@ -49,11 +65,18 @@ def one_rank(out):
             torch.distributed.all_reduce(gradient)
             gradient /= 2
         results[which] = (loss, gradients)
+    loss, gradients = dreamerpro_loss_and_gradients(mine)
+    for value in (loss, *gradients):
+        torch.distributed.all_reduce(value)
+        value /= 2
+    results["dreamerpro"] = (loss, gradients)
     torch.save(results, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,16 +85,32 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
         [*command, __file__, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for which in OBJECTIVES:
-        alone, _ = loss_and_gradients(joined_batch().chunk(2)[0], which)
-        expected, gradients = loss_and_gradients(joined_batch(), which)
-        assert len(gradients) == (4 if which in ("barlow, attached", "vicreg") else 2)
-        assert not torch.allclose(alone, expected, rtol=1e-2)  # half a batch has another correlation
-        for rank in (0, 1):
-            loss, found = torch.load(tmp_path / f"{rank}.pt")[which]
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-            for one, other in zip(found, gradients, strict=True):
-                assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6  # the bias' gradient is 0
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("which", OBJECTIVES)
+def test_two_processes_equal_one_on_the_joined_batch(which, saved):
+    alone, _ = loss_and_gradients(joined_batch().chunk(2)[0], which)
+    expected, gradients = loss_and_gradients(joined_batch(), which)
+    assert len(gradients) == (4 if which in ("barlow, attached", "vicreg") else 2)
+    assert not torch.allclose(alone, expected, rtol=1e-2)  # half a batch has another correlation
+    check_equal(saved, which, expected, gradients)
+
+
+def test_dreamerpro_assigns_the_joined_batch_to_its_prototypes(saved):
+    halves = [dreamerpro_loss_and_gradients(half)[0] for half in joined_batch().chunk(2)]
+    expected, gradients = dreamerpro_loss_and_gradients(joined_batch())
+    assert len(gradients) == 7  # a weight and a bias of the encoder and of both projections, and the prototypes
+    assert not torch.allclose(sum(halves) / 2, expected, rtol=1e-3)  # the halves, each assigned by itself
+    check_equal(saved, "dreamerpro", expected, gradients)
+
+
+def check_equal(saved, which, expected, gradients):
+    for results in saved:
+        loss, found = results[which]
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        for one, other in zip(found, gradients, strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6  # the bias' gradient is 0
 
 
 def test_a_single_process_gathers_nothing():
