@@ -86,6 +86,10 @@ def member(
     return agent, Learner(agent, algorithm, precision, cfg.compile)
 
 
+def parameters(agent: Agent, learner: Learner) -> int:
+    return sum((agent.parameter_counts() | learner.own_parameter_counts()).values())
+
+
 def measure_environment(cfg: DictConfig, steps: int) -> dict[str, float]:
     factory = hydra.utils.instantiate(cfg.env.make)
     seeds = env_seeds(cfg.seed, cfg.env.num_envs, "train")
@@ -142,7 +146,7 @@ def benchmark(cfg: DictConfig) -> dict:
         "precision": str(precision).removeprefix("torch."),
         "compile": cfg.compile,
         "threads": torch.get_num_threads(),
-        "parameters": sum(agent.parameter_counts().values()),
+        "parameters": parameters(agent, learner),
         **shape,
     }
     if "update" in cfg.measure:
@@ -150,7 +154,7 @@ def benchmark(cfg: DictConfig) -> dict:
         if cfg.compare == "algorithm":
             other, peer = member(cfg, cfg.other, device, precision)
             result["other"] = cfg.other.representation._target_.rpartition(".")[2]
-            result["other_parameters"] = sum(other.parameter_counts().values())
+            result["other_parameters"] = parameters(other, peer)
             steps = [lambda: learner.update(records), lambda: peer.update(records)]
             result["update"], result["other_update"] = alternate(steps, device, warmup, repeats)
             result["other_over_ours"] = result["other_update"]["median_s"] / result["update"]["median_s"]

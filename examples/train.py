@@ -109,6 +109,12 @@ class Learner(nn.Module):
         self.world_model_loss.representation.after_update()
         return losses.detach(), latents
 
+    def own_parameter_counts(self) -> dict[str, int]:
+        """What trains beside the agent: an objective's prototypes and projections, a probe decoder."""
+        parts = {"objective": self.world_model_loss.representation, "probe": self.probe}
+        counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
+        return {name: count for name, count in counts.items() if count}
+
     def anneal(self, progress: float) -> None:
         """Learning rate and entropy bonus fall linearly, to their final fractions when ``progress`` is 1."""
         rate, entropy = (1 + (final - 1) * min(progress, 1.0) for final in self.final_fractions)
@@ -183,7 +189,8 @@ class Trainer:
     def run(self) -> None:
         cfg = self.cfg
         if cfg.progress:
-            parts = ", ".join(f"{name} {size:,}" for name, size in self.agent.parameter_counts().items())
+            counts = self.agent.parameter_counts() | self.learner.own_parameter_counts()
+            parts = ", ".join(f"{name} {size:,}" for name, size in counts.items())
             print(f"{self.logdir}: {parts} parameters, {self.learner.precision} on {self.device}")
             print(f"Replay: {self.memory}")
         score = None if self.saved else self.evaluate()

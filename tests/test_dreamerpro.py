@@ -191,6 +191,9 @@ def test_a_run_trains_saves_its_slow_networks_and_goes_on_bit_for_bit(tmp_path):
     trainer = train_here(tmp_path, *few)
     objective = trainer.learner.world_model_loss.representation
     assert objective.updates == trainer.count["updates"] > 5
+    embedding, latents = trainer.agent.encoder.out_features, sum(trainer.agent.latent_sizes.values())
+    projections = (embedding + 1 + latents + 1) * 32
+    assert trainer.learner.own_parameter_counts() == {"objective": 50 * 32 + projections}
     slow, fast = (next(iter(each.parameters())) for each in (objective.slow_encoder, trainer.agent.encoder))
     assert not torch.equal(slow, fast)
     Checkpoints(tmp_path / "checkpoints").load().restore_rng()
