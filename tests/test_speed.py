@@ -179,6 +179,14 @@ def test_the_benchmark_compares_two_members_turn_by_turn(request, tmp_path):
     assert result["other_over_ours"] == result["other_update"]["median_s"] / result["update"]["median_s"]
 
 
+def test_the_benchmark_says_whom_it_cannot_compare(request, tmp_path):
+    script = request.config.rootpath / "examples" / "benchmark.py"
+    command = [sys.executable, str(script), "compare=algorithm", "algorithm@other=dreamerv2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "dreamerv2 has sizes of its own" in done.stderr and "algorithm=dreamerv2" in done.stderr
+
+
 @pytest.mark.parametrize(
     "environment",
     ["env=gym env.task=CartPole-v1", "env=dmc_vision env.task=reacher_easy", "env=probe env.task=ending"],

@@ -45,6 +45,13 @@ def script(config_name: str) -> Callable:
 
 def suggest(config_name: str, error: ConfigCompositionException) -> None:
     """Names the key that a misspelt one is nearest to."""
+    if sized := re.search(r"In 'algorithm/(\w+)': Could not override 'model@", str(error)):
+        name = sized[1]
+        print(
+            f"{name} has sizes of its own and cannot be a second member; run it alone, algorithm={name}.",
+            file=sys.stderr,
+        )
+        return
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if not unknown:
         return
