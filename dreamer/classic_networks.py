@@ -16,7 +16,13 @@ from torchrl.modules.functional import symlog
 
 from .distributions import BoundedNormal, OneHotAction
 from .heads import ActorNetwork, NormalParameters, OneHotParameters, probabilistic_head
-from .layers import Linear, elu_mlp
+from .layers import Linear, elu_mlp, init_weight
+
+
+def _initialise(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> None:
+    """As everything dense is; with torch's own the images' differences shrink tenfold on the way through four layers."""
+    init_weight(convolution.weight, fan_in)
+    nn.init.zeros_(convolution.bias)
 
 
 class ConvEncoder(nn.Module):
@@ -33,9 +39,10 @@ class ConvEncoder(nn.Module):
                 f"Images of {image_shape[1]}x{image_shape[2]} are too small for four 4x4 convolutions of stride 2, which "
                 "need 46 pixels a side; resize the observation (env.make.image_size in the example trainer)."
             )
-        self.layers = nn.Sequential(
-            *(layer for i in range(4) for layer in (nn.Conv2d(widths[i], widths[i + 1], 4, 2), nn.ReLU()))
-        )
+        convolutions = [nn.Conv2d(widths[i], widths[i + 1], 4, 2) for i in range(4)]
+        for each in convolutions:
+            _initialise(each, each.in_channels * 4**2)
+        self.layers = nn.Sequential(*(layer for each in convolutions for layer in (each, nn.ReLU())))
         self.out_features = widths[-1] * height * width
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
@@ -71,6 +78,9 @@ class ConvDecoder(nn.Module):
         widths = [32 * depth, 4 * depth, 2 * depth, depth, channels]
         self.first = Linear(features, widths[0])
         convolutions = [nn.ConvTranspose2d(widths[i], widths[i + 1], (5, 5, 6, 6)[i], 2) for i in range(4)]
+        for each in convolutions:
+            # Of stride 2: a quarter of the kernel's weights adds to one pixel. The first draws from a single position.
+            _initialise(each, each.in_channels * (1 if each is convolutions[0] else each.kernel_size[0] ** 2 / 4))
         self.layers = nn.Sequential(
             *(layer for each in convolutions[:-1] for layer in (each, nn.ReLU())), convolutions[-1]
         )
@@ -112,7 +122,8 @@ class GRUCore(nn.Module):
         self.cell = cell(hidden, belief_size)
 
     def project_action(self, action: torch.Tensor) -> torch.Tensor:
-        return self.action_in(action.float())  # [..., hidden]
+        action = action.float()
+        return self.action_in(action / action.detach().abs().clamp_min(1))  # [..., hidden]
 
     def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
         value = F.elu(self.state_in(state) + projected_action)
@@ -175,7 +186,7 @@ class ExplorationNoise(TensorDictModuleBase):
         self.amount, self.discrete = amount, discrete
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if exploration_type() != ExplorationType.RANDOM or not self.amount:
+        if exploration_type() not in (None, ExplorationType.RANDOM) or not self.amount:  # None: as the actor, which samples
             return tensordict
         action = tensordict.get("action")
         if not self.discrete:
