@@ -149,7 +149,7 @@ def build_agent(
     encoder_multipliers: tuple[int, ...] = (2, 3, 4, 4),
     vector_layers: int = 3,
     reward_layers: int = 1,
-    continue_layers: int = 1,
+    continue_layers: int | None = 1,
     actor_layers: int = 3,
     value_layers: int = 3,
     num_bins: int = 255,
@@ -158,7 +158,7 @@ def build_agent(
     """Builds a whole agent; the keyword arguments are the keys of ``configs/model/size*.yaml``.
 
     ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
-    ``{"projection": projection_head}``.
+    ``{"projection": projection_head}``. ``continue_layers=None`` makes no continue head: imagined episodes never end.
 
     Example:
         >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
@@ -171,7 +171,7 @@ def build_agent(
         if width < 1:
             raise ValueError(f"model.{name}={width} must be a positive number of features.")
     layers = dict(vector=vector_layers, reward=reward_layers, actor=actor_layers, value=value_layers)
-    for name, count in {**layers, "continue": continue_layers}.items():
+    for name, count in {**layers, "continue": continue_layers or 0}.items():
         if count < 0:
             raise ValueError(f"model.{name}_layers={count} must not be negative.")
     units = hidden if units is None else units
@@ -202,7 +202,7 @@ def build_agent(
     factories = {"projection": projection_head} if heads is None else heads
     built = {name: factory(sizes) for name, factory in factories.items()}
     reward = TwoHotMLP(features, units, reward_layers, num_bins)
-    continue_ = FeatureMLP(features, units, continue_layers, 1)
+    continue_ = None if continue_layers is None else FeatureMLP(features, units, continue_layers, 1)
     value = TwoHotMLP(features, units, value_layers, num_bins)
     actor = actor_head(features, units, actor_layers, actions.size, discrete=actions.discrete, unimix=unimix)
     return assemble(

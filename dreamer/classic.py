@@ -23,7 +23,6 @@ def build_classic_agent(
     *,
     belief: int,
     hidden: int,
-    units: int,
     depth: int,
     categoricals: int,
     classes: int,
@@ -31,6 +30,7 @@ def build_classic_agent(
     reward_layers: int,
     actor_layers: int,
     value_layers: int,
+    units: int | None = None,
     continue_layers: int | None = None,
     latent: Callable[[int, int], nn.Module],
     cell: Callable[[int, int], nn.Module],
@@ -47,6 +47,7 @@ def build_classic_agent(
         squashed_actions: tanh of a Normal (V1), or a Normal that the environment clips.
         noise: on the policy's actions while it explores; 0 leaves exploring to the policy.
     """
+    units = hidden if units is None else units
     encoder = ObservationEncoder(
         observations.images,
         observations.vectors,

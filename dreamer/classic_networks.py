@@ -186,7 +186,9 @@ class ExplorationNoise(TensorDictModuleBase):
         self.amount, self.discrete = amount, discrete
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if exploration_type() not in (None, ExplorationType.RANDOM) or not self.amount:  # None: as the actor, which samples
+        if (
+            exploration_type() not in (None, ExplorationType.RANDOM) or not self.amount
+        ):  # None: as the actor, which samples
             return tensordict
         action = tensordict.get("action")
         if not self.discrete:

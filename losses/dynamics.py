@@ -31,6 +31,12 @@ class DynamicsActorLoss(DreamerActorLoss):
         super().__init__(*args, **options)
         if not 0 <= dynamics <= 1:
             raise ValueError(f"dynamics={dynamics} is a share: it must be in [0, 1].")
+        if dynamics and not getattr(self.model_based_env, "differentiable", True):
+            raise ValueError(
+                f"dynamics={dynamics}: the return's gradient must pass the imagined world, and this {type(self.model_based_env).__name__} passes "
+                "none. Imagine with Imagination(..., differentiable=True), as build_classic_agent does, or use "
+                "DreamerActorLoss."
+            )
         self.dynamics = dynamics
 
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.dreamer.classic_networks import ConvDecoder, ConvEncoder, SquashedParameters
-from support.setup import make_agent
+from support.setup import check_sizes, make_agent
 
 array = lambda tensor: tensor.detach().double().numpy()
 elu = lambda x: np.where(x > 0, x, np.exp(np.minimum(x, 0)) - 1)
@@ -63,6 +63,22 @@ def test_the_decoder_is_four_transposed_convolutions_with_relu_between():
     np.testing.assert_allclose(array(decoder(state, belief)), value + 0.5, rtol=1e-4, atol=1e-4)
 
 
+def test_convolutions_begin_as_the_specification_says():
+    layers = [*ConvEncoder((3, 64, 64), depth=16).layers, *ConvDecoder(7, (3, 64, 64), depth=16).layers]
+    convolutions = [layer for layer in layers if not isinstance(layer, nn.ReLU)]
+    inputs = [3 * 16, 16 * 16, 32 * 16, 64 * 16]  # of one output: channels times kernel
+    inputs += [
+        32 * 16,
+        64 * 25 / 4,
+        32 * 36 / 4,
+        16 * 36 / 4,
+    ]  # of stride 2, a quarter of the kernel; the first map is 1x1
+    for layer, fan_in in zip(convolutions, inputs, strict=True):
+        cut = 2 * 1.1368 / fan_in**0.5
+        assert (layer.bias == 0).all() and 0.95 * cut < layer.weight.abs().max() <= cut
+        assert layer.weight.std().item() == pytest.approx(1 / fan_in**0.5, rel=0.1)
+
+
 @every_generation
 def test_dense_layers_are_linear_and_elu(generation):
     agent = made(generation, actor_layers=2, reward_layers=2, vector_layers=2)
@@ -85,8 +101,9 @@ def test_dense_layers_are_linear_and_elu(generation):
     torch.testing.assert_close(posterior(belief, embedding)[0], posterior.latent.logits(flat), rtol=1e-4, atol=1e-5)
     core, entered = prior.core, []
     core.cell.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
-    core(state, belief, action)
-    joined = dense(core.state_in, array(state)) + dense(core.action_in, array(action))
+    core(state, belief, 3 * action)
+    bounded = np.clip(3 * array(action), -1, 1)
+    joined = dense(core.state_in, array(state)) + dense(core.action_in, bounded)
     np.testing.assert_allclose(array(entered[0]), elu(joined), rtol=1e-4, atol=1e-6)
     vector = agent.encoder.vector
     speed = array(torch.randn(3, 6))
@@ -185,3 +202,12 @@ def test_the_configs_hold_the_published_numbers(name):
             "norm": 100.0, "copied": 0.01, "bootstrap": True, "replay value": 0.0,
         },
     }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize("member", ["experiment=quickstart_dreamerv1", "algorithm=r2dreamer"])
+def test_units_and_a_continue_head_may_be_left_out(member):
+    cfg = config("env=gym", "env.task=CartPole-v1", member, "model.units=null", "model.continue_layers=null")
+    check_sizes(cfg)
+    agent = make_agent(cfg.algorithm, cfg.model, ObservationSpace({}, {"observation": 4}), ActionSpace(2, True))
+    assert "continue" not in agent.parts() and agent.continue_model is None
+    assert agent.sizes.units == cfg.model.hidden

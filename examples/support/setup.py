@@ -25,6 +25,7 @@ POSITIVE = (
     "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
     "checkpoint.every", "checkpoint.keep", "replay.capacity", "env.num_envs", "env.action_repeat",
 )  # fmt: skip
+OPTIONAL = ("model.units", "model.continue_layers")  # null: as wide as hidden; no continue head
 NOT_NEGATIVE = ("train_ratio", "warmup_steps", "seed")
 # What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
 FIXED = (
@@ -110,7 +111,7 @@ def check_sizes(cfg: DictConfig) -> None:
     layers = [key for key in widths if key.endswith("_layers")]
     for key in (*POSITIVE, *(key for key in widths if key not in layers)):
         value = OmegaConf.select(cfg, key)
-        if value is None and key != "model.units":
+        if value is None and key not in OPTIONAL:
             raise ValueError(f"{key} must be given.")
         if isinstance(value, float) and value.is_integer():  # hydra reads 1e6 as a float
             value = int(value)
@@ -118,6 +119,8 @@ def check_sizes(cfg: DictConfig) -> None:
         require_positive(**{key: value})
     for key in (*NOT_NEGATIVE, *layers):
         value = OmegaConf.select(cfg, key)
+        if value is None and key in OPTIONAL:
+            continue
         if not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{key}={value} must be a number that is not negative.")
     if not isinstance(cfg.seed, int):
