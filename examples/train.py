@@ -50,6 +50,7 @@ class Learner(nn.Module):
             num_reward_bins=agent.reward.num_bins,
             **make(algorithm.world_model),
         )
+        self.posterior_mean = agent.posterior.latent.expected
         self.augmentation = make(algorithm.augmentation)
         value_loss = make(algorithm.value)(agent.value_model, num_value_bins=agent.value.num_bins)
         bootstrap, ends = value_loss.bootstrap_model, agent.continue_model
@@ -83,7 +84,8 @@ class Learner(nn.Module):
         if self.replay_value_weight:
             losses.set("loss_replay_value", self.replay_value_weight * self.replay_value_loss(batch, latents, imagined))
         embedding = posterior.get(("next", "encoded_latents"))
-        losses.update(collapse_metrics(embedding=embedding, state=latents.get("state")))
+        expected = self.posterior_mean(posterior.get(("next", "posterior_logits")))  # samples vary also where it knows nothing
+        losses.update(collapse_metrics(embedding=embedding, state=expected))
         return losses, latents.detach()
 
     def replay_value_loss(self, batch: TensorDict, latents: TensorDict, imagined: TensorDict) -> torch.Tensor:

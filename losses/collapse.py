@@ -1,4 +1,4 @@
-"""Is a representation alive? Numbers that fall when it collapses, for the metrics of a run."""
+"""Is a representation alive? How far it spreads over the samples, and in how many directions, for the metrics of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def effective_rank(rows: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def collapse_metrics(**views: torch.Tensor) -> dict[str, torch.Tensor]:
     """For each named view [..., E]: ``<name>_rank``, its effective rank, and ``<name>_std``, the mean over its features
-    of their standard deviation over all samples.
+    of their standard deviation over all samples. The deviation falls to 0 when the view says the same of everything. The
+    rank is blind to size, also that of noise around a collapsed point: it tells how many directions a living view uses.
 
     Example:
         >>> sorted(collapse_metrics(embedding=torch.randn(2, 5, 3)))

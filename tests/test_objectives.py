@@ -182,3 +182,5 @@ def test_collapse_shows_in_rank_and_spread():
     assert metrics["alive_rank"] > 4 and metrics["alive_std"].item() == pytest.approx(1, abs=0.1)
     assert metrics["line_rank"].item() == pytest.approx(1, abs=1e-4)
     assert metrics["point_rank"].item() == metrics["point_std"].item() == pytest.approx(0, abs=1e-6)
+    noisy = collapse_metrics(view=0.3 + 1e-3 * torch.randn(9, 11, 6))
+    assert noisy["view_std"] < 2e-3 and noisy["view_rank"] > 4  # noise has directions, too

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import train
-from agents import tiny_agent
+from agents import tiny_agent, tiny_records
 from launcher import CARTPOLE, EXAMPLES, PENDULUM, TINY, config, lines, steps, train_here
 
 
@@ -44,6 +44,17 @@ def test_learning_rate_and_entropy_bonus_fall_to_their_final_fractions():
         learner.anneal(progress)
         assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(rate * algorithm.optimizer.lr)
         assert learner.actor_loss.entropy_bonus == pytest.approx(entropy * algorithm.actor.entropy_bonus)
+
+
+def test_a_posterior_that_ignores_what_is_seen_has_no_spread_though_its_samples_have():
+    agent = tiny_agent()
+    learner = train.Learner(agent, config().algorithm, torch.float32)
+    alive, _ = learner.losses(tiny_records(agent))
+    with torch.no_grad():
+        agent.posterior.out.weight.zero_()
+    dead, latents = learner.losses(tiny_records(agent))
+    assert alive["state_std"] > 0.01 and dead["state_std"] < 1e-6
+    assert latents["state"].flatten(0, 1).std(0).mean() > 0.1
 
 
 def test_the_train_ratio_is_kept_once_past_the_warmup(tmp_path):
