@@ -1,5 +1,7 @@
 """Trains a grid of variants, tasks and seeds, then draws them together: mean and 95 % bootstrap interval over the seeds.
 
+Two or three seeds have no better interval than their range, which misses the true mean one time in four or more.
+
     python examples/compare.py env=dmc_vision env.task=walker_walk experiment=ablation_baseline,ablation_half_batch seed=0,1,2
     python examples/compare.py "experiment=[quickstart,ablation_baseline],[quickstart,ablation_dreamer]" "seed=range(0,5)"
 
@@ -22,7 +24,7 @@ import numpy as np
 from hydra.errors import HydraException
 
 from support.bootstrap import bootstrap_band, bootstrap_difference
-from support.curves import draw_runs, read_curve
+from support.curves import draw_runs, known_keys, read_curve
 from support.grid import Run, plan
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -42,7 +44,7 @@ def train(run: Run, quiet: bool) -> bool:
 def summarise(runs: Sequence[Run], key: str) -> dict[str, dict]:
     """By name: every seed's last value of `key`, their mean, its interval, and the difference to the task's first variant.
 
-    No difference where that variant has no values.
+    One seed has no interval; the first variant, or any where that one has no values, no difference.
     """
     first = {run.task: run.name for run in reversed(runs)}
     finals: dict[str, list[float]] = {}
@@ -55,12 +57,14 @@ def summarise(runs: Sequence[Run], key: str) -> dict[str, dict]:
         if run.name in summary or run.name not in finals:
             continue
         values = np.array(finals[run.name])
-        low, high = bootstrap_band(values[:, None])
-        numbers = {"final": finals[run.name], "mean": values.mean(), "interval": [float(low[0]), float(high[0])]}
-        if reference := finals.get(first[run.task]):
+        numbers = {"final": finals[run.name], "mean": values.mean()}
+        if len(values) > 1:
+            numbers["interval"] = [float(end[0]) for end in bootstrap_band(values[:, None])]
+        if run.name != first[run.task] and (reference := finals.get(first[run.task])):
             numbers["difference_from"] = first[run.task]
             numbers["difference"] = values.mean() - np.mean(reference)
-            numbers["difference_interval"] = bootstrap_difference(values, np.array(reference))
+            if len(values) > 1 and len(reference) > 1:
+                numbers["difference_interval"] = bootstrap_difference(values, np.array(reference))
         summary[run.name] = numbers
     return summary
 
@@ -110,8 +114,11 @@ def main() -> None:
 
     summary = summarise(complete, arguments.key)
     for name, numbers in summary.items():
-        (low, high), final = numbers["interval"], numbers["final"]
-        print(f"{name}: {numbers['mean']:.4g} [{low:.4g}, {high:.4g}] over {len(final)} seeds")
+        low, high = numbers.get("interval", (None, None))
+        spread = "of one seed" if low is None else f"[{low:.4g}, {high:.4g}] over {len(numbers['final'])} seeds"
+        print(f"{name}: {numbers['mean']:.4g} {spread}")
+    if complete and not summary:
+        sys.exit(f"No finished run has {arguments.key}. {known_keys(complete[0].logdir, arguments.key)}")
     if summary:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.with_suffix(".json").write_text(json.dumps(summary, indent=1))

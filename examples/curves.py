@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from support.curves import draw_runs
+from support.curves import draw_runs, known_keys
 
 
 def main() -> None:
@@ -28,7 +28,8 @@ def main() -> None:
     labels = [run.resolve().parent.name for run in arguments.runs]
     drawn = draw_runs(arguments.runs, labels, arguments.out, title=arguments.title, key=arguments.key)
     if drawn is None:
-        sys.exit(f"Nothing drawn: no run holds {arguments.key}, or the extra 'plot' is missing.")
+        hint = known_keys(arguments.runs[0], arguments.key)
+        sys.exit(f"Nothing drawn: no run holds {arguments.key}, or the extra 'plot' is missing. {hint}")
     print(drawn)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -83,7 +84,16 @@ def test_one_command_trains_draws_and_goes_on(tmp_path):
     assert list(numbers) == names and (tmp_path / "comparison.png").stat().st_size > 1000
     assert "finished at 40 frames" in (tmp_path / "runs" / names[1] / "seed0" / "output.txt").read_text()
     assert (tmp_path / "comparison.md").read_text().startswith("|  | gym-CartPole-v1 |")
-    assert numbers[names[0]]["difference"] == 0 and len(numbers[names[1]]["final"]) == 1
+    assert numbers[names[1]]["difference_from"] == names[0] and len(numbers[names[1]]["final"]) == 1
+    assert "difference" not in numbers[names[0]] and "interval" not in numbers[names[1]]  # one seed has none
+    assert f"{names[0]}: {numbers[names[0]]['mean']:.4g} of one seed" in done.stdout
+    for wrong, reason in (
+        ([*command[2:], "--key", "eval/retrun"], "No finished run has eval/retrun. Did you mean eval/return"),
+        ([*command[2:], "algorithm.optimizer.lr=1e-9"], "finished run with algorithm.optimizer="),
+        ([*command[2:], "batch_size=2"], "finished run with batch_size=3, and .* asks for batch_size=2"),
+    ):
+        refused = subprocess.run([*command[:2], *wrong], cwd=tmp_path, capture_output=True, text=True)
+        assert refused.returncode == 1 and re.search(reason, refused.stderr), refused.stderr
 
 
 def test_differences_are_to_the_first_variant_or_none(tmp_path):
@@ -107,7 +117,7 @@ def test_tasks_are_columns_and_panels_and_variants_differ_within_their_task(tmp_
         run.logdir.mkdir(parents=True)
         (run.logdir / "metrics.jsonl").write_text(f'{{"step": 10, "eval/return": {score}}}\n')
     summary = compare.summarise(runs, "eval/return")
-    assert [numbers["difference"] for numbers in summary.values()] == [0, 2, 0, -60]
+    assert [numbers.get("difference") for numbers in summary.values()] == [None, 2, None, -60]
     assert compare.table(runs, summary).splitlines() == [
         "|  | gym-x | gym-y |",
         "| --- | --- | --- |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import itertools
 import os
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def draw_runs(
             longest = max(longest, _draw_mean(axes, [logdir for logdir, *_ in those], label, index, key, bootstrap))
         if suite and task and longest:
             _draw_published(axes, suite, task, longest)
-        _label(axes, panel)
+        _label(axes, panel, "episode return" if key in ("eval/return", "train/return") else key)
     for axes in grid[len(titles) :]:
         axes.remove()
     repeated = len(set(zip(labels, panels, strict=True))) < len(labels)
@@ -101,10 +102,19 @@ def _draw_mean(axes, logdirs, label, index, key, bootstrap):
 
 def read_curve(logdir: str | os.PathLike, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Frames [N] and values [N] of the lines that have `key`."""
+    if not (Path(logdir) / "metrics.jsonl").exists():
+        return np.zeros(0), np.zeros(0)
     points = {
         line["step"]: line[key] for line in read_metrics(logdir, containing=f'"{key}"') if line.get(key) is not None
     }
     return np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float)
+
+
+def known_keys(logdir: str | os.PathLike, key: str) -> str:
+    """What a run has in place of a key that it has not: those it resembles, or all."""
+    known = sorted({name for line in read_metrics(logdir) for name in line} - {"step"})
+    near = difflib.get_close_matches(key, known, n=3)
+    return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}."
 
 
 def published_curve(suite: str, task: str) -> dict | None:
@@ -155,12 +165,12 @@ def _figure(width=6.4, height=4.0):
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _label(axes, title):
+def _label(axes, title, quantity="episode return"):
     from matplotlib.ticker import FuncFormatter
 
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("environment frames")
-    axes.set_ylabel("episode return")
+    axes.set_ylabel(quantity)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _readable(value)))
     axes.set_xlim(left=0)
     axes.grid(color="#e6e6e6", linewidth=0.8)

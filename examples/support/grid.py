@@ -9,6 +9,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from .setup import TRAINING, first_difference
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,21 @@ def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*choices))
 
 
+def check_finished(run: Run, cfg: DictConfig) -> None:
+    """A finished run of other settings in this run's place is not taken for it."""
+    saved = run.logdir / "config.yaml"
+    if not run.finished or not saved.exists():
+        return
+    if found := first_difference(OmegaConf.load(saved), cfg, TRAINING):
+        key, old, new = found
+        raise ValueError(
+            f"{run.logdir} holds a finished run with {key}={old}, and {' '.join(run.overrides)} asks for {key}={new}: "
+            "move it away, or put the new one elsewhere, for example with 'logdir=runs/other/${name}/seed${seed}'."
+        )
+
+
 def plan(arguments: Sequence[str]) -> list[Run]:
-    """The runs of a grid; two of them in one directory are refused."""
+    """The runs of a grid; two of them in one directory are refused, and one where another has finished."""
     runs: dict[Path, Run] = {}
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         for overrides in expand(arguments):
@@ -59,8 +75,9 @@ def plan(arguments: Sequence[str]) -> list[Run]:
             if run.logdir in runs:
                 raise ValueError(
                     f"{' '.join(runs[run.logdir].overrides)} and {' '.join(overrides)} share logdir={run.logdir}: vary "
-                    "the seed or an experiment with a name of its own, or put what you vary into the name, for example "
-                    "'name=lr-${algorithm.optimizer.lr}'."
+                    "the seed or an experiment with a name of its own (for a member of the family experiment=ablation_... or "
+                    "member_...), or put what you vary into the name, for example 'name=lr-${algorithm.optimizer.lr}'."
                 )
+            check_finished(run, cfg)
             runs[run.logdir] = run
     return list(runs.values())

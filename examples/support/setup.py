@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -38,6 +38,8 @@ FIXED = (
     "algorithm",
     "replay.capacity",
 )
+# And what else a finished run must have had to be the one that a command asks for.
+TRAINING = (*FIXED, "total_frames", "batch_size", "batch_length", "train_ratio", "warmup_steps", "precision", "seed")
 
 
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
@@ -209,16 +211,24 @@ def metrics_position(logdir: Path, saved: LoadedCheckpoint | None) -> dict[str, 
 
 
 def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
-    # Resolved as a whole first: a section's interpolations point outside of it.
-    before, now = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
-    for key in FIXED:
-        old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
-        if old == new:
-            continue
-        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-            name = min(name for name in {*old, *new} if old.get(name) != new.get(name))
-            key, old, new = f"{key}.{name}", old.get(name), new.get(name)
+    if found := first_difference(before, now, FIXED):
+        key, old, new = found
         raise ValueError(
             f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
             f"Repeat {key}={old}, or start afresh in another logdir."
         )
+
+
+def first_difference(before: DictConfig, now: DictConfig, keys: Sequence[str]) -> tuple[str, object, object] | None:
+    """Of these keys the first that two configurations differ in, and both values."""
+    # Resolved as a whole first: a section's interpolations point outside of it.
+    before, now = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
+    for key in keys:
+        old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
+        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+            names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))  # no key is as good as null
+            if names:
+                return f"{key}.{names[0]}", old.get(names[0]), new.get(names[0])
+        elif old != new:
+            return key, old, new
+    return None
