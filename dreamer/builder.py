@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -93,6 +94,7 @@ class Agent:
     continue_model: TensorDictModule | None
     imagination: Imagination
     policy: TensorDictSequential
+    recipe: Mapping[str, Any] | None = None  # what load_pretrained built it by
 
     @property
     def latent_sizes(self) -> dict[str, int]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .builder import ActionSpace, Agent, ObservationSpace
 
@@ -58,16 +59,25 @@ def construct(recipe: Any, trust: Sequence[str] = ()) -> Any:
     return functools.partial(function, **arguments) if recipe.get("_partial_") else function(**arguments)
 
 
-def pack(agent: Agent, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def pack(
+    agent: Agent, recipe: Mapping[str, Any], more_heads: Mapping[str, tuple[Mapping, nn.Module]] | None = None
+) -> dict[str, Any]:
     """Everything :func:`unpack` needs, tensors and plain values only.
 
     recipe: nested plain dicts for :func:`construct`; called with observation and action space they give such an agent.
+    more_heads: by name a recipe, called with the agent's sizes, and such a head; the agent comes back with it in ``heads``,
+        and its world model as it was, without.
     """
+    added = {
+        name: {"recipe": dict(made_by), "weights": head.state_dict()}
+        for name, (made_by, head) in (more_heads or {}).items()
+    }
     return {
         "observations": {"images": dict(agent.observations.images), "vectors": dict(agent.observations.vectors)},
         "actions": {"size": agent.actions.size, "discrete": agent.actions.discrete},
         "recipe": dict(recipe),
         "weights": {name: part.state_dict() for name, part in agent.parts().items()},
+        "more_heads": added,
     }
 
 
@@ -80,16 +90,29 @@ def unpack(packed: Mapping[str, Any], trust: Sequence[str] = ()) -> Agent:
         )
     for name, part in agent.parts().items():
         part.load_state_dict(packed["weights"][name])
+    for name, head in packed.get("more_heads", {}).items():
+        with torch.random.fork_rng(devices=[]):
+            agent.heads[name] = construct({**head["recipe"], "_partial_": True}, trust)(agent.sizes)
+        agent.heads[name].load_state_dict(head["weights"])
+    agent.recipe = dict(packed["recipe"])
     return agent
 
 
-def save_pretrained(agent: Agent, recipe: Mapping[str, Any], directory: str | os.PathLike) -> Path:
-    """Writes the agent alone, for :func:`load_pretrained`: weights, spaces, and the recipe readable beside them."""
+def save_pretrained(agent: Agent, recipe: Mapping[str, Any] | None, directory: str | os.PathLike) -> Path:
+    """Writes the agent alone, for :func:`load_pretrained`: weights, spaces, and the recipe readable beside them.
+
+    recipe: as for :func:`pack`; None takes the one that the agent was loaded with.
+    """
+    recipe = recipe or agent.recipe
+    if recipe is None:
+        raise ValueError(
+            "recipe=None is for agents that load_pretrained made; give what builds this one, as in pack()."
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     packed = pack(agent, recipe)
     torch.save({"agent": packed}, directory / STATE)
-    readable = {name: entry for name, entry in packed.items() if name != "weights"}
+    readable = {name: packed[name] for name in ("observations", "actions", "recipe")}
     (directory / "agent.json").write_text(json.dumps(readable, indent=1))
     return directory / STATE
 

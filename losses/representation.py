@@ -55,15 +55,22 @@ class BarlowTwins(Objective):
     weight * [sum_i (C_ii - 1)^2 + redundancy_weight * sum_{i != j} C_ij^2], C the correlation of k and e over all B*T
     samples, over those of all ranks where ``torch.distributed`` runs several. The embedding is detached: the encoder
     learns through the posterior and the heads, and a target that moves to please the loss would let both views collapse.
-    ``detach_target=False`` exists for the paper's ablation.
+    ``detach_target=False`` exists for the paper's ablation, and ``factor``, on top of the weight, for those that multiply
+    whatever weight an experiment has.
 
     Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
     """
 
     terms = ("barlow",)
 
-    def __init__(self, weight: float = 0.05, redundancy_weight: float = 5e-4, detach_target: bool = True):
-        super().__init__(weight)
+    def __init__(
+        self,
+        weight: float = 0.05,
+        redundancy_weight: float = 5e-4,
+        detach_target: bool = True,
+        factor: float = 1.0,
+    ):
+        super().__init__(weight * factor)
         self.redundancy_weight, self.detach_target = redundancy_weight, detach_target
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:

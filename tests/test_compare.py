@@ -9,6 +9,7 @@ import sys
 import compare
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 from launcher import CARTPOLE, EXAMPLES, config
 
 from support.bootstrap import bootstrap_band, bootstrap_difference
@@ -44,6 +45,13 @@ def test_every_ablation_changes_what_its_name_says_and_nothing_else(name):
     found = {key for key in {*here, *before} - {"algorithm", "name", "logdir", "replay"} if here[key] != before[key]}
     assert found == changed
     assert config(f"experiment=[quickstart,{name}]").env.task == "CartPole-v1"
+
+
+@pytest.mark.parametrize("experiment", ["quickstart", "quickstart_pixels", "probe"])
+def test_the_weights_ablations_multiply_what_an_experiment_has(experiment):
+    weight = lambda *more: instantiate(config(f"experiment={[experiment, *more]}").algorithm.representation).weight
+    for name, factor in (("tenfold", 10), ("tenth", 0.1)):
+        assert weight(f"ablation_weight_{name}") == pytest.approx(factor * weight())
 
 
 def test_commas_and_ranges_multiply():

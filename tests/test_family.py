@@ -1,8 +1,11 @@
 """Every member of the family trains from the one script, by its name alone, and logs whether it collapses."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from launcher import CARTPOLE, PENDULUM, TINY, config, lines, train_here
+from launcher import CARTPOLE, EXAMPLES, PENDULUM, TINY, config, lines, train_here
 
 SHARED = {"reward", "actor", "value"}
 V3 = SHARED | {"dynamics", "representation", "continue", "replay_value"}
@@ -119,3 +122,40 @@ def test_a_users_objective_is_named_on_the_command_line_and_nothing_else_changes
     overrides = [*CARTPOLE, *ONCE, "algorithm=none", "algorithm.representation._target_=mine.Calm", "total_frames=60"]
     trainer = train_here(tmp_path / "log", *overrides)
     assert lines(tmp_path / "log", '"loss/calm"') and "loss_calm" in trainer.learner.world_model_loss.out_keys
+
+
+MINE = """
+import torch
+from r2dreamer.losses import Objective
+
+class Cosine(Objective):
+    terms = ("cosine",)
+
+    def __init__(self, agent, weight):
+        super().__init__(weight)
+        self.projection = torch.nn.Linear(sum(agent.latent_sizes.values()), agent.encoder.out_features)
+
+    def forward(self, posterior, keys):
+        after = posterior["next"]
+        projected = self.projection(torch.cat([after["state"], after["belief"]], -1))
+        cosine = torch.cosine_similarity(projected, after["encoded_latents"].detach(), -1).mean()
+        return {"cosine": -self.weight * cosine}, {"cosine": cosine.detach()}
+"""
+CONFIG = """
+defaults: [base, _self_]
+agent: {heads: {}}
+representation: {_target_: mine.Cosine, _partial_: true, weight: 2.0}
+"""
+
+
+def test_an_objective_of_ones_own_needs_a_file_and_a_config_where_one_stands(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "algorithm").mkdir()
+    (tmp_path / "algorithm" / "mine.yaml").write_text(CONFIG)
+    command = [sys.executable, str(EXAMPLES / "train.py"), "--config-dir=.", "algorithm=mine", *CARTPOLE]
+    command += ["algorithm.optimizer.lr=1e-2", "algorithm.optimizer.warmup_steps=1"]
+    done = subprocess.run([*command, "logdir=run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logged = lines(tmp_path / "run", '"train/cosine"')
+    assert logged[-1]["loss/cosine"] == pytest.approx(-2 * logged[-1]["train/cosine"], rel=1e-4)
+    assert logged[-1]["train/cosine"] > logged[0]["train/cosine"]

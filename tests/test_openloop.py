@@ -7,7 +7,7 @@ from launcher import TINY, lines, train_here
 from tensordict import TensorDict
 from test_family import ONCE
 
-from r2dreamer.dreamer import ObservationDecoder
+from r2dreamer.dreamer import ObservationDecoder, load_pretrained
 from r2dreamer.losses import ProbeDecoder, R2DreamerWorldModelLoss
 from support.openloop import open_loop, predict
 
@@ -74,6 +74,14 @@ def test_windows_in_which_an_episode_begins_are_left_out(agent):
     assert open_loop(blind, blind.heads["decoder"], records_without_resets(blind), CONTEXT) is None
 
 
+def test_where_every_window_is_cut_the_missing_film_is_explained(tmp_path):
+    with pytest.warns(UserWarning, match="No open_loop.mp4: in every window of batch_length=16"):
+        train_here(
+            tmp_path, *PIXELS, "env.task=small_target", "eval.video=true", "batch_length=16", "algorithm=dreamer"
+        )
+    assert not (tmp_path / "open_loop.mp4").exists()
+
+
 def test_a_probe_decoder_learns_and_gives_no_other_parameter_a_gradient():
     agent = tiny_agent()
     loss = R2DreamerWorldModelLoss(agent.world_model)
@@ -106,6 +114,13 @@ def test_a_run_with_a_probe_decoder_is_the_run_without_and_films_what_it_sees(tm
     with_probe, without = lines(tmp_path / "with"), lines(tmp_path / "without")
     assert [strip(line) for line in with_probe] == without != with_probe
     assert (tmp_path / "with" / "open_loop.mp4").exists()
+    loaded, plain = (load_pretrained(tmp_path / name) for name in ("with", "without"))
+    state, belief = torch.rand(2, loaded.sizes.state), torch.rand(2, loaded.sizes.belief)
+    decoded = loaded.heads["probe"].decode(state, belief)["pixels"]
+    assert (
+        decoded.shape == (2, 3, 64, 64) and decoded.std() > 0.01
+    )  # what it learnt: the first weights draw all but grey
+    assert loaded.world_model.out_keys == plain.world_model.out_keys and "probe" not in plain.heads
     assert (tmp_path / "without" / "open_loop.mp4").exists() == (algorithm == "dreamerv1")  # V1 has its own decoder
 
 

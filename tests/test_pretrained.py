@@ -161,7 +161,11 @@ def test_an_agent_is_saved_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(agent.parts().values(), same.parts().values(), strict=True):
         assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
-    assert (tmp_path / "new" / "agent.json").exists()
+    assert json.loads((tmp_path / "new" / "agent.json").read_text())["recipe"] == recipe
+    save_pretrained(same, None, tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").summary() == agent.summary()
+    with pytest.raises(ValueError, match="recipe=None"):
+        save_pretrained(agent, None, tmp_path / "none")
 
 
 def test_what_holds_no_agent_is_refused(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from tensordict import TensorDictBase
@@ -58,6 +60,12 @@ def film_open_loop(trainer) -> None:
         return
     with untouched_generators(trainer.cfg.seed):
         film = open_loop(trainer.agent, decoder, trainer.replay.sample_windows(trainer.device))
+    if film is None and decoder.image_channels:
+        warnings.warn(
+            f"No open_loop.mp4: in every window of batch_length={trainer.cfg.batch_length} an episode begins after the "
+            f"{CONTEXT} frames that are seen, and nothing foretells how; choose a shorter batch_length.",
+            stacklevel=2,
+        )
     if film is not None:
         write_video(trainer.logdir / "open_loop.mp4", film, fps=10)
         trainer.metrics.video(trainer.frames, "video/open_loop", film, fps=10)

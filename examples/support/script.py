@@ -31,6 +31,8 @@ def script(config_name: str) -> Callable:
 
         @functools.wraps(main)
         def command(cfg: DictConfig | None = None) -> None:
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # a _target_ may be a module of the user's
             try:
                 run(friendly_errors(main))(cfg)
             except SystemExit as left:

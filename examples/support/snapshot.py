@@ -20,9 +20,11 @@ def snapshot(trainer) -> dict:
     groups = _stateful(trainer).items()
     state = {group: {name: part.state_dict() for name, part in parts.items()} for group, parts in groups}
     config = OmegaConf.to_container(trainer.cfg, resolve=True)
+    algorithm, probe = config["algorithm"], getattr(trainer.learner.probe, "decoder", None)
+    more = {} if probe is None else {"probe": (algorithm["probe"]["decoder"], probe)}
     return state | {
         # The learner's own tensors, under names for load_pretrained; torch.save writes shared memory once.
-        "agent": pack(trainer.agent, config["algorithm"]["agent"] | config["model"]),
+        "agent": pack(trainer.agent, algorithm["agent"] | config["model"], more),
         "count": dict(trainer.count),
         "config": config,
         "metrics": trainer.metrics.position(),
