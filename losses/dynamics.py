@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import TanhNormal
 
 from .actor import DreamerActorLoss, _scalar
 from .functional import imagination_weight, lambda_return
@@ -58,6 +59,11 @@ class DynamicsActorLoss(DreamerActorLoss):
         with self.actor_model_params.to_module(self.actor_model):
             policy = self.actor_model.get_dist(fixed.select(*self.actor_model.in_keys, strict=False))
         if self.dynamics < 1:
+            if isinstance(policy, TanhNormal):
+                raise ValueError(
+                    f"dynamics={self.dynamics} asks for log-probabilities of actions, which a squashed Normal no longer knows "
+                    "where tanh is flat. Use dynamics=1, or a policy that is not squashed (squashed_actions=False)."
+                )
             advantage = (returns - value[:, :-1]).detach()
             log_prob = _scalar(policy.log_prob(fixed.get(keys.action)))
             objective = objective + (1 - self.dynamics) * log_prob * advantage

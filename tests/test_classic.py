@@ -314,6 +314,12 @@ def test_a_world_through_which_no_gradient_passes_is_refused():
     actor_loss(agent, dynamics=0.0)  # REINFORCE asks for none
 
 
+def test_reinforce_of_squashed_actions_is_refused():
+    agent = made("v1")
+    with pytest.raises(ValueError, match="dynamics=0.5 .* squashed"):
+        actor_loss(agent, dynamics=0.5)(start_of(agent))
+
+
 def test_every_group_has_its_own_rate_and_norm():
     torch.manual_seed(0)
     start = {name: torch.randn(3) for name in ("model", "actor", "value")}
