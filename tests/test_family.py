@@ -124,7 +124,7 @@ def test_a_users_objective_is_named_on_the_command_line_and_nothing_else_changes
     assert lines(tmp_path / "log", '"loss/calm"') and "loss_calm" in trainer.learner.world_model_loss.out_keys
 
 
-MINE = """
+COSINE = """
 import torch
 from r2dreamer.losses import Objective
 
@@ -144,12 +144,12 @@ class Cosine(Objective):
 CONFIG = """
 defaults: [base, _self_]
 agent: {heads: {}}
-representation: {_target_: mine.Cosine, _partial_: true, weight: 2.0}
+representation: {_target_: cosine.Cosine, _partial_: true, weight: 2.0}
 """
 
 
 def test_an_objective_of_ones_own_needs_a_file_and_a_config_where_one_stands(tmp_path):
-    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "cosine.py").write_text(COSINE)
     (tmp_path / "algorithm").mkdir()
     (tmp_path / "algorithm" / "mine.yaml").write_text(CONFIG)
     command = [sys.executable, str(EXAMPLES / "train.py"), "--config-dir=.", "algorithm=mine", *CARTPOLE]
