@@ -16,13 +16,7 @@ from torchrl.modules.functional import symlog
 
 from .distributions import BoundedNormal, OneHotAction
 from .heads import ActorNetwork, NormalParameters, OneHotParameters, probabilistic_head
-from .layers import Linear, elu_mlp, init_weight
-
-
-def _initialise(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> None:
-    """As everything dense is; with torch's own the images' differences shrink tenfold on the way through four layers."""
-    init_weight(convolution.weight, fan_in)
-    nn.init.zeros_(convolution.bias)
+from .layers import Linear, bounded, elu_mlp, init_convolution
 
 
 class ConvEncoder(nn.Module):
@@ -40,8 +34,10 @@ class ConvEncoder(nn.Module):
                 "need 46 pixels a side; resize the observation (env.make.image_size in the example trainer)."
             )
         convolutions = [nn.Conv2d(widths[i], widths[i + 1], 4, 2) for i in range(4)]
-        for each in convolutions:
-            _initialise(each, each.in_channels * 4**2)
+        for (
+            each
+        ) in convolutions:  # torch's own would shrink the images' differences tenfold on the way through all four
+            init_convolution(each, each.in_channels * 4**2)
         self.layers = nn.Sequential(*(layer for each in convolutions for layer in (each, nn.ReLU())))
         self.out_features = widths[-1] * height * width
 
@@ -80,7 +76,7 @@ class ConvDecoder(nn.Module):
         convolutions = [nn.ConvTranspose2d(widths[i], widths[i + 1], (5, 5, 6, 6)[i], 2) for i in range(4)]
         for each in convolutions:
             # Of stride 2: a quarter of the kernel's weights adds to one pixel. The first draws from a single position.
-            _initialise(each, each.in_channels * (1 if each is convolutions[0] else each.kernel_size[0] ** 2 / 4))
+            init_convolution(each, each.in_channels * (1 if each is convolutions[0] else each.kernel_size[0] ** 2 / 4))
         self.layers = nn.Sequential(
             *(layer for each in convolutions[:-1] for layer in (each, nn.ReLU())), convolutions[-1]
         )
@@ -122,8 +118,7 @@ class GRUCore(nn.Module):
         self.cell = cell(hidden, belief_size)
 
     def project_action(self, action: torch.Tensor) -> torch.Tensor:
-        action = action.float()
-        return self.action_in(action / action.detach().abs().clamp_min(1))  # [..., hidden]
+        return self.action_in(bounded(action.float()))  # [..., hidden]
 
     def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
         value = F.elu(self.state_in(state) + projected_action)
@@ -186,9 +181,8 @@ class ExplorationNoise(TensorDictModuleBase):
         self.amount, self.discrete = amount, discrete
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if (
-            exploration_type() not in (None, ExplorationType.RANDOM) or not self.amount
-        ):  # None: as the actor, which samples
+        exploring = exploration_type() in (None, ExplorationType.RANDOM)  # None: as the actor, which samples
+        if not exploring or not self.amount:
             return tensordict
         action = tensordict.get("action")
         if not self.discrete:

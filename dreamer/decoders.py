@@ -18,7 +18,7 @@ from torch import nn
 from torchrl.modules.functional import symexp
 
 from .heads import FeatureMLP
-from .layers import BlockLinear, Linear, NormSiLU, init_weight, normed_linear
+from .layers import BlockLinear, Linear, NormSiLU, init_convolution, normed_linear
 from .sizes import Sizes
 
 
@@ -62,8 +62,7 @@ class ImageDecoder(nn.Module):
             nn.Conv2d(i, o, kernel, padding="same") for i, o in zip(widths, outs, strict=True)
         )
         for convolution in self.convolutions:
-            init_weight(convolution.weight, convolution.in_channels * kernel**2)
-            nn.init.zeros_(convolution.bias)
+            init_convolution(convolution, convolution.in_channels * kernel**2)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
         height, width, channels = self.smallest

@@ -17,7 +17,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules.functional import symlog
 
-from .layers import NormSiLU, init_weight, mlp
+from .layers import NormSiLU, init_convolution, mlp
 
 
 class ImageEncoder(nn.Module):
@@ -48,8 +48,7 @@ class ImageEncoder(nn.Module):
             nn.Conv2d(widths[i], widths[i + 1], kernel, padding="same") for i in range(len(multipliers))
         )
         for convolution in self.convolutions:
-            init_weight(convolution.weight, convolution.in_channels * kernel**2)
-            nn.init.zeros_(convolution.bias)
+            init_convolution(convolution, convolution.in_channels * kernel**2)
         self.norms = nn.ModuleList(NormSiLU(out_channels) for out_channels in widths[1:])
         self.out_features = widths[-1] * (height // stride) * (width // stride)
 

@@ -15,12 +15,22 @@ NORM_EPS = 1e-4
 BLOCK = 2**18  # elements that stay in a core's cache
 
 
-def init_weight(weight: torch.Tensor, fan_in: int, scale: float = 1.0) -> None:
+def init_weight(weight: torch.Tensor, fan_in: float, scale: float = 1.0) -> None:
     """Truncated normal of std 1.1368/sqrt(fan_in), cut at two std, times ``scale``."""
     std = 1.1368 / fan_in**0.5
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
     with torch.no_grad():
         weight.mul_(scale)
+
+
+def init_convolution(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> None:
+    init_weight(convolution.weight, fan_in)
+    nn.init.zeros_(convolution.bias)
+
+
+def bounded(action: torch.Tensor) -> torch.Tensor:
+    """action / max(1, |action|), the divisor without gradient: what the world reads of an action outside of [-1, 1]."""
+    return action / action.detach().abs().clamp_min(1)
 
 
 class Linear(nn.Linear):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .latents import CategoricalLatent
-from .layers import BlockLinear, Linear, NormSiLU, mlp, normed_linear
+from .layers import BlockLinear, Linear, NormSiLU, bounded, mlp, normed_linear
 
 
 class BlockGRU(nn.Module):
@@ -42,7 +42,7 @@ class BlockGRU(nn.Module):
     def project_action(self, action: torch.Tensor) -> torch.Tensor:
         """The branch of the action [..., A] -> [..., hidden], which no recurrence touches."""
         action = action.float()
-        return self.action_in(action / action.detach().abs().clamp_min(1))
+        return self.action_in(bounded(action))
 
     def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
         shared = torch.cat([self.belief_in(belief), self.state_in(state), projected_action], -1)  # [..., 3*hidden]

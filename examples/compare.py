@@ -117,8 +117,6 @@ def main() -> None:
         low, high = numbers.get("interval", (None, None))
         spread = "of one seed" if low is None else f"[{low:.4g}, {high:.4g}] over {len(numbers['final'])} seeds"
         print(f"{name}: {numbers['mean']:.4g} {spread}")
-    if complete and not summary:
-        sys.exit(f"No finished run has {arguments.key}. {known_keys(complete[0].logdir, arguments.key)}")
     if summary:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.with_suffix(".json").write_text(json.dumps(summary, indent=1))
@@ -128,6 +126,8 @@ def main() -> None:
         print(draw_runs(directories, variants, arguments.out, key=arguments.key, bootstrap=True, panels=tasks))
     for run in failed:
         print(f"Not finished: {' '.join(run.overrides)} (in {run.logdir})", file=sys.stderr)
+    if complete and not summary:
+        sys.exit(f"No finished run has {arguments.key}. {known_keys(complete[0].logdir, arguments.key)}")
     sys.exit(bool(failed))
 
 

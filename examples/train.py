@@ -84,9 +84,8 @@ class Learner(nn.Module):
         if self.replay_value_weight:
             losses.set("loss_replay_value", self.replay_value_weight * self.replay_value_loss(batch, latents, imagined))
         embedding = posterior.get(("next", "encoded_latents"))
-        expected = self.posterior_mean(
-            posterior.get(("next", "posterior_logits"))
-        )  # samples vary also where it knows nothing
+        # Not the samples, which vary also where the posterior knows nothing.
+        expected = self.posterior_mean(posterior.get(("next", "posterior_logits")).detach())
         losses.update(collapse_metrics(embedding=embedding, state=expected))
         return losses, latents.detach()
 

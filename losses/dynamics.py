@@ -33,9 +33,10 @@ class DynamicsActorLoss(DreamerActorLoss):
         if not 0 <= dynamics <= 1:
             raise ValueError(f"dynamics={dynamics} is a share: it must be in [0, 1].")
         if dynamics and not getattr(self.model_based_env, "differentiable", True):
+            world = type(self.model_based_env).__name__
             raise ValueError(
-                f"dynamics={dynamics}: the return's gradient must pass the imagined world, and this {type(self.model_based_env).__name__} passes "
-                "none. Imagine with Imagination(..., differentiable=True), as build_classic_agent does, or use "
+                f"dynamics={dynamics}: the return's gradient must pass the imagined world, and this {world} passes none. "
+                "Imagine with Imagination(..., differentiable=True), as build_classic_agent does, or use "
                 "DreamerActorLoss."
             )
         self.dynamics = dynamics
