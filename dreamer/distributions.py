@@ -12,6 +12,11 @@ class BoundedNormal(D.Independent):
     def __init__(self, loc: torch.Tensor, scale: torch.Tensor):
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:
+        """The same draws as torch's, which looks at the smallest scale first: a GPU's graph cannot wait for that."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
     @property
     def deterministic_sample(self) -> torch.Tensor:
         return self.mean
@@ -22,6 +27,13 @@ class OneHotAction(D.OneHotCategorical):
 
     def __init__(self, probs: torch.Tensor):
         super().__init__(probs=probs, validate_args=False)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:
+        """The same draws as torch's ``multinomial``, without its looks at the probabilities: see above."""
+        probs = self.probs.detach().expand(*sample_shape, *self.probs.shape)
+        waiting = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_()
+        index = (probs / waiting).argmax(-1, keepdim=True)
+        return torch.zeros_like(waiting).scatter_(-1, index, 1.0)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         return (value.float() * self.logits).sum(-1)

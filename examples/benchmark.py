@@ -35,6 +35,7 @@ from train import Learner
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay import make_replay
+from support.capture import CapturedStep
 from support.devices import resolve_device, resolve_precision
 from support.peers import torchrl_dreamer
 from support.script import script
@@ -83,7 +84,7 @@ def member(
     agent = make_agent(algorithm, cfg.model, *spaces(cfg))
     for part in agent.parts().values():
         part.to(device)
-    return agent, Learner(agent, algorithm, precision, cfg.compile)
+    return agent, Learner(agent, algorithm, precision, cfg.compile, cfg.capture)
 
 
 def parameters(agent: Agent, learner: Learner) -> int:
@@ -145,6 +146,7 @@ def benchmark(cfg: DictConfig) -> dict:
         "device": str(device),
         "precision": str(precision).removeprefix("torch."),
         "compile": cfg.compile,
+        "captured": isinstance(learner.gradients, CapturedStep),
         "threads": torch.get_num_threads(),
         "parameters": parameters(agent, learner),
         **shape,

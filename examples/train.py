@@ -24,6 +24,7 @@ from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
 from r2dreamer.losses import R2DreamerWorldModelLoss, collapse_metrics, total_loss
+from support.capture import CapturedStep, resolve_capture
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision
@@ -40,7 +41,14 @@ from support.video import write_video
 class Learner(nn.Module):
     """Three losses, one optimiser, one slow critic."""
 
-    def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile: str | None = None):
+    def __init__(
+        self,
+        agent: Agent,
+        algorithm: DictConfig,
+        precision: torch.dtype,
+        compile: str | None = None,
+        capture: str | bool = "auto",
+    ):
         super().__init__()
         make = hydra.utils.instantiate
         self.world_model_loss = R2DreamerWorldModelLoss(
@@ -63,6 +71,9 @@ class Learner(nn.Module):
         self.optimizer = make(algorithm.optimizer, parameter_groups(self))
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.entropy_bonus = self.actor_loss.entropy_bonus
+        if self.entropy_bonus and algorithm.final_entropy_fraction != 1:
+            # Filled anew as it falls: graphs, captured or compiled, take a number for a constant.
+            self.actor_loss.entropy_bonus = torch.tensor(self.entropy_bonus, device=device)
         self.final_fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
         self.precision, self.device = precision, device
@@ -70,6 +81,10 @@ class Learner(nn.Module):
         self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
         if compile == "parts":
             compile_parts(*agent.parts().values())
+        self.updates_here = 0
+        self.gradients = self.losses_and_gradients
+        if resolve_capture(capture, device):
+            self.gradients = CapturedStep(self.losses_and_gradients, device)
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
@@ -100,17 +115,27 @@ class Learner(nn.Module):
 
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """One step of the one optimiser over everything, then the slow critic moves."""
-        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
-        with autocast:
-            losses, latents = self.compute_losses(batch)
-        self.optimizer.zero_grad()
-        self.scaler.scale(total_loss(losses)).backward()
+        losses, latents = self.gradients(batch)
+        self.updates_here += 1
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)  # clips each tensor's gradient by its own norm (AGC), then LaProp
         self.scaler.update()
         self.slow_critic.step()
         self.world_model_loss.representation.after_update()
+        return losses, latents
+
+    def losses_and_gradients(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
+        """Nothing in here may wait for the device: on a GPU it is captured, and runs without Python from then on."""
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            losses, latents = self.compute_losses(batch)
+        self.optimizer.zero_grad()
+        self.scaler.scale(total_loss(losses)).backward()
         return losses.detach(), latents
+
+    @property
+    def prepares(self) -> bool:
+        """Do the next updates compile or capture?"""
+        return self.updates_here <= CapturedStep.WARMUP
 
     def own_parameter_counts(self) -> dict[str, int]:
         """What trains beside the agent: an objective's prototypes and projections, a probe decoder."""
@@ -123,7 +148,8 @@ class Learner(nn.Module):
         rate, entropy = (1 + (final - 1) * min(progress, 1.0) for final in self.final_fractions)
         for group, initial in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = initial * rate
-        self.actor_loss.entropy_bonus = self.entropy_bonus * entropy
+        if torch.is_tensor(self.actor_loss.entropy_bonus):
+            self.actor_loss.entropy_bonus.fill_(self.entropy_bonus * entropy)
 
 
 class Trainer:
@@ -139,7 +165,7 @@ class Trainer:
         self.suite = suite = hydra.utils.instantiate(cfg.env, _convert_="all")
         self.agent, keys = build(suite["make"], cfg, self.device)
         self.stream = hydra.utils.instantiate(cfg.collector, self.agent.policy)
-        self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile)
+        self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile, cfg.capture)
 
         streams, sizes = cfg.env.num_envs, self.agent.latent_sizes
         size = record_bytes(self.agent.example_record(), sizes)
@@ -227,8 +253,8 @@ class Trainer:
     def update(self) -> None:
         """The updates owed for the policy steps made since the last ones."""
         self.learner.anneal(self.frames / self.cfg.total_frames)
-        if not self.count["updates"]:
-            self.stream.pause()  # the first update may compile, and that concerns the whole process
+        if self.learner.prepares:
+            self.stream.pause()  # what compiles or captures concerns the whole process
         for _ in range(self.ratio(self.count["policy_steps"])):
             batch = self.replay.sample_windows(self.device)
             losses, latents = self.learner.update(batch)

@@ -69,7 +69,7 @@ class DynamicsActorLoss(DreamerActorLoss):
             log_prob = _scalar(policy.log_prob(fixed.get(keys.action)))
             objective = objective + (1 - self.dynamics) * log_prob * advantage
         entropy = _scalar(self._entropy(policy))
-        if self.entropy_bonus:
+        if torch.is_tensor(self.entropy_bonus) or self.entropy_bonus:  # to look into a tensor is to wait for its device
             objective = objective + self.entropy_bonus * entropy
         fixed.set(keys.lambda_target, returns.detach())
         fixed.set(keys.discount_weight, weight)

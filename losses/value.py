@@ -151,12 +151,13 @@ class DreamerValueLoss(LossModule):
         predicted = latents.copy()
         with self.value_model_params.to_module(self.value_model):
             self.value_model(predicted)
-        weights = [1.0]
         if self.slow_critic_regularization:
             slow = latents.detach()
             with torch.no_grad(), self.target_value_model_params.to_module(self.value_model):
                 self.value_model(slow)
             target = torch.cat([target, slow.get(keys.value)], -1)
-            weights.append(self.slow_critic_regularization)
         losses = self.prediction(predicted, keys.value_logits, keys.value, target)  # [N, H, 1 or 2]
-        return (losses * losses.new_tensor(weights)).sum(-1), predicted.get(keys.value).detach()
+        loss = losses[..., 0]
+        if self.slow_critic_regularization:
+            loss = loss + self.slow_critic_regularization * losses[..., 1]
+        return loss, predicted.get(keys.value).detach()
