@@ -142,7 +142,9 @@ class SquashedNormal(TanhNormal):
     """tanh of a Normal: actions in (-1, 1)."""
 
     def __init__(self, loc: torch.Tensor, scale: torch.Tensor):
-        super().__init__(loc, scale, event_dims=1)
+        # As numbers the bounds would be copied to the device anew each time, which no CUDA graph can record.
+        low, high = (torch.full((), bound, device=loc.device) for bound in (-1.0, 1.0))
+        super().__init__(loc, scale, low=low, high=high, event_dims=1)
 
 
 class StraightThroughAction(OneHotAction):

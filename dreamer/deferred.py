@@ -14,49 +14,64 @@ import torch
 from torch import nn
 
 
-class Tape:
-    """One weight [..., in, out] over one sequence, cast once to the dtype that autocast asks for."""
+_recording = 0  # how many sequences are being recorded: one, or none
 
-    def __init__(self, weight: torch.Tensor):
-        self.weight, self.steps = weight, 0
+
+def recording() -> bool:
+    return _recording > 0
+
+
+class Tape:
+    """One weight [..., in, out] and bias [..., out] over one sequence, cast once to the dtype that autocast asks for."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        self.weight, self.bias, self.steps = weight, bias, 0
         self.inputs: list[torch.Tensor] = []
         self.gradients: list[torch.Tensor] = []
 
-    def matmul(self, value: torch.Tensor) -> torch.Tensor:
-        """value [..., in] for a weight of two dimensions, [G, N, in] for a weight [G, in, out]."""
+    def affine(self, value: torch.Tensor) -> torch.Tensor:
+        """value [..., in] for a weight of two dimensions, [G, N, in] for a weight [G, in, out] and a bias [G, 1, out]."""
         device = value.device.type
         if self.steps == 0 and torch.is_autocast_enabled(device):
-            self.weight = self.weight.to(torch.get_autocast_dtype(device))
+            dtype = torch.get_autocast_dtype(device)
+            self.weight, self.bias = (each if each is None else each.to(dtype) for each in (self.weight, self.bias))
         rows = value.to(self.weight.dtype)
         rows = rows.flatten(0, -2) if self.weight.ndim == 2 else rows
-        out = _Step.apply(rows, self.weight, self, self.steps)
+        out = _Step.apply(rows, self.weight, self.bias, self, self.steps)
         self.steps += 1
         return out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
 
-    def weight_gradient(self) -> torch.Tensor:
+    def weight_gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         inputs, gradients = torch.cat(self.inputs, -2), torch.cat(self.gradients, -2)  # [..., T*N, in], [..., T*N, out]
         self.inputs, self.gradients = [], []
-        return inputs.mT @ gradients
+        bias = None if self.bias is None else gradients.sum(-2).view(self.bias.shape)
+        return inputs.mT @ gradients, bias
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: torch.Tensor, weight: torch.Tensor, tape: Tape, step: int) -> torch.Tensor:
+    def forward(
+        ctx, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tape: Tape, step: int
+    ) -> torch.Tensor:
         ctx.save_for_backward(value, weight)
         ctx.tape, ctx.step = tape, step
-        return value @ weight
+        if bias is None:
+            return value @ weight
+        return (torch.addmm if weight.ndim == 2 else torch.baddbmm)(bias, value, weight)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
         value, weight = ctx.saved_tensors
         value_gradient = gradient @ weight.mT if ctx.needs_input_grad[0] else None
-        weight_gradient = None
+        weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[1]:
             ctx.tape.inputs.append(value)
             ctx.tape.gradients.append(gradient)
             if ctx.step == 0:  # every later step has run: each depends on this one
-                weight_gradient = ctx.tape.weight_gradient()
-        return value_gradient, weight_gradient, None, None
+                weight_gradient, bias_gradient = ctx.tape.weight_gradients()
+        return value_gradient, weight_gradient, bias_gradient, None, None
 
 
 @contextmanager
@@ -66,11 +81,16 @@ def deferred_weight_gradients(*modules: nn.Module) -> Iterator[None]:
     Each step's calls must depend on the step before through the layer's own output, as in a recurrence.
     """
     layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "taped_weights")]
-    active = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        yield
+        return
+    global _recording
     try:
-        for layer in layers if active else ():
-            layer.tapes = {name: Tape(weight) for name, weight in layer.taped_weights().items()}
+        _recording += 1
+        for layer in layers:
+            layer.tapes = {name: Tape(*weights) for name, weights in layer.taped_weights().items()}
         yield
     finally:
+        _recording -= 1
         for layer in layers:
             layer.tapes = {}

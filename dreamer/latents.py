@@ -51,10 +51,12 @@ class CategoricalLatent(nn.Module):
         return flat.float().unflatten(-1, (self.num_categoricals, self.num_classes))  # [..., S, K]
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
-        probs = unimix_probs(logits, self.unimix)  # [..., S, K]
         # Inverse transform: one uniform per categorical, cheaper than one Gumbel per class.
-        uniform = torch.rand(probs.shape[:-1], device=probs.device).unsqueeze(-1)
-        index = (probs.detach().cumsum(-1) <= uniform).sum(-1, keepdim=True).clamp_max(self.num_classes - 1)
+        return self.draw(logits, torch.rand(logits.shape[:-1], device=logits.device))
+
+    def draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        probs = unimix_probs(logits, self.unimix)  # [..., S, K]
+        index = (probs.detach().cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1, keepdim=True).clamp_max(self.num_classes - 1)
         one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
         # Added in this order the value stays exactly one-hot; the gradient is that of the probabilities.
         return (one_hot + (probs - probs.detach()) if probs.requires_grad else one_hot).flatten(-2)  # [..., S*K]

@@ -46,14 +46,13 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def taped_weights(self) -> dict[str, torch.Tensor]:
-        return {"weight": self.weight.mT}
+    def taped_weights(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+        return {"weight": (self.weight.mT, self.bias)}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or not self.tapes:
             return F.linear(value, self.weight, self.bias)
-        out = self.tapes["weight"].matmul(value)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return self.tapes["weight"].affine(value)
 
     def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """``forward`` of the two beside each other, which are never copied together."""
@@ -165,18 +164,17 @@ class BlockLinear(nn.Module):
             self.shared_weight = nn.Parameter(torch.empty(out_features, shared_features))
             init_weight(self.shared_weight, fan_in)
 
-    def taped_weights(self) -> dict[str, torch.Tensor]:
-        shared = {"shared": self.shared_weight.mT} if hasattr(self, "shared_weight") else {}
-        return {"weight": self.weight, **shared}
+    def taped_weights(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+        if hasattr(self, "shared_weight"):
+            return {"weight": (self.weight, None), "shared": (self.shared_weight.mT, self.bias)}
+        return {"weight": (self.weight, self.bias.view(self.num_blocks, 1, -1))}
 
     def forward(self, value: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
         taped = not torch.compiler.is_compiling() and bool(self.tapes)
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
-        out = self.tapes["weight"].matmul(blocks) if taped else torch.bmm(blocks, self.weight)
+        out = self.tapes["weight"].affine(blocks) if taped else torch.bmm(blocks, self.weight)
         out = out.transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
-        bias = self.bias
-        if shared is not None and taped:
-            bias = self.tapes["shared"].matmul(shared) + bias.to(out.dtype)
-        elif shared is not None:
-            bias = F.linear(shared, self.shared_weight, bias)
+        if taped:
+            return out if shared is None else out + self.tapes["shared"].affine(shared)
+        bias = self.bias if shared is None else F.linear(shared, self.shared_weight, self.bias)
         return out + bias.to(out.dtype)

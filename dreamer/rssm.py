@@ -47,7 +47,10 @@ class BlockGRU(nn.Module):
     def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
         shared = torch.cat([self.belief_in(belief), self.state_in(state), projected_action], -1)  # [..., 3*hidden]
         hidden = self.norm(self.hidden(belief, shared))  # [..., D]
-        gates = self.gates(hidden).float().unflatten(-1, (self.num_blocks, 3, -1))  # [..., G, 3, D/G]
+        return self.gate(self.gates(hidden), belief)
+
+    def gate(self, gates: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
+        gates = gates.float().unflatten(-1, (self.num_blocks, 3, -1))  # [..., G, 3, D/G]
         reset, candidate, update = (gate.flatten(-2) for gate in gates.unbind(-2))  # each [..., D]
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)
