@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-
 _recording = 0  # how many sequences are being recorded: one, or none
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import distributions as D
 
@@ -12,10 +14,10 @@ class BoundedNormal(D.Independent):
     def __init__(self, loc: torch.Tensor, scale: torch.Tensor):
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         """The same draws as torch's, which looks at the smallest scale first: a GPU's graph cannot wait for that."""
         with torch.no_grad():
-            return self.rsample(sample_shape)
+            return self.rsample(torch.Size(sample_shape))
 
     @property
     def deterministic_sample(self) -> torch.Tensor:
@@ -28,7 +30,7 @@ class OneHotAction(D.OneHotCategorical):
     def __init__(self, probs: torch.Tensor):
         super().__init__(probs=probs, validate_args=False)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         """The same draws as torch's ``multinomial``, without its looks at the probabilities: see above."""
         probs = self.probs.detach().expand(*sample_shape, *self.probs.shape)
         waiting = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_()

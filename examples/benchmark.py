@@ -39,7 +39,7 @@ from support.capture import CapturedStep
 from support.devices import resolve_device, resolve_precision
 from support.peers import torchrl_dreamer
 from support.script import script
-from support.setup import make_agent
+from support.setup import make_agent, parameter_counts
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:
@@ -85,10 +85,6 @@ def member(
     for part in agent.parts().values():
         part.to(device)
     return agent, Learner(agent, algorithm, precision, cfg.compile, cfg.capture)
-
-
-def parameters(agent: Agent, learner: Learner) -> int:
-    return sum((agent.parameter_counts() | learner.own_parameter_counts()).values())
 
 
 def measure_environment(cfg: DictConfig, steps: int) -> dict[str, float]:
@@ -148,15 +144,15 @@ def benchmark(cfg: DictConfig) -> dict:
         "compile": cfg.compile,
         "captured": isinstance(learner.gradients, CapturedStep),
         "threads": torch.get_num_threads(),
-        "parameters": parameters(agent, learner),
+        "parameters": sum(parameter_counts(agent, learner).values()),
         **shape,
     }
     if "update" in cfg.measure:
         records = synthetic_records(agent, cfg.batch_size, cfg.batch_length, device)
         if cfg.compare == "algorithm":
             other, peer = member(cfg, cfg.other, device, precision)
-            result["other"] = cfg.other.representation._target_.rpartition(".")[2]
-            result["other_parameters"] = parameters(other, peer)
+            result["other"] = cfg.other.representation._target_.removesuffix(".of").rpartition(".")[2]
+            result["other_parameters"] = sum(parameter_counts(other, peer).values())
             steps = [lambda: learner.update(records), lambda: peer.update(records)]
             result["update"], result["other_update"] = alternate(steps, device, warmup, repeats)
             result["other_over_ours"] = result["other_update"]["median_s"] / result["update"]["median_s"]

@@ -24,16 +24,17 @@ from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_
 from r2dreamer.envs.records import RecordBuilder
 from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
 from r2dreamer.losses import R2DreamerWorldModelLoss, collapse_metrics, total_loss
-from support.capture import CapturedStep, resolve_capture
+from support.capture import PREPARING, captured
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
-from support.metrics import Averages, MetricsWriter, progress, rename_loss
+from support.metrics import Averages, progress, rename_loss
 from support.openloop import film_open_loop
+from support.schedule import LinearFall
 from support.script import Interrupt, script
-from support.setup import build, check_weights, metrics_position, objective, open_run, parameter_groups
+from support.setup import build, check_weights, objective, open_metrics, open_run, parameter_counts, parameter_groups
 from support.snapshot import restore, snapshot
 from support.video import write_video
 
@@ -41,14 +42,7 @@ from support.video import write_video
 class Learner(nn.Module):
     """Three losses, one optimiser, one slow critic."""
 
-    def __init__(
-        self,
-        agent: Agent,
-        algorithm: DictConfig,
-        precision: torch.dtype,
-        compile: str | None = None,
-        capture: str | bool = "auto",
-    ):
+    def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile=None, capture="auto"):
         super().__init__()
         make = hydra.utils.instantiate
         self.world_model_loss = R2DreamerWorldModelLoss(
@@ -69,22 +63,15 @@ class Learner(nn.Module):
         self.to(device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
         self.optimizer = make(algorithm.optimizer, parameter_groups(self))
-        self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.entropy_bonus = self.actor_loss.entropy_bonus
-        if self.entropy_bonus and algorithm.final_entropy_fraction != 1:
-            # Filled anew as it falls: graphs, captured or compiled, take a number for a constant.
-            self.actor_loss.entropy_bonus = torch.tensor(self.entropy_bonus, device=device)
-        self.final_fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
+        fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
+        self.anneal = LinearFall(self.optimizer, self.actor_loss, *fractions)
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
         self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
         if compile == "parts":
             compile_parts(*agent.parts().values())
-        self.updates_here = 0
-        self.gradients = self.losses_and_gradients
-        if resolve_capture(capture, device):
-            self.gradients = CapturedStep(self.losses_and_gradients, device)
+        self.gradients = captured(self.losses_and_gradients, device, capture)
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
@@ -116,7 +103,6 @@ class Learner(nn.Module):
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """One step of the one optimiser over everything, then the slow critic moves."""
         losses, latents = self.gradients(batch)
-        self.updates_here += 1
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)  # clips each tensor's gradient by its own norm (AGC), then LaProp
         self.scaler.update()
@@ -131,25 +117,6 @@ class Learner(nn.Module):
         self.optimizer.zero_grad()
         self.scaler.scale(total_loss(losses)).backward()
         return losses.detach(), latents
-
-    @property
-    def prepares(self) -> bool:
-        """Do the next updates compile or capture?"""
-        return self.updates_here <= CapturedStep.WARMUP
-
-    def own_parameter_counts(self) -> dict[str, int]:
-        """What trains beside the agent: an objective's prototypes and projections, a probe decoder."""
-        parts = {"objective": self.world_model_loss.representation, "probe": self.probe}
-        counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
-        return {name: count for name, count in counts.items() if count}
-
-    def anneal(self, progress: float) -> None:
-        """Learning rate and entropy bonus fall linearly, to their final fractions when ``progress`` is 1."""
-        rate, entropy = (1 + (final - 1) * min(progress, 1.0) for final in self.final_fractions)
-        for group, initial in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
-            group["lr"] = initial * rate
-        if torch.is_tensor(self.actor_loss.entropy_bonus):
-            self.actor_loss.entropy_bonus.fill_(self.entropy_bonus * entropy)
 
 
 class Trainer:
@@ -177,6 +144,7 @@ class Trainer:
         self.returns, self.averages = EpisodeReturns(streams, suite["train_scores"]), Averages()
         self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0}
         self.first_update = cfg.warmup_steps  # in policy steps
+        self.unprepared = PREPARING  # updates of this process that may compile or capture
 
         workers = {"parallel": cfg.env.parallel, "timeout": cfg.timeout}
         self.environments = make_vector_env(suite["make"], self.train_seeds(), **workers)
@@ -193,11 +161,7 @@ class Trainer:
         )
         self.stream.start(collector)
         OmegaConf.save(cfg, self.logdir / "config.yaml", resolve=True)  # nothing refuses it any more
-        self.metrics = MetricsWriter(
-            self.logdir,
-            loggers=[hydra.utils.instantiate(logger, logdir=self.logdir) for logger in (cfg.logger or {}).values()],
-            resume_position=metrics_position(self.logdir, self.saved),
-        )
+        self.metrics = open_metrics(cfg, self.logdir, self.saved)
         if self.saved:
             restore(self)
         self.restart_environments()
@@ -218,8 +182,7 @@ class Trainer:
     def run(self) -> None:
         cfg = self.cfg
         if cfg.progress:
-            counts = self.agent.parameter_counts() | self.learner.own_parameter_counts()
-            parts = ", ".join(f"{name} {size:,}" for name, size in counts.items())
+            parts = ", ".join(f"{name} {size:,}" for name, size in parameter_counts(self.agent, self.learner).items())
             print(f"{self.logdir}: {parts} parameters, {self.learner.precision} on {self.device}")
             print(f"Replay: {self.memory}")
         score = None if self.saved else self.evaluate()
@@ -253,7 +216,7 @@ class Trainer:
     def update(self) -> None:
         """The updates owed for the policy steps made since the last ones."""
         self.learner.anneal(self.frames / self.cfg.total_frames)
-        if self.learner.prepares:
+        if self.unprepared > 0:
             self.stream.pause()  # what compiles or captures concerns the whole process
         for _ in range(self.ratio(self.count["policy_steps"])):
             batch = self.replay.sample_windows(self.device)
@@ -261,6 +224,7 @@ class Trainer:
             self.replay.write_back(batch, latents["state"], latents["belief"])
             self.averages.add(losses)
             self.count["updates"] += 1
+            self.unprepared -= 1
             self.count["replayed_steps"] += batch.numel()
         self.averages.check_finite(self.frames, self.count["updates"])
 

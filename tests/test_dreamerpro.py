@@ -14,6 +14,7 @@ from torch import nn
 from r2dreamer.dreamer import RandomShift
 from r2dreamer.losses import DreamerPro, R2DreamerWorldModelLoss, sinkhorn
 from support.checkpoint import Checkpoints
+from support.setup import parameter_counts
 
 RECORDED = pathlib.Path(__file__).parent / "data" / "loss_values.npz"
 SMALL = dict(prototypes=6, size=3, temperature=0.3)
@@ -193,7 +194,8 @@ def test_a_run_trains_saves_its_slow_networks_and_goes_on_bit_for_bit(tmp_path):
     assert objective.updates == trainer.count["updates"] > 5
     embedding, latents = trainer.agent.encoder.out_features, sum(trainer.agent.latent_sizes.values())
     projections = (embedding + 1 + latents + 1) * 32
-    assert trainer.learner.own_parameter_counts() == {"objective": 50 * 32 + projections}
+    counts = parameter_counts(trainer.agent, trainer.learner)
+    assert counts == trainer.agent.parameter_counts() | {"objective": 50 * 32 + projections}
     slow, fast = (next(iter(each.parameters())) for each in (objective.slow_encoder, trainer.agent.encoder))
     assert not torch.equal(slow, fast)
     Checkpoints(tmp_path / "checkpoints").load().restore_rng()

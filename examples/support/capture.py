@@ -14,14 +14,18 @@ from tensordict import TensorDict, TensorDictBase
 Step = Callable[[TensorDictBase], tuple[TensorDict, TensorDict]]
 
 
-def resolve_capture(choice: str | bool, device: torch.device) -> bool:
-    if choice == "auto":
-        return device.type == "cuda"
-    if not isinstance(choice, bool):
+PREPARING = 3  # calls, of which the last makes the graph
+
+
+def captured(step: Step, device: torch.device, choice: str | bool = "auto") -> Step:
+    """``step``, or on a GPU (``auto``) or where asked for (``True``) the CUDA graph of it."""
+    if choice not in ("auto", True, False):
         raise ValueError(f"capture={choice} is not one of auto, true, false.")
-    if choice and device.type != "cuda":
-        raise ValueError(f"capture=true records a CUDA graph, and the learner is on {device}. Use capture=auto or false.")
-    return choice
+    if choice is True and device.type != "cuda":
+        raise ValueError(
+            f"capture=true records a CUDA graph, and the learner is on {device}. Use capture=auto or false."
+        )
+    return CapturedStep(step, device) if choice and device.type == "cuda" else step
 
 
 class CapturedStep:
@@ -32,8 +36,6 @@ class CapturedStep:
     stays where it is in memory, and numbers of the host are what they were when it was made. Draws are those of ``step``.
     """
 
-    WARMUP = 2
-
     def __init__(self, step: Step, device: torch.device):
         self.step, self.device = step, device
         self.stream = torch.cuda.Stream(device)
@@ -42,7 +44,7 @@ class CapturedStep:
 
     def __call__(self, batch: TensorDictBase) -> tuple[TensorDict, TensorDict]:
         self.calls += 1
-        if self.calls <= self.WARMUP:
+        if self.calls < PREPARING:
             return self._aside(batch)
         if self.graph is None:
             self._capture(batch)

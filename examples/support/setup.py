@@ -20,6 +20,7 @@ from r2dreamer.envs.errors import require_positive
 from r2dreamer.envs.gl import watch
 
 from .checkpoint import Checkpoints, LoadedCheckpoint
+from .metrics import MetricsWriter
 
 POSITIVE = (
     "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
@@ -197,6 +198,13 @@ def parameter_groups(learner: nn.Module) -> list[dict]:
     return [{"name": name, "params": parameters} for name, parameters in groups.items() if parameters]
 
 
+def parameter_counts(agent: Agent, learner: nn.Module) -> dict[str, int]:
+    """Of the agent's parts and of what trains beside it: an objective's prototypes and projections, a probe decoder."""
+    beside = {"objective": learner.world_model_loss.representation, "probe": learner.probe}
+    counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in beside.items()}
+    return agent.parameter_counts() | {name: count for name, count in counts.items() if count}
+
+
 def check_weights(agent: Agent, step: int, updates: int) -> None:
     """A finite loss can have a NaN gradient, which would be saved, or end in sampling from NaN probabilities."""
     for name, part in agent.parts().items():
@@ -204,10 +212,11 @@ def check_weights(agent: Agent, step: int, updates: int) -> None:
             raise FloatingPointError(f"The weights of the {name} are NaN or Inf at frame {step:,}, update {updates:,}.")
 
 
-def metrics_position(logdir: Path, saved: LoadedCheckpoint | None) -> dict[str, int] | None:
-    """Where metrics.jsonl ended at the checkpoint; None for a new file, also when another run is taken further here."""
+def open_metrics(cfg: DictConfig, logdir: Path, saved: LoadedCheckpoint | None) -> MetricsWriter:
+    """Goes on where metrics.jsonl ended at the checkpoint; a new file, also when another run is taken further here."""
     ours = saved is not None and saved.path.resolve().is_relative_to(logdir.resolve())
-    return saved.state["metrics"] if ours else None
+    loggers = [hydra.utils.instantiate(logger, logdir=logdir) for logger in (cfg.logger or {}).values()]
+    return MetricsWriter(logdir, loggers=loggers, resume_position=saved.state["metrics"] if ours else None)
 
 
 def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
