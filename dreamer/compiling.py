@@ -38,8 +38,10 @@ def compile_parts(*roots: nn.Module, **options) -> None:
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
         if isinstance(module, WHOLE):
             module.compile(**options)
-        elif isinstance(module, BlockGRU | GRUCore):
+        elif isinstance(module, BlockGRU):
             module.advance = whole_unless_recorded(module.advance, compiled)
+        elif isinstance(module, GRUCore):
+            module.advance = compiled(module.advance)
         elif isinstance(module, RSSMPosterior):
             module.logits = whole_unless_recorded(module.logits, compiled)
         elif isinstance(module, RSSMPrior):

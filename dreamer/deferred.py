@@ -65,7 +65,7 @@ class _Step(torch.autograd.Function):
         value, weight = ctx.saved_tensors
         value_gradient = gradient @ weight.mT if ctx.needs_input_grad[0] else None
         weight_gradient = bias_gradient = None
-        if ctx.needs_input_grad[1]:
+        if any(ctx.needs_input_grad[1:3]):
             ctx.tape.inputs.append(value)
             ctx.tape.gradients.append(gradient)
             if ctx.step == 0:  # every later step has run: each depends on this one

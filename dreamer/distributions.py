@@ -31,11 +31,11 @@ class OneHotAction(D.OneHotCategorical):
         super().__init__(probs=probs, validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
-        """The same draws as torch's ``multinomial``, without its looks at the probabilities: see above."""
+        """One draw is the same as torch's, without its looks at the probabilities (see above); NaN stays NaN."""
         probs = self.probs.detach().expand(*sample_shape, *self.probs.shape)
         waiting = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_()
         index = (probs / waiting).argmax(-1, keepdim=True)
-        return torch.zeros_like(waiting).scatter_(-1, index, 1.0)
+        return torch.zeros_like(waiting).scatter_(-1, index, 1.0) + (probs - probs)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         return (value.float() * self.logits).sum(-1)

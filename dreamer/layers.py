@@ -175,6 +175,6 @@ class BlockLinear(nn.Module):
         out = self.tapes["weight"].affine(blocks) if taped else torch.bmm(blocks, self.weight)
         out = out.transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
         if taped:
-            return out if shared is None else out + self.tapes["shared"].affine(shared)
+            return out + self.tapes["shared"].affine(shared) if "shared" in self.tapes else out
         bias = self.bias if shared is None else F.linear(shared, self.shared_weight, self.bias)
         return out + bias.to(out.dtype)

@@ -159,7 +159,7 @@ def benchmark(cfg: DictConfig) -> dict:
         else:
             result["update"] = median_seconds(lambda: learner.update(records), device, warmup, repeats)
         if cfg.compare == "torchrl":
-            peer = torchrl_dreamer(agent, cfg.model, cfg.algorithm, precision, device)
+            peer = torchrl_dreamer(agent, cfg.model, cfg.algorithm, precision, device, result["captured"])
             result["torchrl_update"] = median_seconds(lambda: peer(records), device, warmup, repeats)
             result["torchrl_over_ours"] = result["torchrl_update"]["median_s"] / result["update"]["median_s"]
     if "acting" in cfg.measure:

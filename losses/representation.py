@@ -19,7 +19,12 @@ Terms = dict[str, torch.Tensor]
 
 
 class Objective(nn.Module):
-    """What every objective has: the names of its ``terms``, a ``weight``, and a hook after each update."""
+    """What every objective has: the names of its ``terms``, a ``weight``, and a hook after each update.
+
+    The example trainer on a GPU records ``forward`` as a CUDA graph: after three updates its Python no longer runs. What
+    changes from update to update must then be a tensor that is filled in place, and no value may be read on the host;
+    ``capture=false`` lifts that. ``after_update`` always runs.
+    """
 
     terms: tuple[str, ...] = ()
 

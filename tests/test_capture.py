@@ -6,16 +6,19 @@ import pytest
 import torch
 from agents import tiny_agent, tiny_records
 from hydra import compose, initialize_config_module
+from tensordict import TensorDict
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from train import Learner
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.dreamer.distributions import BoundedNormal, OneHotAction
+from r2dreamer.dreamer.latents import CategoricalLatent
 from support.capture import captured
 from support.setup import make_agent
 
 MEMBERS = ["r2dreamer", "dreamer", "infonce", "dreamerpro", "none", "vicreg", "dreamerv1", "dreamerv2"]
+KINDS = ["continuous", "discrete"]
 SMALL = {"belief": 16, "hidden": 8, "depth": 2, "categoricals": 4, "classes": 4}
 LOOKS = ("_local_scalar_dense", "nonzero", "multinomial", "normal.Tensor_Tensor", "is_nonzero")
 
@@ -24,7 +27,7 @@ COPIES = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
 
 
 class Looks(TorchDispatchMode):
-    """Collects what reads a value of the device."""
+    """Collects what reads a value of the device, and what meets a tensor of the host."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +36,8 @@ class Looks(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = str(function)
-        if any(look in name for look in LOOKS) or (isinstance(result, torch.Tensor) and result.device.type == "cpu"):
+        on_host = [each for each in (*args, result) if isinstance(each, torch.Tensor) and each.device.type == "cpu"]
+        if on_host or any(look in name for look in LOOKS):
             self.found.add(name)
         return result
 
@@ -52,25 +56,31 @@ class Copies(TorchFunctionMode):
         return result
 
 
-def make(member, device, discrete, capture=False, precision=torch.float32):
+def make(member, device, discrete, capture=False, precision=torch.float32, compile=None, extra=()):
+    """A learner that learns fast, and three different batches."""
     classic = member in ("dreamerv1", "dreamerv2")
     with initialize_config_module("r2dreamer.configs", version_base=None):
-        cfg = compose("config", [f"algorithm={member}", f"model={member if classic else 'size1M'}"])
+        cfg = compose("config", [f"algorithm={member}", f"model={member if classic else 'size1M'}", *extra])
     cfg.model.update(SMALL)
     cfg.algorithm.actor.imagination_horizon = 2
+    cfg.algorithm.optimizer.update(lr=1e-3, warmup_steps=0)
     torch.manual_seed(0)
     observations = ObservationSpace({"pixels": (3, 64, 64)}, {"speed": 3})
     agent = make_agent(cfg.algorithm, cfg.model, observations, ActionSpace(3, discrete=discrete))
     for part in agent.parts().values():
         part.to(device)
     torch.manual_seed(1)
-    records = agent.example_record().expand(4, 6).clone()
-    for value in records.values(True, True):
-        if value.is_floating_point():
-            value.normal_()
-    latents = {key: torch.zeros(4, 6, size) for key, size in agent.latent_sizes.items()}
-    records = records.exclude(("next", "state"), ("next", "belief")).update(latents)
-    return Learner(agent, cfg.algorithm, precision, capture=capture), records.to(device)
+    batches = []
+    for _ in range(3):
+        records = agent.example_record().expand(4, 6).clone()
+        for value in records.values(True, True):
+            if value.is_floating_point():
+                value.normal_()
+            elif value.dtype == torch.uint8:
+                value.random_(256)
+        latents = {key: torch.zeros(4, 6, size) for key, size in agent.latent_sizes.items()}
+        batches.append(records.exclude(("next", "state"), ("next", "belief")).update(latents).to(device))
+    return Learner(agent, cfg.algorithm, precision, compile, capture), batches
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -83,7 +93,7 @@ def test_no_update_waits_for_its_device(member, discrete, monkeypatch):
     # TorchRL asks, before it looks at the bounds of a squashed Normal.
     module = "torchrl.modules.distributions.continuous.safe_is_current_stream_capturing"
     monkeypatch.setattr(module, lambda: True)
-    learner, records = make(member, torch.device("meta"), discrete)
+    learner, (records, *_) = make(member, torch.device("meta"), discrete)
     with Looks() as looks, Copies() as copies:
         losses, _ = learner.losses_and_gradients(records)
     assert not looks.found and not copies.found
@@ -97,7 +107,10 @@ def test_what_looks_or_copies_is_noticed():
         zeros.new_tensor([1.0])
         torch.as_tensor(1.0, device="meta")
         torch.distributions.Normal(zeros, 1 + zeros, validate_args=False).sample()
-    assert looks.found == {"aten.normal.Tensor_Tensor"} and copies.found == {"new_tensor", "as_tensor"}
+        forgotten = torch.ones(2)
+        zeros.copy_(forgotten)
+    assert {"aten.normal.Tensor_Tensor", "aten.copy_.default"} <= looks.found
+    assert copies.found == {"new_tensor", "as_tensor"}
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (5, 4, 6), (1000, 18)])
@@ -125,27 +138,94 @@ def test_graphs_are_for_gpus():
         captured(step, cpu, "sometimes")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs, and there is no CUDA device")
-@pytest.mark.parametrize("discrete", [False, True])
-@pytest.mark.parametrize("member", MEMBERS)
-def test_captured_updates_equal_eager_ones(member, discrete):
-    lines = []
-    for capture in (False, True):
-        learner, records = make(member, torch.device("cuda"), discrete, capture)
-        torch.manual_seed(2)
-        losses = [learner.update(records)[0].to("cpu") for _ in range(6)]
-        lines.append((losses, torch.rand(1, device="cuda").item()))
-    for eager, graph in zip(lines[0][0], lines[1][0], strict=True):
-        for key in eager.keys():
-            torch.testing.assert_close(eager[key], graph[key], rtol=1e-2, atol=1e-3, msg=f"{key}: {eager} {graph}")
-    assert lines[0][1] == lines[1][1]  # as many random numbers were drawn
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+EXTRAS = ["augmentation=random_shift", "probe_decoder=observation"]
+VARIANTS = {
+    **{f"{member} {kind}": dict(member=member, discrete=kind == "discrete") for member in MEMBERS for kind in KINDS},
+    "augmented, probed": dict(member="r2dreamer", discrete=False, extra=EXTRAS),
+    "bfloat16": dict(member="r2dreamer", discrete=False, precision=torch.bfloat16),
+    "float16": dict(member="r2dreamer", discrete=False, precision=torch.float16),
+    "compiled": dict(member="r2dreamer", discrete=False, compile="parts"),
+}
 
 
-def test_a_falling_entropy_bonus_stays_where_a_graph_reads_it():
+def seven_updates(capture, **variant):
+    learner, batches = make(device=torch.device("cuda"), capture=capture, **variant)
+    before = [parameter.detach().clone() for parameter in learner.parameters()]
+    torch.manual_seed(2)
+    losses = [learner.update(batches[i % 3])[0].to("cpu") for i in range(7)]
+    moved = [not torch.equal(p, q) for p, q in zip(before, learner.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+    return losses, [p.detach().cpu() for p in learner.parameters()], torch.rand(1, device="cuda").item()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_captured_updates_equal_eager_ones(variant):
+    """To rounding, but for V1, whose squashed Normal TorchRL composes otherwise while a graph is recorded."""
+    exact = dict(rtol=1e-4, atol=1e-5) if variant in [f"{m} {k}" for m in MEMBERS[:-2] for k in KINDS] else {}
+    loose = dict(rtol=1e-2, atol=1e-2)
+    eager, parameters, drawn = seven_updates(False, **VARIANTS[variant])
+    graph, others, drawn_too = seven_updates(True, **VARIANTS[variant])
+    for one, other in zip(eager, graph, strict=True):
+        for key in one.keys():
+            torch.testing.assert_close(one[key], other[key], **(exact or loose), msg=key)
+    for one, other in zip(parameters, others, strict=True):
+        torch.testing.assert_close(one, other, **(exact or loose))
+    assert drawn == drawn_too  # as many random numbers were used
+
+
+@on_a_gpu
+def test_a_graph_takes_batches_of_its_own_shape_only():
+    learner, batches = make("r2dreamer", torch.device("cuda"), False, True)
+    for records in batches:
+        learner.update(records)
+    with pytest.raises(ValueError, match="captured update takes .* capture=false"):
+        learner.update(batches[0][:2])
+
+
+@on_a_gpu
+def test_a_step_that_waits_is_told_so():
+    def step(batch):
+        return batch, TensorDict(total=batch["value"] + batch["value"].sum().item())
+
+    graph = captured(step, torch.device("cuda"))
+    with pytest.raises(RuntimeError) as error:
+        for _ in range(3):
+            graph(TensorDict(value=torch.ones(2, device="cuda")))
+    assert "capture=false trains without it" in " ".join(error.value.__notes__)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m not in ("dreamerpro", "dreamerv1")])
+def test_losses_and_gradients_are_those_of_a_cpu(member, monkeypatch):
+    """With modes in place of samples, which a GPU draws otherwise (DreamerPro and V1 draw in other places, too)."""
+    monkeypatch.setattr(CategoricalLatent, "draw", lambda self, logits, _: CategoricalLatent.mode(self, logits))
+    monkeypatch.setattr(BoundedNormal, "rsample", lambda self, *_: self.mean)
+    found = []
+    for name in ("cpu", "cuda"):
+        learner, (records, *_) = make(member, torch.device(name), False)
+        losses, _ = learner.losses_and_gradients(records)
+        found.append((losses.to("cpu"), [p.grad.cpu() for p in learner.parameters() if p.grad is not None]))
+    for key in found[0][0].keys():
+        torch.testing.assert_close(found[0][0][key], found[1][0][key], rtol=1e-3, atol=1e-3, msg=key)
+    ours, theirs = (torch.cat([gradient.flatten() for gradient in each[1]]) for each in found)
+    assert (ours - theirs).norm() < 1e-2 * ours.norm()
+
+
+@pytest.mark.parametrize("bonus", [3e-4, 2])
+def test_a_falling_entropy_bonus_stays_where_a_graph_reads_it(bonus):
+    options = ["algorithm.final_entropy_fraction=0.5", f"algorithm.actor.entropy_bonus={bonus}"]
     with initialize_config_module("r2dreamer.configs", version_base=None):
-        algorithm = compose("config", ["algorithm.final_entropy_fraction=0.5"]).algorithm
+        algorithm = compose("config", options).algorithm
     learner = Learner(tiny_agent(), algorithm, torch.float32)
-    bonus = learner.actor_loss.entropy_bonus
+    read = learner.actor_loss.entropy_bonus
     learner.update(tiny_records(tiny_agent()))
-    learner.anneal(1.0)
-    assert learner.actor_loss.entropy_bonus is bonus and bonus.item() == pytest.approx(0.5 * 3e-4)
+    learner.anneal(0.5)
+    assert learner.actor_loss.entropy_bonus is read and read.item() == pytest.approx(0.75 * bonus)
+
+
+def test_actions_of_broken_probabilities_are_broken():
+    probs = torch.tensor([[0.5, 0.5], [0.5, float("nan")]])
+    drawn = OneHotAction(probs).sample()
+    assert drawn[0].sum() == 1 and drawn[1].isnan().any()

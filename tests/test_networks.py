@@ -172,6 +172,18 @@ def test_a_gradient_for_the_input_alone_leaves_nothing_behind():
     torch.testing.assert_close(first, second)
 
 
+def test_biases_learn_where_weights_are_frozen():
+    agent, how = tiny_agent(), dict(times=1)
+    weights = [p for name, p in agent.prior.named_parameters() if "weight" in name]
+    for weight in weights:
+        weight.requires_grad_(False)
+    loss = ROLLOUT_LOSSES["everything"]
+    expected, actual = (rollout_gradients(agent, loss, deferred=deferred, **how) for deferred in (False, True))
+    assert sum(gradient.abs().max() > 0 for name, gradient in expected.items() if "bias" in name) > 3
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
 def rssm_modules(agent, prior=None, posterior=None):
     return (
         TensorDictModule(

@@ -1,7 +1,7 @@
-"""CUDA graphs: what an update launches, thousands of small kernels one after another, launched as one.
+"""CUDA graphs: what losses and gradients launch, thousands of small kernels one after another, launched as one.
 
-TorchRL's ``CudaGraphModule`` does the same; this one does not wait for the device before each replay, so that the host
-prepares the next batch and the optimiser's step in the meantime.
+tensordict's ``CudaGraphModule`` does the same; this one does not wait for the device before each replay, and the host
+launches the optimiser's step in the meantime.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class CapturedStep:
     ``step`` sets gradients to None, computes them, and returns losses and latents without gradients; it may not wait for
     the device. From the capture on the gradients belong to the graph: nobody else may set them to None. All the graph reads
     stays where it is in memory, and numbers of the host are what they were when it was made. Draws are those of ``step``.
+    What ``step`` writes into its batch is lost.
     """
 
     def __init__(self, step: Step, device: torch.device):
@@ -62,21 +63,23 @@ class CapturedStep:
         return results
 
     def _capture(self, batch: TensorDictBase) -> None:
-        self.batch = batch.clone()
+        mine = batch.clone()
+        self.inputs = dict(mine.items(True, True))  # the tensors themselves: the step may put others in their place
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.results = self.step(self.batch)
+                self.results = self.step(mine)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"The update cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): something in it waits for "
-                "the device, as .item(), printing a tensor or copying to the CPU do. An objective of your own? "
-                "capture=false trains without the graph."
-            ) from error
+            error.add_note(
+                "This happened while the update was recorded as a CUDA graph. Nothing in it may wait for the device, as "
+                ".item(), printing a tensor or copying one to or from the CPU do (in an objective of your own?), and the "
+                "graph has memory of its own. capture=false trains without it."
+            )
+            raise
         self.graph = graph
 
     def _take(self, batch: TensorDictBase) -> None:
-        for key, mine in self.batch.items(True, True):
+        for key, mine in self.inputs.items():
             given = batch.get(key)
             if given.shape != mine.shape:
                 raise ValueError(

@@ -32,9 +32,14 @@ from r2dreamer.dreamer import Agent, BoundedNormal, NormalParameters
 
 
 def torchrl_dreamer(
-    agent: Agent, model: Mapping, algorithm: Mapping, precision: torch.dtype, device: torch.device
+    agent: Agent,
+    model: Mapping,
+    algorithm: Mapping,
+    precision: torch.dtype,
+    device: torch.device,
+    capture: bool = False,
 ) -> Callable[[TensorDict], object]:
-    """One update of TorchRL's DreamerV3 (with its decoder), as wide as ``agent``, on the same records."""
+    """One update of TorchRL's DreamerV3 (with its decoder), as wide as ``agent``, on the same records, captured or not."""
     if agent.observations.vectors or list(agent.observations.images) != ["pixels"]:
         raise ValueError("compare=torchrl wants one image observation called pixels, as DreamerV3ImageEncoder does.")
     belief, hidden, actions = model["belief"], model["hidden"], agent.actions.size
@@ -130,12 +135,17 @@ def torchrl_dreamer(
         DreamerV3Optimizer([p for p in losses.parameters() if p.requires_grad]),
         SoftUpdate(value_loss, tau=0.02),
         compile_train_step=False,
-        cudagraph=False,
+        cudagraph=capture,
     )
+    ready = not capture
 
     def update(records: TensorDict) -> object:
+        nonlocal ready
         # The stepper's own switch for mixed precision covers CUDA only.
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            if not ready:
+                stepper.warmup(records)
+                ready = True
             return stepper.step(None, records)
 
     return update

@@ -20,7 +20,7 @@ class LinearFall:
         if self.entropy_bonus and final_entropy != 1:
             # Filled anew as it falls: graphs, captured or compiled, take a number for a constant.
             device = next(actor_loss.parameters()).device
-            actor_loss.entropy_bonus = torch.tensor(self.entropy_bonus, device=device)
+            actor_loss.entropy_bonus = torch.tensor(float(self.entropy_bonus), device=device)
 
     def __call__(self, progress: float) -> None:
         rate, entropy = (1 + (final - 1) * min(progress, 1.0) for final in (self.final_lr, self.final_entropy))

@@ -206,7 +206,7 @@ def parameter_counts(agent: Agent, learner: nn.Module) -> dict[str, int]:
 
 
 def check_weights(agent: Agent, step: int, updates: int) -> None:
-    """A finite loss can have a NaN gradient, which would be saved, or end in sampling from NaN probabilities."""
+    """A finite loss can have a NaN gradient, which would be saved, or end in NaN actions."""
     for name, part in agent.parts().items():
         if not all(parameter.isfinite().all() for parameter in part.parameters()):
             raise FloatingPointError(f"The weights of the {name} are NaN or Inf at frame {step:,}, update {updates:,}.")
