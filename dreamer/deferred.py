@@ -20,11 +20,20 @@ def recording() -> bool:
     return _recording > 0
 
 
+def defers(bias: torch.Tensor) -> bool:
+    """On a GPU, where a step costs what it launches; on a CPU it costs its arithmetic, and a bias has hardly any."""
+    return bias.device.type != "cpu"
+
+
 class Tape:
-    """One weight [..., in, out] and bias [..., out] over one sequence, cast once to the dtype that autocast asks for."""
+    """One weight [..., in, out] and bias [..., out] over one sequence, cast once to the dtype that autocast asks for.
+
+    The gradient of the bias is deferred where :func:`defers` says so.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         self.weight, self.bias, self.steps = weight, bias, 0
+        self.defers_bias = bias is not None and defers(bias)
         self.inputs: list[torch.Tensor] = []
         self.gradients: list[torch.Tensor] = []
 
@@ -33,17 +42,19 @@ class Tape:
         device = value.device.type
         if self.steps == 0 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            self.weight, self.bias = (each if each is None else each.to(dtype) for each in (self.weight, self.bias))
+            self.weight = self.weight.to(dtype)
+            self.bias = self.bias.to(dtype) if self.defers_bias else self.bias
         rows = value.to(self.weight.dtype)
         rows = rows.flatten(0, -2) if self.weight.ndim == 2 else rows
-        out = _Step.apply(rows, self.weight, self.bias, self, self.steps)
+        out = _Step.apply(rows, self.weight, self.bias if self.defers_bias else None, self, self.steps)
         self.steps += 1
-        return out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
+        out = out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
+        return out if self.bias is None or self.defers_bias else out + self.bias.to(out.dtype)
 
     def weight_gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         inputs, gradients = torch.cat(self.inputs, -2), torch.cat(self.gradients, -2)  # [..., T*N, in], [..., T*N, out]
         self.inputs, self.gradients = [], []
-        bias = None if self.bias is None else gradients.sum(-2).view(self.bias.shape)
+        bias = gradients.sum(-2).view(self.bias.shape) if self.defers_bias else None
         return inputs.mT @ gradients, bias
 
 

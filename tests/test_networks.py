@@ -144,10 +144,16 @@ ROLLOUT_LOSSES = {
 }
 
 
+@pytest.fixture(params=["biases at every step", "biases once"])
+def defers_biases(request, monkeypatch):
+    """As on a CPU, and as on a GPU."""
+    monkeypatch.setattr("r2dreamer.dreamer.deferred.defers", lambda bias: request.param == "biases once")
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("loss", ROLLOUT_LOSSES)
-def test_deferred_weight_gradients_are_those_of_the_plain_loop(loss, times, autocast):
+def test_deferred_weight_gradients_are_those_of_the_plain_loop(loss, times, autocast, defers_biases):
     agent, how = tiny_agent(), dict(times=times, autocast=autocast)
     expected = rollout_gradients(agent, ROLLOUT_LOSSES[loss], deferred=False, **how)
     actual = rollout_gradients(agent, ROLLOUT_LOSSES[loss], deferred=True, **how)
@@ -172,7 +178,7 @@ def test_a_gradient_for_the_input_alone_leaves_nothing_behind():
     torch.testing.assert_close(first, second)
 
 
-def test_biases_learn_where_weights_are_frozen():
+def test_biases_learn_where_weights_are_frozen(defers_biases):
     agent, how = tiny_agent(), dict(times=1)
     weights = [p for name, p in agent.prior.named_parameters() if "weight" in name]
     for weight in weights:
