@@ -200,6 +200,7 @@ def test_a_step_that_waits_is_told_so():
 @pytest.mark.parametrize("member", [m for m in MEMBERS if m not in ("dreamerpro", "dreamerv1")])
 def test_losses_and_gradients_are_those_of_a_cpu(member, monkeypatch):
     """With modes in place of samples, which a GPU draws otherwise (DreamerPro and V1 draw in other places, too)."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(CategoricalLatent, "draw", lambda self, logits, _: CategoricalLatent.mode(self, logits))
     monkeypatch.setattr(BoundedNormal, "rsample", lambda self, *_: self.mean)
     found = []
