@@ -34,9 +34,7 @@ class ConvEncoder(nn.Module):
                 "need 46 pixels a side; resize the observation (env.make.image_size in the example trainer)."
             )
         convolutions = [nn.Conv2d(widths[i], widths[i + 1], 4, 2) for i in range(4)]
-        for (
-            each
-        ) in convolutions:  # torch's own would shrink the images' differences tenfold on the way through all four
+        for each in convolutions:  # torch's own initialisation shrinks the images' differences tenfold
             init_convolution(each, each.in_channels * 4**2)
         self.layers = nn.Sequential(*(layer for each in convolutions for layer in (each, nn.ReLU())))
         self.out_features = widths[-1] * height * width

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-_recording = 0  # how many sequences are being recorded: one, or none
+_recording = 0  # sequences whose weight gradients are being recorded now
 
 
 def recording() -> bool:
