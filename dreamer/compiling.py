@@ -7,18 +7,16 @@ take seconds, and since no sampling is inside them a compiled run draws the same
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .classic_networks import ConvDecoder, ConvEncoder, ELUVectorEncoder, GRUCore
 from .decoders import ImageDecoder
-from .deferred import recording
 from .encoders import ImageEncoder, VectorEncoder
 from .heads import FeatureMLP, ProjectionHead
 from .latents import CategoricalLatent
-from .layers import NormSiLU
+from .rollout import RSSMRollout
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
 
 RECOMPILE_LIMIT = 64
@@ -38,31 +36,13 @@ def compile_parts(*roots: nn.Module, **options) -> None:
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
         if isinstance(module, WHOLE):
             module.compile(**options)
-        elif isinstance(module, BlockGRU):
-            module.advance = whole_unless_recorded(module.advance, compiled)
-        elif isinstance(module, GRUCore):
+        elif isinstance(module, RSSMRollout):
+            module.step = compiled(module.step)
+        elif isinstance(module, BlockGRU | GRUCore):
             module.advance = compiled(module.advance)
         elif isinstance(module, RSSMPosterior):
-            module.logits = whole_unless_recorded(module.logits, compiled)
+            module.logits = compiled(module.logits)
         elif isinstance(module, RSSMPrior):
             module.head.compile(**options)
         elif isinstance(module, CategoricalLatent):
             module.draw = compiled(module.draw)
-        # What is between the products of a recorded step.
-        if isinstance(module, BlockGRU):
-            module.gate = compiled(module.gate)
-        if isinstance(module, BlockGRU | RSSMPosterior):
-            for norm in module.modules():
-                if isinstance(norm, NormSiLU):
-                    norm.compile(**options)
-
-
-def whole_unless_recorded(step: Callable[..., torch.Tensor], compiled: Callable) -> Callable[..., torch.Tensor]:
-    """A recurrent step as one compiled whole; while its weight gradients are recorded, as it is, of compiled pieces."""
-    whole = compiled(step)
-
-    @functools.wraps(step)
-    def chosen(*args: torch.Tensor) -> torch.Tensor:
-        return (step if recording() else whole)(*args)
-
-    return chosen

@@ -3,21 +3,18 @@
 In a loop over T steps autograd multiplies T small matrices into T gradients as large as the weight and adds them up.
 Here every step only remembers its input and its output's gradient; the first step, which the backward pass reaches last,
 stacks them and multiplies once.
+
+A step may be compiled as one whole: each of its products adds a *sink*, a zero of the output's shape that occupies no
+memory, and the sink's gradient is the output's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-
-_recording = 0  # sequences whose weight gradients are being recorded now
-
-
-def recording() -> bool:
-    return _recording > 0
 
 
 def defers(bias: torch.Tensor) -> bool:
@@ -26,81 +23,149 @@ def defers(bias: torch.Tensor) -> bool:
 
 
 class Tape:
-    """One weight [..., in, out] and bias [..., out] over one sequence, cast once to the dtype that autocast asks for.
+    """What one sequence remembers of ``deferred``, parameters or what autocast makes of them.
 
-    The gradient of the bias is deferred where :func:`defers` says so.
+    ``nothing``: what a step's sink is, without gradient. Subclasses say what becomes of the sinks' gradients.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        self.weight, self.bias, self.steps = weight, bias, 0
+    def __init__(self, deferred: tuple[torch.Tensor, ...], nothing: torch.Tensor):
+        self.deferred, self.nothing = deferred, nothing
+        self.gradients: dict[int, torch.Tensor] = {}
+        self.sink: torch.Tensor | None = None  # of the step that is running
+
+    def begin(self, step: int) -> None:
+        self.sink = _Sink.apply(self, step, *self.deferred)
+
+    def end(self, step: int) -> None:
+        self.sink = None  # it knows this tape: held here, neither would ever be freed
+
+    def total(self) -> tuple[torch.Tensor, ...]:
+        """The gradients of ``deferred``."""
+        raise NotImplementedError
+
+
+class GainTape(Tape):
+    """Of one factor [D] for each feature of ``rows`` rows."""
+
+    def __init__(self, gain: torch.Tensor, rows: int):
+        super().__init__((gain,), gain.new_zeros(()).expand(rows, *gain.shape))
+
+    def repeated(self) -> torch.Tensor:
+        """The gain of every row, [rows, D]."""
+        return self.deferred[0].detach() + self.sink
+
+    def total(self) -> tuple[torch.Tensor]:
+        gradients, self.gradients = torch.stack(list(self.gradients.values())), {}
+        return (gradients.sum((0, 1)),)
+
+
+class AffineTape(Tape):
+    """Of one weight [..., in, out] and bias [..., out], cast once to the dtype that autocast asks for.
+
+    ``rows``: of a step's input to the weight. The gradient of the bias is deferred where :func:`defers` says so.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
         self.defers_bias = bias is not None and defers(bias)
-        self.inputs: list[torch.Tensor] = []
-        self.gradients: list[torch.Tensor] = []
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            weight, bias = weight.to(dtype), bias.to(dtype) if self.defers_bias else bias
+        self.weight, self.bias = weight.detach(), bias.detach() if self.defers_bias else bias
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.input: torch.Tensor | None = None
+        nothing = self.weight.new_zeros(()).expand(*weight.shape[:-2], rows, weight.shape[-1])
+        super().__init__((weight, bias) if self.defers_bias else (weight,), nothing)
 
     def affine(self, value: torch.Tensor) -> torch.Tensor:
         """value [..., in] for a weight of two dimensions, [G, N, in] for a weight [G, in, out] and a bias [G, 1, out]."""
-        device = value.device.type
-        if self.steps == 0 and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            self.weight = self.weight.to(dtype)
-            self.bias = self.bias.to(dtype) if self.defers_bias else self.bias
         rows = value.to(self.weight.dtype)
         rows = rows.flatten(0, -2) if self.weight.ndim == 2 else rows
-        out = _Step.apply(rows, self.weight, self.bias if self.defers_bias else None, self, self.steps)
-        self.steps += 1
+        self.input = rows.detach()
+        bias = self.bias if self.defers_bias else None
+        if torch.compiler.is_compiling():
+            out = affine(rows, self.weight, bias) + self.sink
+        else:
+            out = _Affine.apply(rows, self.weight, bias, self.sink)
         out = out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
         return out if self.bias is None or self.defers_bias else out + self.bias.to(out.dtype)
 
-    def weight_gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs, gradients = torch.cat(self.inputs, -2), torch.cat(self.gradients, -2)  # [..., T*N, in], [..., T*N, out]
-        self.inputs, self.gradients = [], []
-        bias = gradients.sum(-2).view(self.bias.shape) if self.defers_bias else None
-        return inputs.mT @ gradients, bias
+    def end(self, step: int) -> None:
+        super().end(step)
+        self.inputs[step], self.input = self.input, None
+
+    def total(self) -> tuple[torch.Tensor, ...]:
+        steps = list(self.gradients)  # those that the loss depends on, the last first
+        inputs = torch.cat([self.inputs[step] for step in steps], -2)  # [..., T*N, in]
+        gradients = torch.cat([self.gradients.pop(step) for step in steps], -2)  # [..., T*N, out]
+        weight = inputs.mT @ gradients
+        return (weight, gradients.sum(-2).view(self.deferred[1].shape)) if self.defers_bias else (weight,)
 
 
-class _Step(torch.autograd.Function):
+def affine(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is None:
+        return rows @ weight
+    return (torch.addmm if weight.ndim == 2 else torch.baddbmm)(bias, rows, weight)
+
+
+class _Affine(torch.autograd.Function):
+    """The product, and all of its weight's gradient that it computes: its own, for the sink."""
+
     @staticmethod
     def forward(
-        ctx, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tape: Tape, step: int
+        ctx, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sink: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(value, weight)
-        ctx.tape, ctx.step = tape, step
-        if bias is None:
-            return value @ weight
-        return (torch.addmm if weight.ndim == 2 else torch.baddbmm)(bias, value, weight)
+        ctx.save_for_backward(weight)
+        return affine(rows, weight, bias)
 
     @staticmethod
-    def backward(
-        ctx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
-        value, weight = ctx.saved_tensors
-        value_gradient = gradient @ weight.mT if ctx.needs_input_grad[0] else None
-        weight_gradient = bias_gradient = None
-        if any(ctx.needs_input_grad[1:3]):
-            ctx.tape.inputs.append(value)
-            ctx.tape.gradients.append(gradient)
-            if ctx.step == 0:  # every later step has run: each depends on this one
-                weight_gradient, bias_gradient = ctx.tape.weight_gradients()
-        return value_gradient, weight_gradient, bias_gradient, None, None
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.mT if ctx.needs_input_grad[0] else None, None, None, gradient
+
+
+class _Sink(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tape: Tape, step: int, *deferred: torch.Tensor) -> torch.Tensor:
+        ctx.tape, ctx.step = tape, step
+        return tape.nothing.view_as(tape.nothing)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.tape.gradients[ctx.step] = gradient
+        if ctx.step:
+            return None, None, *(None for _ in ctx.tape.deferred)
+        return None, None, *ctx.tape.total()  # every later step has run: each depends on this one
 
 
 @contextmanager
-def deferred_weight_gradients(*modules: nn.Module) -> Iterator[None]:
-    """Inside, every layer below ``modules`` that offers ``taped_weights()`` defers its weight gradients.
+def deferred_weight_gradients(step: Callable, rows: int, *modules: nn.Module) -> Iterator[Callable]:
+    """``step``, to be called once for each step of a sequence: layers below ``modules`` that offer ``record(rows)`` and
+    compute ``rows`` rows in it defer their weights' gradients.
 
-    Each step's calls must depend on the step before through the layer's own output, as in a recurrence.
+    Each call must depend on the one before through the layer's own output, as in a recurrence.
     """
-    layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "taped_weights")]
+    layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "record")]
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        yield
+        yield step
         return
-    global _recording
+    for layer in layers:
+        layer.tapes = layer.record(rows)
+    tapes = [tape for layer in layers for tape in layer.tapes.values()]
+    done = 0
+
+    def recorded(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nonlocal done
+        for tape in tapes:
+            tape.begin(done)
+        results = step(*args)
+        for tape in tapes:
+            tape.end(done)
+        done += 1
+        return results
+
     try:
-        _recording += 1
-        for layer in layers:
-            layer.tapes = {name: Tape(*weights) for name, weights in layer.taped_weights().items()}
-        yield
+        yield recorded
     finally:
-        _recording -= 1
         for layer in layers:
             layer.tapes = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -51,10 +53,14 @@ class CategoricalLatent(nn.Module):
         return flat.float().unflatten(-1, (self.num_categoricals, self.num_classes))  # [..., S, K]
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
-        # Inverse transform: one uniform per categorical, cheaper than one Gumbel per class.
-        return self.draw(logits, torch.rand(logits.shape[:-1], device=logits.device))
+        return self.draw(logits, self.noise(logits.shape[:-2], logits.device))
+
+    def noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """What :meth:`draw` takes for logits [*shape, S, K]: one uniform per categorical, cheaper than Gumbels per class."""
+        return torch.rand(*shape, self.num_categoricals, device=device)
 
     def draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """The inverse transform of uniform noise."""
         probs = unimix_probs(logits, self.unimix)  # [..., S, K]
         index = (
             (probs.detach().cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1, keepdim=True).clamp_max(self.num_classes - 1)
@@ -91,8 +97,14 @@ class GaussianLatent(nn.Module):
         return torch.stack([loc, torch.nn.functional.softplus(scale) + self.min_std], -1)  # [..., S*K, 2]
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.draw(logits, self.noise(logits.shape[:-2], logits.device))
+
+    def noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        return torch.randn(*shape, self.size, device=device)
+
+    def draw(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         loc, scale = logits.unbind(-1)
-        return loc + scale * torch.randn_like(loc)
+        return loc + scale * noise
 
     def mode(self, logits: torch.Tensor) -> torch.Tensor:
         return logits[..., 0]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .deferred import Tape
+from .deferred import AffineTape, GainTape
 
 NORM_EPS = 1e-4
 BLOCK = 2**18  # elements that stay in a core's cache
@@ -38,7 +38,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, scale: float = 1.0):
         self.scale = scale
-        self.tapes: dict[str, Tape] = {}
+        self.tapes: dict[str, AffineTape] = {}
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -46,11 +46,11 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def taped_weights(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-        return {"weight": (self.weight.mT, self.bias)}
+    def record(self, rows: int) -> dict[str, AffineTape]:
+        return {"weight": AffineTape(self.weight.mT, self.bias, rows)}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or not self.tapes:
+        if not self.tapes:
             return F.linear(value, self.weight, self.bias)
         return self.tapes["weight"].affine(value)
 
@@ -68,9 +68,16 @@ class NormSiLU(nn.Module):
     def __init__(self, features: int, eps: float = NORM_EPS):
         super().__init__()
         self.eps = eps
+        self.tapes: dict[str, GainTape] = {}
         self.weight = nn.Parameter(torch.ones(features))
 
+    def record(self, rows: int) -> dict[str, GainTape]:
+        return {"weight": GainTape(self.weight, rows)}
+
     def forward(self, value: torch.Tensor) -> torch.Tensor:
+        if self.tapes and torch.compiler.is_compiling():  # uncompiled, torch's operation takes one gain for all rows
+            normed = F.rms_norm(value.float(), self.weight.shape, None, self.eps)
+            return F.silu((normed * self.tapes["weight"].repeated().view(value.shape)).to(value.dtype))
         if value.device.type == "cpu" and value.numel() > 4 * BLOCK and not torch.compiler.is_compiling():
             return BlockedNormSiLU.apply(value, self.weight, self.eps)
         normed = F.rms_norm(value.float(), self.weight.shape, self.weight, self.eps)
@@ -155,7 +162,7 @@ class BlockLinear(nn.Module):
                 f"num_blocks={num_blocks}; choose widths that are multiples of it."
             )
         self.num_blocks = num_blocks
-        self.tapes: dict[str, Tape] = {}
+        self.tapes: dict[str, AffineTape] = {}
         self.weight = nn.Parameter(torch.empty(num_blocks, in_features // num_blocks, out_features // num_blocks))
         self.bias = nn.Parameter(torch.zeros(out_features))
         fan_in = in_features + shared_features * num_blocks
@@ -164,13 +171,14 @@ class BlockLinear(nn.Module):
             self.shared_weight = nn.Parameter(torch.empty(out_features, shared_features))
             init_weight(self.shared_weight, fan_in)
 
-    def taped_weights(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    def record(self, rows: int) -> dict[str, AffineTape]:
         if hasattr(self, "shared_weight"):
-            return {"weight": (self.weight, None), "shared": (self.shared_weight.mT, self.bias)}
-        return {"weight": (self.weight, self.bias.view(self.num_blocks, 1, -1))}
+            shared = AffineTape(self.shared_weight.mT, self.bias, rows)
+            return {"weight": AffineTape(self.weight, None, rows), "shared": shared}
+        return {"weight": AffineTape(self.weight, self.bias.view(self.num_blocks, 1, -1), rows)}
 
     def forward(self, value: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
-        taped = not torch.compiler.is_compiling() and bool(self.tapes)
+        taped = bool(self.tapes)
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
         out = self.tapes["weight"].affine(blocks) if taped else torch.bmm(blocks, self.weight)
         out = out.transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]

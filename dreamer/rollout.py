@@ -58,11 +58,11 @@ class RSSMRollout(TensorDictModuleBase):
         state = tensordict.get(self.state_key)[..., 0, :].float()
         belief = tensordict.get(self.belief_key)[..., 0, :].float()
         states, beliefs, posterior_logits = [], [], []
-        with deferred_weight_gradients(prior.core, posterior):
+        rows = state.shape[:-1].numel()
+        with deferred_weight_gradients(self.step, rows, prior.core, posterior) as step:
             for action_t, embedding_t, keep_t in zip(actions, embeddings, keep.unbind(-2), strict=True):
-                belief = prior.core.advance(state * keep_t, belief * keep_t, action_t)
-                logits = posterior.logits(belief, embedding_t)
-                state = posterior.latent.sample(logits)
+                noise = posterior.latent.noise(state.shape[:-1], state.device)
+                belief, logits, state = step(state, belief, keep_t, action_t, embedding_t, noise)
                 states.append(state)
                 beliefs.append(belief)
                 posterior_logits.append(logits)
@@ -72,6 +72,21 @@ class RSSMRollout(TensorDictModuleBase):
         tensordict.set(self.next_state_key, torch.stack(states, -2))
         tensordict.set(self.next_belief_key, beliefs)
         return tensordict
+
+    def step(
+        self,
+        state: torch.Tensor,
+        belief: torch.Tensor,
+        keep: torch.Tensor,
+        action: torch.Tensor,
+        embedding: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What recurs, from projected actions and embeddings: belief, posterior logits, state."""
+        prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
+        belief = prior.core.advance(state * keep, belief * keep, action)
+        logits = posterior.logits(belief, embedding)
+        return belief, logits, posterior.latent.draw(logits, noise)
 
 
 class RSSMStateEstimator(TensorDictModuleBase):
