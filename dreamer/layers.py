@@ -178,7 +178,7 @@ class BlockLinear(nn.Module):
         return {"weight": AffineTape(self.weight, self.bias.view(self.num_blocks, 1, -1), rows)}
 
     def forward(self, value: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
-        taped = bool(self.tapes)
+        taped = len(self.tapes) > 0  # not bool(), which torch 2.11 cannot compile
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
         out = self.tapes["weight"].affine(blocks) if taped else torch.bmm(blocks, self.weight)
         out = out.transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
