@@ -27,7 +27,11 @@ WHOLE = (
 
 
 def compile_parts(*roots: nn.Module, **options) -> None:
-    """Compiles, in place, every encoder, decoder, recurrent step and head below ``roots``; ``options`` go to ``torch.compile``."""
+    """Compiles, in place, every encoder, decoder, recurrent step and head below ``roots``; ``options`` go to ``torch.compile``.
+
+    :class:`RSSMRollout` must be among or below them for its step to be one whole. A copy of a compiled module would run the
+    original: copy before.
+    """
     options.setdefault("dynamic", False)
     # Dynamo counts what it compiled by function, and all heads share one, each in the shapes of records and of imagined
     # steps; beyond its limit it leaves the rest uncompiled, with a warning.

@@ -31,13 +31,20 @@ class Tape:
     def __init__(self, deferred: tuple[torch.Tensor, ...], nothing: torch.Tensor):
         self.deferred, self.nothing = deferred, nothing
         self.gradients: dict[int, torch.Tensor] = {}
-        self.sink: torch.Tensor | None = None  # of the step that is running
+        self.uses = 0  # steps that used it
+        self.used = False  # in the step that is running
+        self.sink: torch.Tensor | None = None  # of that step
 
-    def begin(self, step: int) -> None:
-        self.sink = _Sink.apply(self, step, *self.deferred)
+    def takes(self, rows: int) -> bool:
+        """Whether so many rows can use it now; if not, the layer computes as it does without a tape."""
+        return not self.used and rows == self.nothing.shape[-2]
 
-    def end(self, step: int) -> None:
-        self.sink = None  # it knows this tape: held here, neither would ever be freed
+    def begin(self) -> None:
+        self.used, self.sink = False, _Sink.apply(self, self.uses, *self.deferred)
+
+    def end(self) -> None:
+        self.uses += self.used
+        self.sink = None  # it knows this tape: held here, only the garbage collector would free either
 
     def total(self) -> tuple[torch.Tensor, ...]:
         """The gradients of ``deferred``."""
@@ -48,11 +55,13 @@ class GainTape(Tape):
     """Of one factor [D] for each feature of ``rows`` rows."""
 
     def __init__(self, gain: torch.Tensor, rows: int):
+        self.gain = gain.detach()
         super().__init__((gain,), gain.new_zeros(()).expand(rows, *gain.shape))
 
     def repeated(self) -> torch.Tensor:
         """The gain of every row, [rows, D]."""
-        return self.deferred[0].detach() + self.sink
+        self.used = True
+        return self.gain + self.sink
 
     def total(self) -> tuple[torch.Tensor]:
         gradients, self.gradients = torch.stack(list(self.gradients.values())), {}
@@ -68,7 +77,8 @@ class AffineTape(Tape):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
         self.defers_bias = bias is not None and defers(bias)
         device = weight.device.type
-        if torch.is_autocast_enabled(device):
+        self.autocast = torch.is_autocast_enabled(device)
+        if self.autocast:
             dtype = torch.get_autocast_dtype(device)
             weight, bias = weight.to(dtype), bias.to(dtype) if self.defers_bias else bias
         self.weight, self.bias = weight.detach(), bias.detach() if self.defers_bias else bias
@@ -77,11 +87,14 @@ class AffineTape(Tape):
         nothing = self.weight.new_zeros(()).expand(*weight.shape[:-2], rows, weight.shape[-1])
         super().__init__((weight, bias) if self.defers_bias else (weight,), nothing)
 
+    def takes(self, rows: int) -> bool:
+        return super().takes(rows) and torch.is_autocast_enabled(self.weight.device.type) == self.autocast
+
     def affine(self, value: torch.Tensor) -> torch.Tensor:
         """value [..., in] for a weight of two dimensions, [G, N, in] for a weight [G, in, out] and a bias [G, 1, out]."""
         rows = value.to(self.weight.dtype)
         rows = rows.flatten(0, -2) if self.weight.ndim == 2 else rows
-        self.input = rows.detach()
+        self.input, self.used = rows.detach(), True
         bias = self.bias if self.defers_bias else None
         if torch.compiler.is_compiling():
             out = affine(rows, self.weight, bias) + self.sink
@@ -90,9 +103,10 @@ class AffineTape(Tape):
         out = out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
         return out if self.bias is None or self.defers_bias else out + self.bias.to(out.dtype)
 
-    def end(self, step: int) -> None:
-        super().end(step)
-        self.inputs[step], self.input = self.input, None
+    def end(self) -> None:
+        if self.used:
+            self.inputs[self.uses], self.input = self.input, None
+        super().end()
 
     def total(self) -> tuple[torch.Tensor, ...]:
         steps = list(self.gradients)  # those that the loss depends on, the last first
@@ -135,33 +149,33 @@ class _Sink(torch.autograd.Function):
         ctx.tape.gradients[ctx.step] = gradient
         if ctx.step:
             return None, None, *(None for _ in ctx.tape.deferred)
-        return None, None, *ctx.tape.total()  # every later step has run: each depends on this one
+        # Every later step has run: each depends on this one, and of what is ready autograd runs the latest made first.
+        return None, None, *ctx.tape.total()
 
 
 @contextmanager
 def deferred_weight_gradients(step: Callable, rows: int, *modules: nn.Module) -> Iterator[Callable]:
-    """``step``, to be called once for each step of a sequence: layers below ``modules`` that offer ``record(rows)`` and
-    compute ``rows`` rows in it defer their weights' gradients.
+    """``step``, to be called once for each step of a sequence, in which the layers below ``modules`` that offer
+    ``make_tapes(rows)`` defer their weights' gradients wherever they compute ``rows`` rows, for the first time in that step
+    and under autocast as it is now.
 
-    Each call must depend on the one before through the layer's own output, as in a recurrence.
+    Each call must depend on the one before through the layer's own output, as in a recurrence. Gradients are of first order
+    only: none passes through them to the weights again.
     """
-    layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "record")]
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield step
         return
+    layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "make_tapes")]
     for layer in layers:
-        layer.tapes = layer.record(rows)
-    tapes = [tape for layer in layers for tape in layer.tapes.values()]
-    done = 0
+        layer.tapes = layer.make_tapes(rows)
+    tapes = [tape for layer in dict.fromkeys(layers) for tape in layer.tapes.values()]
 
     def recorded(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        nonlocal done
         for tape in tapes:
-            tape.begin(done)
+            tape.begin()
         results = step(*args)
         for tape in tapes:
-            tape.end(done)
-        done += 1
+            tape.end()
         return results
 
     try:

@@ -100,6 +100,7 @@ class GaussianLatent(nn.Module):
         return self.draw(logits, self.noise(logits.shape[:-2], logits.device))
 
     def noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """What :meth:`draw` takes for logits [*shape, S*K, 2]."""
         return torch.randn(*shape, self.size, device=device)
 
     def draw(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -46,13 +46,14 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def record(self, rows: int) -> dict[str, AffineTape]:
+    def make_tapes(self, rows: int) -> dict[str, AffineTape]:
         return {"weight": AffineTape(self.weight.mT, self.bias, rows)}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        if not self.tapes:
+        tape = self.tapes.get("weight")
+        if tape is None or not tape.takes(value.numel() // self.in_features):
             return F.linear(value, self.weight, self.bias)
-        return self.tapes["weight"].affine(value)
+        return tape.affine(value)
 
     def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """``forward`` of the two beside each other, which are never copied together."""
@@ -71,13 +72,15 @@ class NormSiLU(nn.Module):
         self.tapes: dict[str, GainTape] = {}
         self.weight = nn.Parameter(torch.ones(features))
 
-    def record(self, rows: int) -> dict[str, GainTape]:
+    def make_tapes(self, rows: int) -> dict[str, GainTape]:
         return {"weight": GainTape(self.weight, rows)}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        if self.tapes and torch.compiler.is_compiling():  # uncompiled, torch's operation takes one gain for all rows
-            normed = F.rms_norm(value.float(), self.weight.shape, None, self.eps)
-            return F.silu((normed * self.tapes["weight"].repeated().view(value.shape)).to(value.dtype))
+        tape = self.tapes.get("weight")
+        # Uncompiled, torch's operation takes one gain for all rows.
+        if tape is not None and torch.compiler.is_compiling() and tape.takes(value.numel() // value.shape[-1]):
+            normed = F.rms_norm(value.float(), value.shape[-1:], None, self.eps)
+            return F.silu((normed * tape.repeated().view(value.shape)).to(value.dtype))
         if value.device.type == "cpu" and value.numel() > 4 * BLOCK and not torch.compiler.is_compiling():
             return BlockedNormSiLU.apply(value, self.weight, self.eps)
         normed = F.rms_norm(value.float(), self.weight.shape, self.weight, self.eps)
@@ -171,18 +174,19 @@ class BlockLinear(nn.Module):
             self.shared_weight = nn.Parameter(torch.empty(out_features, shared_features))
             init_weight(self.shared_weight, fan_in)
 
-    def record(self, rows: int) -> dict[str, AffineTape]:
+    def make_tapes(self, rows: int) -> dict[str, AffineTape]:
         if hasattr(self, "shared_weight"):
             shared = AffineTape(self.shared_weight.mT, self.bias, rows)
             return {"weight": AffineTape(self.weight, None, rows), "shared": shared}
         return {"weight": AffineTape(self.weight, self.bias.view(self.num_blocks, 1, -1), rows)}
 
     def forward(self, value: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
-        taped = len(self.tapes) > 0  # not bool(), which torch 2.11 cannot compile
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
-        out = self.tapes["weight"].affine(blocks) if taped else torch.bmm(blocks, self.weight)
+        tape = self.tapes.get("weight")
+        taped = tape is not None and tape.takes(blocks.shape[1])
+        out = tape.affine(blocks) if taped else torch.bmm(blocks, self.weight)
         out = out.transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
         if taped:
-            return out + self.tapes["shared"].affine(shared) if "shared" in self.tapes else out
+            return out if shared is None else out + self.tapes["shared"].affine(shared)
         bias = self.bias if shared is None else F.linear(shared, self.shared_weight, self.bias)
         return out + bias.to(out.dtype)

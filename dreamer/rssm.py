@@ -65,7 +65,7 @@ class RSSMPrior(nn.Module):
 
     Args:
         core: the recurrent cell; offers ``project_action`` and ``advance`` as :class:`BlockGRU` does.
-        latent: the distribution of z_t.
+        latent: the distribution of z_t, with ``noise`` and ``draw``, of which its ``sample`` is made: a sequence calls those.
         hidden, layers: the MLP from belief to logits, built by ``make_layers``.
     """
 

@@ -138,7 +138,7 @@ def test_the_normed_gru_cell_equals_naive_loops():
 
 
 @every_generation
-def test_the_sequence_pass_equals_single_steps_and_its_gradients_the_plain_loops(generation):
+def test_the_sequence_pass_equals_single_steps(generation):
     agent = made(generation)
     records = agent.encoder(tiny_records(agent))
     out = agent.rollout(records.copy())["next"]
@@ -149,11 +149,18 @@ def test_the_sequence_pass_equals_single_steps_and_its_gradients_the_plain_loops
         prior_logits, _, belief = agent.prior(state, belief, records["action"][:, t] * keep)
         torch.testing.assert_close(out["belief"][:, t], belief)
         torch.testing.assert_close(out["prior_logits"][:, t], prior_logits)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@every_generation
+def test_gradients_of_the_sequence_pass_are_the_plain_loops(generation, autocast):
+    agent, loss = made(generation), ROLLOUT_LOSSES["everything"]
     expected, actual = (
-        rollout_gradients(agent, ROLLOUT_LOSSES["everything"], deferred=deferred) for deferred in (False, True)
+        rollout_gradients(agent, loss, deferred=deferred, autocast=autocast) for deferred in (False, True)
     )
     for name, gradient in actual.items():
-        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-9, name
+        error = (gradient - expected[name]).norm()
+        assert error <= (0.02 if autocast else 1e-5) * expected[name].norm() + 1e-9, name
 
 
 def test_the_gru_stays_in_float32_under_autocast():

@@ -146,15 +146,14 @@ def test_every_part_is_compiled(member):
         agent = make_agent(
             cfg.algorithm, cfg.model, ObservationSpace({"pixels": (3, 64, 64)}, {"speed": 6}), agent.actions
         )
-    compile_parts(agent.world_model, *agent.parts().values())
+    compile_parts(agent.rollout, *agent.parts().values())
     parts = [agent.encoder.image, agent.encoder.vector, agent.prior.head]
     parts += [agent.reward, agent.value, agent.actor[0].module, agent.continue_, agent.heads.get("projection")]
     decoder = agent.heads.get("decoder")
     parts += [decoder.image, decoder.vector] if decoder else []
     assert all(part is None or getattr(part, "module", part)._compiled_call_impl is not None for part in parts)
     is_compiled = lambda method: hasattr(method, "_torchdynamo_orig_callable")
-    rollout = agent.world_model.module[1]
-    assert all(map(is_compiled, (agent.prior.core.advance, agent.posterior.logits, rollout.step)))
+    assert all(map(is_compiled, (agent.prior.core.advance, agent.posterior.logits, agent.rollout.step)))
     if member in ("r2dreamer", "dreamer"):
         assert is_compiled(agent.prior.latent.draw)
 
