@@ -90,13 +90,15 @@ def test_the_blocked_norm_equals_the_composed_one(dtype):
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_updates_in_half_precision_learn(precision):
-    made = learner(precision=precision, lr=1e-3, warmup_steps=0)
+@pytest.mark.parametrize(
+    "member, objective", [("r2dreamer", "barlow"), *((f"dreamerv{i}", "reconstruction") for i in (1, 2))]
+)
+def test_updates_in_half_precision_learn(member, objective, precision):
+    made = learner(precision=precision, member=member, lr=1e-3, warmup_steps=0)
     records = tiny_records(tiny_agent(images=False))
     losses = [made.update(records)[0] for _ in range(40)]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.parameters())
-    assert losses[-1]["loss_barlow"] < losses[0]["loss_barlow"]
-    assert losses[-1]["loss_reward"] < losses[0]["loss_reward"]
+    assert losses[-1][f"loss_{objective}"] < losses[0][f"loss_{objective}"]
 
 
 def test_float16_scales_the_loss_and_leaves_an_overflowing_step_out():
