@@ -48,7 +48,7 @@ class Tape:
 
     def total(self) -> tuple[torch.Tensor, ...]:
         """The gradients of ``deferred``."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind sums its own
 
 
 class GainTape(Tape):

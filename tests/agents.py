@@ -2,6 +2,7 @@
 
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 
@@ -49,4 +50,19 @@ def tiny_records(agent, *, batch=BATCH, time=TIME, seed=1):
             },
         },
         shape,
+    )
+
+
+def rssm_modules(agent, prior=None, posterior=None):
+    return (
+        TensorDictModule(
+            prior or agent.prior,
+            in_keys=["state", "belief", "action"],
+            out_keys=[("next", "prior_logits"), ("next", "state"), ("next", "belief")],
+        ),
+        TensorDictModule(
+            posterior or agent.posterior,
+            in_keys=[("next", "belief"), ("next", "encoded_latents")],
+            out_keys=[("next", "posterior_logits"), ("next", "state")],
+        ),
     )

@@ -9,8 +9,8 @@ import train
 from agents import TIME, tiny_records
 from launcher import CARTPOLE, config, train_here
 from tensordict import TensorDict
+from test_deferred import ROLLOUT_LOSSES, rollout_gradients
 from test_losses import has_gradient
-from test_networks import ROLLOUT_LOSSES, rollout_gradients
 from test_resume import fifty_updates
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
