@@ -23,6 +23,8 @@ from .layers import Linear, bounded, elu_mlp, init_convolution
 class ConvEncoder(nn.Module):
     """Four 4x4 convolutions of stride 2 with ReLU, ``depth * (1, 2, 4, 8)`` channels: images [..., C, H, W] to [..., E]."""
 
+    compiles = ("forward",)
+
     def __init__(self, image_shape: tuple[int, int, int], depth: int = 32):
         super().__init__()
         channels, height, width = image_shape
@@ -49,6 +51,8 @@ class ConvEncoder(nn.Module):
 class ELUVectorEncoder(nn.Module):
     """symlog, then ``layers`` of Linear -> ELU: vectors [..., n] concatenated, to [..., units]."""
 
+    compiles = ("forward",)
+
     def __init__(self, in_features: int, units: int, layers: int):
         super().__init__()
         self.layers, self.out_features = elu_mlp(in_features, units, layers), units
@@ -62,6 +66,8 @@ class ConvDecoder(nn.Module):
 
     The last one is linear: what it writes is the mean of a Gaussian, around the grey 0.5 that the encoder subtracts.
     """
+
+    compiles = ("forward",)
 
     def __init__(self, features: int, image_shape: tuple[int, int, int], depth: int = 32):
         super().__init__()
@@ -113,6 +119,8 @@ class GRUCore(nn.Module):
 
     cell: of (input size, belief size), for example ``torch.nn.GRUCell`` or :class:`NormGRUCell`.
     """
+
+    compiles = ("advance",)
 
     def __init__(self, state_size: int, action_size: int, belief_size: int, hidden: int, cell):
         super().__init__()

@@ -32,6 +32,8 @@ class FeatureMLP(nn.Module):
     make_layers: builds the stack, its first layer a :class:`Linear`; ``mlp`` or ``elu_mlp``.
     """
 
+    compiles = ("forward",)
+
     num_bins = 1
 
     def __init__(
@@ -80,6 +82,8 @@ class ProjectionHead(nn.Module):
 
     ``layers`` normed linears of ``units`` features before it make it deeper, which the paper's is not.
     """
+
+    compiles = ("forward",)
 
     def __init__(self, features: int, embedding_size: int, *, layers: int = 0, units: int | None = None):
         super().__init__()

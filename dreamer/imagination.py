@@ -7,6 +7,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
 
+from .casting import cast_once
 from .rssm import RSSMPrior
 
 
@@ -38,7 +39,8 @@ class Imagination(nn.Module):
     def rollout(
         self, max_steps: int, policy: ProbabilisticTensorDictSequential, *, tensordict: TensorDictBase, **_: object
     ) -> TensorDict:
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+        gradients = torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
+        with gradients, cast_once(self.prior, policy):
             return self._rollout(max_steps, policy, tensordict)
 
     def _rollout(

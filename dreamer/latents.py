@@ -35,6 +35,8 @@ class CategoricalLatent(nn.Module):
     gradient of the probabilities (straight-through).
     """
 
+    compiles = ("draw",)
+
     def __init__(self, num_categoricals: int = 32, num_classes: int = 32, unimix: float = 0.01):
         super().__init__()
         if num_categoricals < 1:

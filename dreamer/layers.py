@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .casting import CastOnce
 from .deferred import AffineTape, GainTape
 
 NORM_EPS = 1e-4
@@ -33,7 +34,7 @@ def bounded(action: torch.Tensor) -> torch.Tensor:
     return action / action.detach().abs().clamp_min(1)
 
 
-class Linear(nn.Linear):
+class Linear(CastOnce, nn.Linear):
     """``nn.Linear`` with the Dreamer initialisation; ``scale`` shrinks an output layer (0 for critics and reward)."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, scale: float = 1.0):
@@ -52,15 +53,15 @@ class Linear(nn.Linear):
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         tape = self.tapes.get("weight")
         if tape is None or not tape.takes(value.numel() // self.in_features):
-            return F.linear(value, self.weight, self.bias)
+            return F.linear(value, self.read("weight"), self.read("bias"))
         return tape.affine(value)
 
     def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """``forward`` of the two beside each other, which are never copied together."""
-        left, right = self.weight.split([first.shape[-1], second.shape[-1]], -1)
+        left, right = self.read("weight").split([first.shape[-1], second.shape[-1]], -1)
         # As matrices: of a batch of strided ones torch makes a bmm without gradients, with a copy of the weight for each.
         one, other = first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])
-        return (F.linear(one, left, self.bias) + F.linear(other, right)).view(*first.shape[:-1], -1)
+        return (F.linear(one, left, self.read("bias")) + F.linear(other, right)).view(*first.shape[:-1], -1)
 
 
 class NormSiLU(nn.Module):
@@ -150,7 +151,7 @@ def elu_mlp(in_features: int, units: int, layers: int, out_features: int | None 
     return nn.Sequential(*stack)
 
 
-class BlockLinear(nn.Module):
+class BlockLinear(CastOnce, nn.Module):
     """Independent Linears on ``num_blocks`` equal slices of the input (fan-in counts the *whole* input).
 
     Of an input made of a per-block slice and a part repeated for every block, the repeated part is an ordinary dense
@@ -184,9 +185,11 @@ class BlockLinear(nn.Module):
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
         tape = self.tapes.get("weight")
         taped = tape is not None and tape.takes(blocks.shape[1])
-        out = tape.affine(blocks) if taped else torch.bmm(blocks, self.weight)
+        out = tape.affine(blocks) if taped else torch.bmm(blocks, self.read("weight"))
         out = out.transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
         if taped:
             return out if shared is None else out + self.tapes["shared"].affine(shared)
-        bias = self.bias if shared is None else F.linear(shared, self.shared_weight, self.bias)
+        bias = self.read("bias")
+        if shared is not None:
+            bias = F.linear(shared, self.read("shared_weight"), bias)
         return out + bias.to(out.dtype)

@@ -27,6 +27,8 @@ class BlockGRU(nn.Module):
     slice of the belief; since the three are the same for every block, that part is one dense Linear, nothing is copied.
     """
 
+    compiles = ("advance",)
+
     def __init__(self, state_size: int, action_size: int, belief_size: int, hidden: int, num_blocks: int = 8):
         super().__init__()
         if belief_size % num_blocks:
@@ -69,6 +71,8 @@ class RSSMPrior(nn.Module):
         hidden, layers: the MLP from belief to logits, built by ``make_layers``.
     """
 
+    compiles = ("predict", "logits")
+
     def __init__(
         self,
         core: nn.Module,
@@ -87,9 +91,15 @@ class RSSMPrior(nn.Module):
     def forward(
         self, state: torch.Tensor, belief: torch.Tensor, action: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.predict(state, belief, action, self.latent.noise(belief.shape[:-1], belief.device))
+
+    def predict(
+        self, state: torch.Tensor, belief: torch.Tensor, action: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """:meth:`forward`, its randomness given."""
         belief = self.core(state, belief, action)
         logits = self.logits(belief)
-        return logits, self.latent.sample(logits), belief
+        return logits, self.latent.draw(logits, noise), belief
 
 
 class RSSMPosterior(nn.Module):
@@ -98,6 +108,8 @@ class RSSMPosterior(nn.Module):
     The hidden layer's Linear over [belief, embedding] is held as two, so that a sequence projects its embeddings once.
     ``norm`` follows it; by default RMSNorm and SiLU.
     """
+
+    compiles = ("logits",)
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class Learner(nn.Module):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
         if compile == "parts":
-            compile_parts(agent.rollout, *agent.parts().values())
+            compile_parts(agent.rollout, *agent.parts().values(), self)
         self.gradients = captured(self.losses_and_gradients, device, capture)
 
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:

@@ -15,6 +15,8 @@ from .functional import two_hot_nll
 class TwoHotLikelihood(nn.Module):
     """Cross-entropy of logits [..., bins] against the two-hot codes of targets [..., n] -> [..., n]."""
 
+    compiles = ("forward",)
+
     def __init__(self, num_bins: int = 255):
         super().__init__()
         self.two_hot = SymExpTwoHot(num_bins)

@@ -149,13 +149,20 @@ def test_every_part_is_compiled(member):
             cfg.algorithm, cfg.model, ObservationSpace({"pixels": (3, 64, 64)}, {"speed": 6}), agent.actions
         )
     compile_parts(agent.rollout, *agent.parts().values())
-    parts = [agent.encoder.image, agent.encoder.vector, agent.prior.head]
+    parts = [agent.encoder.image, agent.encoder.vector]
     parts += [agent.reward, agent.value, agent.actor[0].module, agent.continue_, agent.heads.get("projection")]
     decoder = agent.heads.get("decoder")
     parts += [decoder.image, decoder.vector] if decoder else []
     assert all(part is None or getattr(part, "module", part)._compiled_call_impl is not None for part in parts)
     is_compiled = lambda method: hasattr(method, "_torchdynamo_orig_callable")
-    assert all(map(is_compiled, (agent.prior.core.advance, agent.posterior.logits, agent.rollout.step)))
+    methods = [
+        agent.prior.core.advance,
+        agent.prior.predict,
+        agent.prior.logits,
+        agent.posterior.logits,
+        agent.rollout.step,
+    ]
+    assert all(map(is_compiled, methods))
     if member in ("r2dreamer", "dreamer"):
         assert is_compiled(agent.prior.latent.draw)
 
