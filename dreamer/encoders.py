@@ -19,12 +19,47 @@ from torchrl.modules.functional import symlog
 
 from .layers import NormSiLU, init_convolution, mlp
 
+FEW = 16  # channels, below which a GPU has only slow kernels for a convolution
+
+
+def pooled(convolution: nn.Conv2d, value: torch.Tensor) -> torch.Tensor:
+    """The largest output of ``convolution`` (stride 1, SAME) in each 2x2 square of value [N, C, H, W]:
+    [N, H/2, W/2, O]."""
+    if value.device.type == "cpu":
+        return F.max_pool2d(convolution(value), 2).permute(0, 2, 3, 1)
+    if value.shape[1] < FEW and convolution.weight.shape[-1] % 2:
+        out = by_squares(value, convolution.weight).amax(-2)
+    else:
+        out = F.max_pool2d(F.conv2d(value, convolution.weight, padding="same"), 2).permute(0, 2, 3, 1)
+    return out + convolution.bias.to(out.dtype)  # the largest stays the largest, and there is a quarter as much to add
+
+
+def by_squares(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The four outputs [N, H/2, W/2, 4, O] of a convolution (odd kernel, stride 1, SAME) in each 2x2 square of its input.
+
+    Squares become channels, of which there are then four times as many, and each output a convolution of its own; half as
+    much again to multiply, six times as fast on an H100.
+    """
+    radius = weight.shape[-1] // 2
+    reach = (radius + 1) // 2  # squares beyond its own that an output sees
+    size = 2 * (2 * reach + 1)  # of their pixels
+    before = [2 * reach - radius + offset for offset in (0, 1)]  # unseen pixels, of the first output and of the second
+    after = [size - weight.shape[-1] - unseen for unseen in before]
+    kernels = [F.pad(weight, (before[x], after[x], before[y], after[y])) for y in (0, 1) for x in (0, 1)]
+    squares, kernels = F.pixel_unshuffle(value, 2), F.pixel_unshuffle(torch.cat(kernels), 2)
+    missing = -squares.shape[1] % FEW
+    squares, kernels = (F.pad(each, (0, 0, 0, 0, 0, missing)) for each in (squares, kernels))
+    squares = squares.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(squares, kernels, padding=reach).permute(0, 2, 3, 1).unflatten(-1, (4, -1))
+
 
 class ImageEncoder(nn.Module):
     """Convolutional encoder of the paper: uint8 (or float in [0, 1]) images [..., C, H, W] to [..., E].
 
     ``depth * multipliers`` are the channels of the stages; every stage halves height and width.
     """
+
+    compiles = ("forward",)
 
     def __init__(
         self,
@@ -59,13 +94,14 @@ class ImageEncoder(nn.Module):
         # Channels last: the norm then runs over contiguous channels and convolutions are 2x faster on CPUs.
         value = value.reshape(-1, *value.shape[-3:]).contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            value = F.max_pool2d(convolution(value), 2)
-            value = norm(value.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            value = norm(pooled(convolution, value)).permute(0, 3, 1, 2)
         return value.reshape(*batch_shape, self.out_features)
 
 
 class VectorEncoder(nn.Module):
     """symlog, then ``layers`` normed linears: vectors [..., n] concatenated, to [..., units]."""
+
+    compiles = ("forward",)
 
     def __init__(self, in_features: int, units: int, layers: int = 3):
         super().__init__()
