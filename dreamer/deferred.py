@@ -110,16 +110,24 @@ class AffineTape(Tape):
 
     def total(self) -> tuple[torch.Tensor, ...]:
         steps = list(self.gradients)  # those that the loss depends on, the last first
-        inputs = torch.cat([self.inputs[step] for step in steps], -2)  # [..., T*N, in]
-        gradients = torch.cat([self.gradients.pop(step) for step in steps], -2)  # [..., T*N, out]
+        inputs = _joined([self.inputs[step] for step in steps])  # [..., T*N, in]
+        gradients = _joined([self.gradients.pop(step) for step in steps])  # [..., T*N, out]
         weight = inputs.mT @ gradients
         return (weight, gradients.sum(-2).view(self.deferred[1].shape)) if self.defers_bias else (weight,)
+
+
+def _joined(steps: list[torch.Tensor]) -> torch.Tensor:
+    """[..., N, D] of each step to [..., T*N, D]. Blocks [G, N, D] are slices of rows [N, G*D], and are joined as those."""
+    return torch.cat([step.movedim(-2, 0) for step in steps]).movedim(0, -2)
 
 
 def affine(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if bias is None:
         return rows @ weight
-    return (torch.addmm if weight.ndim == 2 else torch.baddbmm)(bias, rows, weight)
+    if weight.ndim == 2:
+        return torch.addmm(bias, rows, weight)
+    # Compiled, what comes after adds the bias; baddbmm first fills its output with it.
+    return rows @ weight + bias if torch.compiler.is_compiling() else torch.baddbmm(bias, rows, weight)
 
 
 class _Affine(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -21,6 +23,14 @@ def _reset_mask(is_init: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (~is_init.bool()).float()
 
 
+def _sequence(steps: Sequence[torch.Tensor], time: int) -> torch.Tensor:
+    """What the steps kept, stacked at dimension ``time``; one copy, not one per step, lays their gradients out again."""
+    stacked = torch.stack(steps)
+    if stacked.requires_grad and not torch.compiler.is_compiling():
+        stacked.register_hook(torch.Tensor.contiguous)
+    return stacked.movedim(0, time).contiguous()
+
+
 class RSSMRollout(TensorDictModuleBase):
     """Filters [B, T] records: prior and posterior at every step, latents zeroed where ``is_init``.
 
@@ -31,6 +41,8 @@ class RSSMRollout(TensorDictModuleBase):
     ``("next", "encoded_latents")``; writes ``("next", ...)`` ``prior_logits`` and ``posterior_logits`` [B, T, S, K],
     ``state`` [B, T, S*K] and ``belief`` [B, T, D].
     """
+
+    compiles = ("step",)
 
     def __init__(
         self, rssm_prior: TensorDictModule, rssm_posterior: TensorDictModule, reset_key: NestedKey = "is_init"
@@ -57,19 +69,17 @@ class RSSMRollout(TensorDictModuleBase):
         embeddings = posterior.project_embedding(tensordict.get(self.embedding_key)).unbind(-2)
         state = tensordict.get(self.state_key)[..., 0, :].float()
         belief = tensordict.get(self.belief_key)[..., 0, :].float()
-        states, beliefs, posterior_logits = [], [], []
+        steps = []
         rows = state.shape[:-1].numel()
         with deferred_weight_gradients(self.step, rows, prior.core, posterior) as step:
             for action_t, embedding_t, keep_t in zip(actions, embeddings, keep.unbind(-2), strict=True):
                 noise = posterior.latent.noise(state.shape[:-1], state.device)
-                belief, logits, state = step(state, belief, keep_t, action_t, embedding_t, noise)
-                states.append(state)
-                beliefs.append(belief)
-                posterior_logits.append(logits)
-        beliefs = torch.stack(beliefs, -2)  # [B, T, D]
+                (state, belief), kept = step(state, belief, keep_t, action_t, embedding_t, noise)
+                steps.append(kept)
+        states, beliefs, posterior_logits = (_sequence(values, action.ndim - 2) for values in zip(*steps, strict=True))
         tensordict.set(self.prior_logits_key, prior.logits(beliefs))
-        tensordict.set(self.posterior_logits_key, torch.stack(posterior_logits, -3))
-        tensordict.set(self.next_state_key, torch.stack(states, -2))
+        tensordict.set(self.posterior_logits_key, posterior_logits)
+        tensordict.set(self.next_state_key, states)
         tensordict.set(self.next_belief_key, beliefs)
         return tensordict
 
@@ -81,12 +91,16 @@ class RSSMRollout(TensorDictModuleBase):
         action: torch.Tensor,
         embedding: torch.Tensor,
         noise: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What recurs, from projected actions and embeddings: belief, posterior logits, state."""
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What recurs, from projected actions and embeddings: (state, belief), and to keep (state, belief, posterior logits)."""
         prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
         belief = prior.core.advance(state * keep, belief * keep, action)
         logits = posterior.logits(belief, embedding)
-        return belief, logits, posterior.latent.draw(logits, noise)
+        state = posterior.latent.draw(logits, noise)
+        if not torch.compiler.is_compiling():
+            return (state, belief), (state, belief, logits)
+        # Two outputs each, whose gradients the compiled step adds up itself.
+        return (state, belief), (state.clone(), belief.clone(), logits)
 
 
 class RSSMStateEstimator(TensorDictModuleBase):
