@@ -122,10 +122,26 @@ def lambda_return(
     decay = live * mix
     if not interim.shape[1]:
         return interim  # a single state has nothing after it
-    returns = [bootstrap[:, -1]]
+    accumulate = accumulate_steps if reward.device.type == "cpu" else accumulate_spans
+    return accumulate(interim, decay, bootstrap[:, -1:])
+
+
+def accumulate_steps(interim: torch.Tensor, decay: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """R_t = interim_t + decay_t R_{t+1} for interim, decay [B, T-1, 1], whose R_{T-1} is ``last`` [B, 1, 1]."""
+    returns = [last[:, 0]]
     for t in reversed(range(interim.shape[1])):
         returns.append(interim[:, t] + decay[:, t] * returns[-1])
     return torch.stack(returns[:0:-1], 1)  # [B, T-1, 1]
+
+
+def accumulate_spans(interim: torch.Tensor, decay: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """The same in log2(T) rounds, for devices where each operation is a launch: sums over 1, 2, 4 ... steps."""
+    returns, span = torch.cat([interim, last], 1), 1  # [B, T, 1]
+    while span < returns.shape[1]:
+        returns = torch.cat([returns[:, :-span] + decay * returns[:, span:], returns[:, -span:]], 1)
+        decay = decay[:, :-span] * decay[:, span:]
+        span *= 2
+    return returns[:, :-1]
 
 
 def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,14 @@ import torch
 from torchrl.modules import SymExpTwoHot
 from torchrl.objectives import two_hot_cross_entropy
 
-from r2dreamer.losses import TwoHotLikelihood, barlow_twins_loss, imagination_weight, lambda_return, two_hot_nll
+from r2dreamer.losses import (
+    TwoHotLikelihood,
+    barlow_twins_loss,
+    functional,
+    imagination_weight,
+    lambda_return,
+    two_hot_nll,
+)
 
 # Random inputs with the outputs and gradients that the official implementation (at 546e4fa) computed from them.
 RECORDED = pathlib.Path(__file__).parent / "data" / "loss_values.npz"
@@ -101,14 +108,22 @@ def test_barlow_needs_two_samples():
         barlow_twins_loss(torch.randn(1, 3), torch.randn(1, 3))
 
 
+@pytest.fixture(params=["accumulate_steps", "accumulate_spans"])
+def either_way(request, monkeypatch):
+    """As on a CPU, and as on a GPU."""
+    monkeypatch.setattr(functional, "accumulate_steps", getattr(functional, request.param))
+
+
+@pytest.mark.usefixtures("either_way")
 def test_lambda_return_equals_the_official_values(recorded):
     returns = lambda_return(*(recorded[f"lr_{name}"] for name in ("reward", "bootstrap", "last", "terminal")))
     torch.testing.assert_close(returns, recorded["lr_return"], rtol=1e-5, atol=1e-6)
 
 
-def test_lambda_return_equals_the_naive_loop():
-    generator = torch.Generator().manual_seed(5)
-    batch, time = 7, 11
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("time", [2, 5, 11, 17, 64])
+def test_lambda_return_equals_the_naive_loop(time):
+    generator, batch = torch.Generator().manual_seed(5), 7
     reward, bootstrap = (torch.randn(batch, time, 1, generator=generator) for _ in range(2))
     terminal = torch.rand(batch, time, 1, generator=generator) < 0.15
     last = terminal | (torch.rand(batch, time, 1, generator=generator) < 0.15)
@@ -117,6 +132,7 @@ def test_lambda_return_equals_the_naive_loop():
     torch.testing.assert_close(returns.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_lambda_return_by_hand():
     # Three states; rewards 1 and 2 come with states 1 and 2. discount 0.5, lambda 0.5, bootstrap 8 everywhere:
     # R_1 = 2 + 0.5 * (0.5 * 8 + 0.5 * 8) = 6; R_0 = 1 + 0.5 * (0.5 * 8 + 0.5 * 6) = 4.5

@@ -1,0 +1,159 @@
+"""What a GPU or a compiler computes in another order than a CPU: each against the plain way, with its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agents import rssm_modules, tiny_agent, tiny_records
+from torch import nn
+
+from r2dreamer.dreamer import RSSMRollout, compile_parts
+from r2dreamer.dreamer.casting import cast_once
+from r2dreamer.dreamer.classic_networks import Float32Linear
+from r2dreamer.dreamer.decoders import doubled
+from r2dreamer.dreamer.encoders import ImageEncoder, by_squares, pooled
+from r2dreamer.dreamer.layers import BlockLinear, Linear
+
+
+def with_gradients(function, *inputs):
+    inputs = [value.clone().requires_grad_() for value in inputs]
+    out = function(*inputs)
+    return [out, *torch.autograd.grad(out.sin().sum(), inputs)]
+
+
+def assert_same(one, other, **tolerance):
+    for left, right in zip(one, other, strict=True):
+        torch.testing.assert_close(left, right, **tolerance)
+
+
+@pytest.mark.parametrize("channels, kernel, height, width", [(3, 5, 8, 12), (1, 3, 6, 4), (9, 7, 10, 6), (4, 1, 4, 4)])
+def test_squares_as_channels_convolve_as_pixels_do(channels, kernel, height, width):
+    torch.manual_seed(0)
+    value = torch.randn(2, channels, height, width, dtype=torch.float64)
+    weight = torch.randn(5, channels, kernel, kernel, dtype=torch.float64)
+    bias = torch.randn(5, dtype=torch.float64)
+
+    def plain(value, weight, bias):
+        return F.max_pool2d(F.conv2d(value, weight, bias, padding="same"), 2).permute(0, 2, 3, 1)
+
+    def squares(value, weight, bias):
+        return by_squares(value, weight).amax(-2) + bias
+
+    assert_same(with_gradients(plain, value, weight, bias), with_gradients(squares, value, weight, bias))
+
+
+@pytest.mark.parametrize("channels, kernel", [(3, 5), (3, 4), (32, 5)])
+def test_stages_keep_their_shapes_on_other_devices(channels, kernel):
+    """Few channels, an even kernel, many channels: three ways to the same shape."""
+    convolution = nn.Conv2d(channels, 7, kernel, padding="same")
+    value = torch.zeros(2, channels, 8, 12)
+    elsewhere = pooled(convolution.to("meta"), value.to("meta"))
+    assert elsewhere.shape == pooled(nn.Conv2d(channels, 7, kernel, padding="same"), value).shape == (2, 4, 6, 7)
+
+
+def test_a_compiled_upsampling_is_the_interpolation():
+    torch.manual_seed(0)
+    value = torch.randn(2, 3, 4, 5)
+    plain = with_gradients(doubled, value)
+    assert torch.equal(plain[0], value.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert_same(plain, with_gradients(torch.compile(doubled, backend="aot_eager"), value))
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    dense, block = Linear(6, 4), BlockLinear(8, 4, 2, shared_features=3)
+    for parameter in (*dense.parameters(), *block.parameters()):
+        nn.init.normal_(parameter)
+    return nn.ModuleDict({"dense": dense, "block": block, "exact": Float32Linear(6, 4)})
+
+
+def outputs(layers):
+    torch.manual_seed(1)
+    value, wide, shared = torch.randn(5, 6), torch.randn(5, 8), torch.randn(5, 3)
+    dense, block = layers["dense"], layers["block"]
+    with torch.autocast("cpu", enabled=False):
+        exact = layers["exact"](value)
+    return [dense(value), dense.joined(value[:, :2], value[:, 2:]), block(wide, shared), exact]
+
+
+@torch.no_grad()
+def test_weights_cast_once_compute_what_weights_cast_every_time_do(layers):
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = outputs(layers)
+        with cast_once(layers):
+            assert layers["block"].read("shared_weight").dtype == torch.bfloat16
+            assert all(map(torch.equal, plain, outputs(layers)))
+            nn.init.zeros_(layers["dense"].weight)  # what it reads now is what was cast
+            assert torch.equal(outputs(layers)[0], plain[0])
+        assert layers["dense"].read("weight") is layers["dense"].weight
+    with torch.autocast("cpu", torch.bfloat16):  # within one, autocast remembers casts of its own
+        assert not torch.equal(outputs(layers)[0], plain[0])
+
+
+def test_nothing_is_cast_for_gradients_or_without_autocast(layers):
+    with torch.autocast("cpu", torch.bfloat16), cast_once(layers):
+        assert layers["dense"].read("weight") is layers["dense"].weight
+    with torch.no_grad(), cast_once(layers):
+        assert layers["dense"].read("weight") is layers["dense"].weight
+    with pytest.raises(KeyError), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), cast_once(layers):
+        raise KeyError
+    assert all(layer.cast is None for layer in layers.values())
+
+
+def test_imagination_casts_prior_and_policy(monkeypatch):
+    agent, seen, read = tiny_agent(), {}, Linear.read
+
+    def watched(layer, name):
+        seen[layer] = read(layer, name)
+        return seen[layer]
+
+    monkeypatch.setattr(Linear, "read", watched)
+    start = tiny_records(agent).select("state", "belief").flatten(0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        agent.imagination.rollout(2, agent.actor, tensordict=start)
+    within = [layer for part in (agent.prior, agent.actor) for layer in part.modules() if isinstance(layer, Linear)]
+    assert len(within) > 5 and {seen[layer].dtype for layer in within} == {torch.bfloat16}
+
+
+def test_a_module_of_ones_own_says_what_is_compiled_of_it():
+    class Own(nn.Module):
+        compiles = ("forward", "twice")
+
+        def forward(self, value):
+            return value + 1 + torch.compiler.is_compiling()
+
+        def twice(self, value):
+            return 2 * value + torch.compiler.is_compiling()
+
+        def other(self, value):
+            return value + torch.compiler.is_compiling()
+
+    own, one = Own(), torch.ones(())
+    assert (own(one), own.twice(one), own.other(one)) == (2, 2, 1)
+    compile_parts(nn.Sequential(own), backend="eager")
+    assert (own(one), own.twice(one), own.other(one)) == (3, 3, 1)
+
+
+def test_gradients_of_a_sequence_come_to_its_steps_in_one_piece():
+    """Laid out step by step, whatever the loss reads: a copy for the sequence instead of one for each step."""
+    agent, seen = tiny_agent(), []
+    rollout = RSSMRollout(*rssm_modules(agent))
+    step = rollout.step
+
+    def watched(*args):
+        results = step(*args)
+        for value in results[1]:
+            value.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
+        return results
+
+    rollout.step = watched
+    out = rollout(agent.encoder(tiny_records(agent)))["next"]
+    assert out["belief"].is_contiguous()
+    out["posterior_logits"].sin().sum().backward()
+    assert len(seen) > 3 and all(seen)
+
+
+def test_encoders_of_few_channels_take_float_images_too():
+    encoder = ImageEncoder((3, 16, 16), depth=2, multipliers=(1, 2))
+    image = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(image), encoder(image / 255))
