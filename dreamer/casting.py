@@ -18,11 +18,16 @@ class CastOnce:
     cast: dict[str, torch.Tensor] | None = None
 
     def read(self, name: str) -> torch.Tensor | None:
-        """The parameter, in autocast's dtype if it has been cast."""
+        """The parameter, in autocast's dtype if it has been cast; itself where gradients or autocast are switched again."""
         value = getattr(self, name)
-        if self.cast is None or value is None or not torch.is_autocast_enabled(value.device.type):
+        if (
+            not self.cast
+            or torch.is_grad_enabled()
+            or value is None
+            or not torch.is_autocast_enabled(value.device.type)
+        ):
             return value
-        return self.cast[name]
+        return self.cast.get(name, value)
 
 
 @contextmanager
@@ -37,17 +42,19 @@ def cast_once(*modules: nn.Module) -> Iterator[None]:
         ...     layer.read("weight").dtype, layer(torch.ones(2)).dtype
         (torch.bfloat16, torch.bfloat16)
     """
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, CastOnce)]
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        layers = []
+        yield
+        return
+    modules = [module for module in modules if isinstance(module, nn.Module)]
+    layers = {layer: layer.cast for module in modules for layer in module.modules() if isinstance(layer, CastOnce)}
     try:
         for layer in layers:
-            parameters = dict(layer.named_parameters(recurse=False))
-            device = next(iter(parameters.values())).device.type
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-                layer.cast = {name: value.to(dtype) for name, value in parameters.items()}
+            layer.cast = {
+                name: value.to(torch.get_autocast_dtype(value.device.type))
+                for name, value in layer.named_parameters(recurse=False)
+                if value.dtype == torch.float32 and torch.is_autocast_enabled(value.device.type)
+            }
         yield
     finally:
-        for layer in layers:
-            layer.cast = None
+        for layer, before in layers.items():
+            layer.cast = before

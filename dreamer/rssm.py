@@ -67,7 +67,8 @@ class RSSMPrior(nn.Module):
 
     Args:
         core: the recurrent cell; offers ``project_action`` and ``advance`` as :class:`BlockGRU` does.
-        latent: the distribution of z_t, with ``noise`` and ``draw``, of which its ``sample`` is made: a sequence calls those.
+        latent: the distribution of z_t, with ``noise`` and ``draw``, of which its ``sample`` is made: the prior and a
+            sequence call those alone.
         hidden, layers: the MLP from belief to logits, built by ``make_layers``.
     """
 

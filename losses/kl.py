@@ -18,7 +18,7 @@ class CategoricalKL(nn.Module):
     this is Dreamer V2's balanced KL.
     """
 
-    compiles = ("divergences",)
+    compiles = ("compare",)
 
     terms = ("dynamics", "representation")
 
@@ -32,19 +32,24 @@ class CategoricalKL(nn.Module):
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         posterior = tensordict.get(("next", keys.posterior_logits)).float()
         prior = tensordict.get(("next", keys.prior_logits)).float()
-        dynamics, representation, divergence, entropy, other_entropy = self.divergences(posterior, prior)
-        terms = {"dynamics": self.dynamics * dynamics, "representation": self.representation * representation}
-        # The divergence as it is: where the free nats hide it from the loss, it is what is left.
-        return terms, {"kl": divergence, "prior_entropy": entropy, "posterior_entropy": other_entropy}
+        return self.compare(posterior, prior)
 
-    def divergences(self, posterior: torch.Tensor, prior: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Both clipped divergences; without gradient the divergence itself and the entropies of prior and posterior."""
+    def compare(
+        self, posterior: torch.Tensor, prior: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """:meth:`forward` of logits [B, T, S, K]."""
         # As TorchRL's categorical_kl_terms, which is NaN where logits differ by hundreds and nothing is mixed in.
         divergence = categorical_kl(posterior.detach(), prior, self.unimix)  # [B, T]
         dynamics = divergence.clamp_min(self.free_nats).mean()
         representation = categorical_kl(posterior, prior.detach(), self.unimix).clamp_min(self.free_nats).mean()
-        entropies = (categorical_entropy(logits.detach(), self.unimix).mean() for logits in (prior, posterior))
-        return dynamics, representation, divergence.detach().mean(), *entropies
+        terms = {"dynamics": self.dynamics * dynamics, "representation": self.representation * representation}
+        with torch.no_grad():
+            diagnostics = {
+                "kl": divergence.mean(),  # what is left where the free nats hide it from the loss
+                "prior_entropy": categorical_entropy(prior, self.unimix).mean(),
+                "posterior_entropy": categorical_entropy(posterior, self.unimix).mean(),
+            }
+        return terms, diagnostics
 
 
 class GaussianKL(nn.Module):

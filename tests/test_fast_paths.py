@@ -4,14 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agents import rssm_modules, tiny_agent, tiny_records
+from tensordict.nn import TensorDictModule
 from torch import nn
 
-from r2dreamer.dreamer import RSSMRollout, compile_parts
+from r2dreamer.dreamer import RSSMRollout, compile_parts, encoders
 from r2dreamer.dreamer.casting import cast_once
 from r2dreamer.dreamer.classic_networks import Float32Linear
 from r2dreamer.dreamer.decoders import doubled
-from r2dreamer.dreamer.encoders import ImageEncoder, by_squares, pooled
+from r2dreamer.dreamer.encoders import by_squares
 from r2dreamer.dreamer.layers import BlockLinear, Linear
+from r2dreamer.losses import functional
 
 
 def with_gradients(function, *inputs):
@@ -41,13 +43,39 @@ def test_squares_as_channels_convolve_as_pixels_do(channels, kernel, height, wid
     assert_same(with_gradients(plain, value, weight, bias), with_gradients(squares, value, weight, bias))
 
 
-@pytest.mark.parametrize("channels, kernel", [(3, 5), (3, 4), (32, 5)])
-def test_stages_keep_their_shapes_on_other_devices(channels, kernel):
-    """Few channels, an even kernel, many channels: three ways to the same shape."""
-    convolution = nn.Conv2d(channels, 7, kernel, padding="same")
-    value = torch.zeros(2, channels, 8, 12)
-    elsewhere = pooled(convolution.to("meta"), value.to("meta"))
-    assert elsewhere.shape == pooled(nn.Conv2d(channels, 7, kernel, padding="same"), value).shape == (2, 4, 6, 7)
+@pytest.mark.parametrize("channels, kernel", [(3, 5), (1, 3), (3, 4), (32, 5)])
+def test_a_stage_gives_elsewhere_what_it_gives_on_a_cpu(channels, kernel, monkeypatch):
+    """Few channels, an even kernel, many channels: three ways to the same."""
+    torch.manual_seed(0)
+    value = torch.randn(2, channels, 8, 12, dtype=torch.float64)
+    convolution = nn.Conv2d(channels, 7, kernel, padding="same", dtype=torch.float64)
+    inputs = value, convolution.weight.detach(), convolution.bias.detach()
+
+    def stage(value, weight, bias):
+        return torch.func.functional_call(Stage(convolution), {"layer.weight": weight, "layer.bias": bias}, value)
+
+    here = with_gradients(stage, *inputs)
+    monkeypatch.setattr(encoders, "on_cpu", lambda value: False)
+    assert here[0].shape == (2, 4, 6, 7)
+    assert_same(here, with_gradients(stage, *inputs))
+
+
+class Stage(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, value):
+        return encoders.pooled(self.layer, value)
+
+
+@pytest.mark.parametrize("time", [1, 2, 3, 16, 21])
+def test_returns_over_spans_have_the_gradients_of_returns_over_steps(time):
+    torch.manual_seed(0)
+    shapes = (4, time, 1), (4, time, 1), (4, 1, 1)
+    inputs = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
+    accumulate = functional.accumulate_steps, functional.accumulate_spans
+    assert_same(*(with_gradients(each, *inputs) for each in accumulate))
 
 
 def test_a_compiled_upsampling_is_the_interpolation():
@@ -78,16 +106,31 @@ def outputs(layers):
 
 @torch.no_grad()
 def test_weights_cast_once_compute_what_weights_cast_every_time_do(layers):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # which has a memory of its own
         plain = outputs(layers)
         with cast_once(layers):
             assert layers["block"].read("shared_weight").dtype == torch.bfloat16
             assert all(map(torch.equal, plain, outputs(layers)))
             nn.init.zeros_(layers["dense"].weight)  # what it reads now is what was cast
+            with cast_once(layers["dense"]):
+                assert not torch.equal(outputs(layers)[0], plain[0])
             assert torch.equal(outputs(layers)[0], plain[0])
+            with torch.enable_grad():
+                assert outputs(layers)[0].requires_grad and not torch.equal(outputs(layers)[0], plain[0])
         assert layers["dense"].read("weight") is layers["dense"].weight
-    with torch.autocast("cpu", torch.bfloat16):  # within one, autocast remembers casts of its own
         assert not torch.equal(outputs(layers)[0], plain[0])
+
+
+@torch.no_grad()
+def test_layers_whose_weight_is_computed_or_wide_cast_as_ever():
+    torch.manual_seed(0)
+    made = nn.utils.parametrizations.weight_norm(Linear(6, 4))
+    wide = Linear(6, 4).double()
+    value = torch.randn(5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = made(value), wide(value.double())
+        with cast_once(made, wide, lambda value: value):  # a policy may be any callable
+            assert torch.equal(made(value), plain[0]) and torch.equal(wide(value.double()), plain[1])
 
 
 def test_nothing_is_cast_for_gradients_or_without_autocast(layers):
@@ -130,8 +173,10 @@ def test_a_module_of_ones_own_says_what_is_compiled_of_it():
 
     own, one = Own(), torch.ones(())
     assert (own(one), own.twice(one), own.other(one)) == (2, 2, 1)
-    compile_parts(nn.Sequential(own), backend="eager")
+    wrapped = TensorDictModule(own, ["in"], ["out"])
+    compile_parts(wrapped, backend="eager")
     assert (own(one), own.twice(one), own.other(one)) == (3, 3, 1)
+    assert wrapped._compiled_call_impl is None and "twice" not in vars(wrapped)  # it would guard all that a dict holds
 
 
 def test_gradients_of_a_sequence_come_to_its_steps_in_one_piece():
@@ -151,9 +196,3 @@ def test_gradients_of_a_sequence_come_to_its_steps_in_one_piece():
     assert out["belief"].is_contiguous()
     out["posterior_logits"].sin().sum().backward()
     assert len(seen) > 3 and all(seen)
-
-
-def test_encoders_of_few_channels_take_float_images_too():
-    encoder = ImageEncoder((3, 16, 16), depth=2, multipliers=(1, 2))
-    image = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    torch.testing.assert_close(encoder(image), encoder(image / 255))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from agents import tiny_agent, tiny_records
 from hydra import compose, initialize_config_module
+from tensordict.nn import TensorDictModuleBase
 from train import Learner
 
 from r2dreamer.dreamer import ObservationSpace, compile_parts
@@ -154,6 +155,9 @@ def test_every_part_is_compiled(member):
     decoder = agent.heads.get("decoder")
     parts += [decoder.image, decoder.vector] if decoder else []
     assert all(part is None or getattr(part, "module", part)._compiled_call_impl is not None for part in parts)
+    every = [module for part in (agent.rollout, *agent.parts().values()) for module in part.modules()]
+    wrappers = [module for module in every if isinstance(module, TensorDictModuleBase)]
+    assert wrappers and all(module._compiled_call_impl is None for module in wrappers)
     is_compiled = lambda method: hasattr(method, "_torchdynamo_orig_callable")
     methods = [
         agent.prior.core.advance,
@@ -165,6 +169,13 @@ def test_every_part_is_compiled(member):
     assert all(map(is_compiled, methods))
     if member in ("r2dreamer", "dreamer"):
         assert is_compiled(agent.prior.latent.draw)
+
+
+def test_the_losses_of_a_compiled_learner_are_compiled():
+    made = learner("parts")
+    assert hasattr(made.world_model_loss.kl.compare, "_torchdynamo_orig_callable")
+    for prediction in (made.world_model_loss.reward_prediction, made.value_loss.prediction):
+        assert prediction.likelihood._compiled_call_impl is not None
 
 
 def test_the_benchmark_prints_one_json_line_with_torchrl_beside_us(request, tmp_path):
