@@ -20,14 +20,9 @@ class CastOnce:
     def read(self, name: str) -> torch.Tensor | None:
         """The parameter, in autocast's dtype if it has been cast; itself where gradients or autocast are switched again."""
         value = getattr(self, name)
-        if (
-            not self.cast
-            or torch.is_grad_enabled()
-            or value is None
-            or not torch.is_autocast_enabled(value.device.type)
-        ):
+        if not self.cast or value is None or torch.is_grad_enabled():
             return value
-        return self.cast.get(name, value)
+        return self.cast.get(name, value) if torch.is_autocast_enabled(value.device.type) else value
 
 
 @contextmanager

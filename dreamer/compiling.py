@@ -24,9 +24,8 @@ def compile_parts(*roots: nn.Module, **options) -> None:
     # steps; beyond its limit it leaves the rest uncompiled, with a warning.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
-        for name in getattr(
-            type(module), "compiles", ()
-        ):  # a TensorDictModule has the attributes of what it wraps, too
+        # Its class's: a TensorDictModule has the attributes of what it wraps as well.
+        for name in getattr(type(module), "compiles", ()):
             if name == "forward":
                 module.compile(**options)
             else:
