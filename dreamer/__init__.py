@@ -22,7 +22,7 @@ from .heads import (
 )
 from .imagination import Imagination
 from .latents import CategoricalLatent, GaussianLatent, unimix_probs
-from .layers import BlockLinear, Linear, NormSiLU, mlp, normed_linear
+from .layers import BlockLinear, Linear, NormSiLU, joint_positions, mlp, normed_linear
 from .pretrained import load_pretrained, save_pretrained
 from .rollout import RSSMRollout, RSSMStateEstimator
 from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
@@ -66,6 +66,7 @@ __all__ = [
     "build_classic_agent",
     "classic_decoder",
     "compile_parts",
+    "joint_positions",
     "latent_head",
     "load_pretrained",
     "mlp",

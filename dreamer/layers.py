@@ -5,6 +5,8 @@ Every layer computes in the dtype its input arrives in (or the one autocast asks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +34,18 @@ def init_convolution(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float)
 def bounded(action: torch.Tensor) -> torch.Tensor:
     """action / max(1, |action|), the divisor without gradient: what the world reads of an action outside of [-1, 1]."""
     return action / action.detach().abs().clamp_min(1)
+
+
+def joint_positions(parameters: Sequence[torch.Tensor], *modules: nn.Module) -> list[tuple[int, ...]]:
+    """Which of ``parameters`` are pieces of one weight matrix, by position: what a gradient norm must count as one.
+
+    A layer below ``modules`` that holds a matrix in pieces returns them from ``joint_parameters()``.
+    """
+    positions = {id(parameter): position for position, parameter in enumerate(parameters)}
+    layers = dict.fromkeys(layer for module in modules for layer in module.modules())
+    joint = [layer.joint_parameters() for layer in layers if hasattr(layer, "joint_parameters")]
+    found = [tuple(positions.get(id(piece)) for piece in pieces) for pieces in joint]
+    return [pieces for pieces in found if pieces and None not in pieces]
 
 
 class Linear(CastOnce, nn.Linear):
@@ -174,6 +188,9 @@ class BlockLinear(CastOnce, nn.Module):
         if shared_features:
             self.shared_weight = nn.Parameter(torch.empty(out_features, shared_features))
             init_weight(self.shared_weight, fan_in)
+
+    def joint_parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.weight, self.shared_weight) if hasattr(self, "shared_weight") else ()
 
     def make_tapes(self, rows: int) -> dict[str, AffineTape]:
         if hasattr(self, "shared_weight"):

@@ -131,6 +131,9 @@ class RSSMPosterior(nn.Module):
         self.norm = NormSiLU(hidden) if norm is None else norm
         self.out = Linear(hidden, latent.logits_size)
 
+    def joint_parameters(self) -> tuple[nn.Parameter, ...]:
+        return self.belief_in.weight, self.embedding_in.weight
+
     def project_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
         return self.embedding_in(embedding)  # [..., hidden]
 

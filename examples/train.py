@@ -62,7 +62,7 @@ class Learner(nn.Module):
         device = next(agent.encoder.parameters()).device
         self.to(device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
-        self.optimizer = make(algorithm.optimizer, parameter_groups(self))
+        self.optimizer = make(algorithm.optimizer, parameter_groups(self, agent))
         fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
         self.anneal = LinearFall(self.optimizer, self.actor_loss, *fractions)
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
@@ -104,7 +104,7 @@ class Learner(nn.Module):
         """One step of the one optimiser over everything, then the slow critic moves."""
         losses, latents = self.gradients(batch)
         self.scaler.unscale_(self.optimizer)
-        self.scaler.step(self.optimizer)  # clips each tensor's gradient by its own norm (AGC), then LaProp
+        self.scaler.step(self.optimizer)  # clips each tensor's gradient by its norm (AGC), then LaProp
         self.scaler.update()
         self.slow_critic.step()
         self.world_model_loss.representation.after_update()

@@ -18,7 +18,7 @@ from .functional import (
 from .infonce import InfoNCE
 from .kl import CategoricalKL, GaussianKL
 from .likelihood import SymlogMSE, TwoHotLikelihood, UnitGaussian
-from .optimizer import GroupedAdam
+from .optimizer import DreamerOptimizer, GroupedAdam
 from .probe import ProbeDecoder
 from .ranks import gather_ranks
 from .reconstruction import Reconstruction
@@ -33,6 +33,7 @@ __all__ = [
     "CategoricalKL",
     "CopyEvery",
     "DreamerActorLoss",
+    "DreamerOptimizer",
     "DreamerPro",
     "DreamerValueLoss",
     "DynamicsActorLoss",

@@ -1,4 +1,4 @@
-"""The optimiser of Dreamer V1 and V2: a learning rate and a gradient norm for each of model, actor and value."""
+"""The optimisers: TorchRL's of Dreamer V3 that knows which tensors are one, and that of Dreamer V1 and V2."""
 
 from __future__ import annotations
 
@@ -6,6 +6,85 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torchrl.trainers.algorithms import DreamerV3Optimizer
+
+
+class DreamerOptimizer(DreamerV3Optimizer):
+    """TorchRL's ``DreamerV3Optimizer``, which can clip several tensors by their joint norm.
+
+    A network may hold one weight matrix in pieces, as the block GRU and the posterior do. Adaptive gradient clipping
+    compares the gradient's norm with the weight's, so the pieces must be clipped as the one matrix that they are.
+
+    Args:
+        parameters: as in the parent. A group may say ``joint``: tuples of positions in its ``params``, the pieces of one
+            tensor each; ``r2dreamer.dreamer.joint_positions`` finds those of an agent.
+
+    Clips gradients in place. ``joint`` describes the model: loading a state keeps what was given here.
+
+    Example:
+        >>> left, right = (torch.nn.Parameter(torch.ones(size)) for size in (3, 1))
+        >>> group = {"params": [left, right], "joint": [(0, 1)]}
+        >>> optimizer = DreamerOptimizer([group], agc=0.5, warmup_steps=0)
+        >>> left.grad, right.grad = torch.zeros(3), 10 * torch.ones(1)
+        >>> optimizer.step()
+        >>> round(right.grad.item(), 3)  # half of the norm of all four ones, which is 2
+        1.0
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["joint"] = [list(pieces) for pieces in group.get("joint", ())]
+        positions = [position for pieces in group["joint"] for position in pieces]
+        if len(set(positions)) < len(positions) or not set(positions) <= set(range(len(group["params"]))):
+            raise ValueError(
+                f"joint={group['joint']} must be positions in the group's {len(group['params'])} params, each in one "
+                "tuple at most; r2dreamer.dreamer.joint_positions finds them."
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        limits = [group["agc"] for group in self.param_groups]
+        for group in self.param_groups:
+            clip_jointly(group)
+            group["agc"] = 0.0  # or the parent would clip each piece again, by its own norm
+        try:
+            super().step()
+        finally:
+            for group, limit in zip(self.param_groups, limits, strict=True):
+                group["agc"] = limit
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        joint = [group["joint"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, pieces in zip(self.param_groups, joint, strict=True):
+            group["joint"] = pieces
+
+
+def clip_jointly(group: dict[str, Any]) -> None:
+    """Adaptive gradient clipping of a parameter group, in place: g *= min(1, agc * max(|w|, minimum) / |g|)."""
+    positions = [position for position, parameter in enumerate(group["params"]) if parameter.grad is not None]
+    if not group["agc"] or not positions:
+        return
+    gradients = [group["params"][position].grad for position in positions]
+    parameters = [parameter.detach() for parameter in group["params"]]
+    gradient_norms = dict(zip(positions, torch._foreach_norm(gradients, dtype=torch.float32), strict=True))
+    parameter_norms = dict(enumerate(torch._foreach_norm(parameters, dtype=torch.float32)))
+    for norms in (gradient_norms, parameter_norms):
+        for pieces in group["joint"]:
+            present = [position for position in pieces if position in norms]
+            if present:
+                whole = torch.linalg.vector_norm(torch.stack([norms[position] for position in present]))
+                norms.update(dict.fromkeys(present, whole))
+    limits = [parameter_norms[position] for position in positions]
+    limits = torch._foreach_mul(torch._foreach_clamp_min(limits, group["parameter_norm_min"]), group["agc"])
+    norms = [gradient_norms[position] for position in positions]
+    torch._foreach_mul_(gradients, torch._foreach_div(limits, torch._foreach_maximum(norms, limits)))
 
 
 class GroupedAdam(torch.optim.Adam):

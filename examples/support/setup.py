@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchrl.envs import EnvBase
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, joint_positions
 from r2dreamer.envs import check_environment, count_workers
 from r2dreamer.envs.errors import require_positive
 from r2dreamer.envs.gl import watch
@@ -39,6 +39,8 @@ FIXED = (
     "algorithm",
     "replay.capacity",
 )
+# Optimisers by what took their place: a run that was saved with the one is resumed with the other.
+SUCCESSORS = {"torchrl.trainers.algorithms.DreamerV3Optimizer": "r2dreamer.losses.DreamerOptimizer"}
 # And what else a finished run must have had to be the one that a command asks for.
 TRAINING = (*FIXED, "total_frames", "batch_size", "batch_length", "train_ratio", "warmup_steps", "precision", "seed")
 
@@ -188,14 +190,18 @@ def objective(section: DictConfig, agent: Agent) -> nn.Module:
     return made if isinstance(made, nn.Module) else made(agent)
 
 
-def parameter_groups(learner: nn.Module) -> list[dict]:
-    """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm."""
+def parameter_groups(learner: nn.Module, agent: Agent) -> list[dict]:
+    """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm.
+
+    ``joint`` names the parameters that are pieces of one tensor, for an optimiser that clips each tensor.
+    """
     groups = {"model": [], "actor": [], "value": [], "probe": []}
     owners = {"actor_loss": "actor", "value_loss": "value", "probe": "probe"}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
             groups[owners.get(name.partition(".")[0], "model")].append(parameter)
-    return [{"name": name, "params": parameters} for name, parameters in groups.items() if parameters]
+    pieces = lambda parameters: joint_positions(parameters, *agent.parts().values())
+    return [{"name": name, "params": each, "joint": pieces(each)} for name, each in groups.items() if each]
 
 
 def parameter_counts(agent: Agent, learner: nn.Module) -> dict[str, int]:
@@ -220,12 +226,23 @@ def open_metrics(cfg: DictConfig, logdir: Path, saved: LoadedCheckpoint | None) 
 
 
 def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
+    before, now = with_successor(before), with_successor(now)
     if found := first_difference(before, now, FIXED):
         key, old, new = found
         raise ValueError(
             f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
             f"Repeat {key}={old}, or start afresh in another logdir."
         )
+
+
+def with_successor(cfg: DictConfig) -> DictConfig:
+    """The configuration with the optimiser's successor, which goes on from its state."""
+    target = OmegaConf.select(cfg, "algorithm.optimizer._target_")
+    if target not in SUCCESSORS:
+        return cfg
+    cfg = cfg.copy()
+    OmegaConf.update(cfg, "algorithm.optimizer._target_", SUCCESSORS[target])
+    return cfg
 
 
 def first_difference(before: DictConfig, now: DictConfig, keys: Sequence[str]) -> tuple[str, object, object] | None:
