@@ -14,8 +14,15 @@ from .functional import categorical_entropy, categorical_kl
 class CategoricalKL(nn.Module):
     """dynamics * max(free, KL(sg q || p)) + representation * max(free, KL(q || sg p)) on the mixed probabilities.
 
-    Each KL is summed over the S categoricals, clipped at ``free_nats`` per (b, t), then averaged. With weights 0.8 and 0.2
-    this is Dreamer V2's balanced KL.
+    Each KL is summed over the S categoricals, clipped at ``free_nats`` per (b, t), then averaged.
+
+    Args:
+        average_first: clip the average over all (b, t) instead. With weights 0.8 and 0.2 this is Dreamer V2's balanced KL.
+
+    Example:
+        >>> divergences = torch.tensor([[0.5, 3.5]])  # of two steps; their mean is 2
+        >>> [CategoricalKL(average_first=first).clipped(divergences).item() for first in (False, True)]
+        [2.25, 2.0]
     """
 
     compiles = ("compare",)
@@ -23,11 +30,16 @@ class CategoricalKL(nn.Module):
     terms = ("dynamics", "representation")
 
     def __init__(
-        self, dynamics: float = 1.0, representation: float = 0.1, free_nats: float = 1.0, unimix: float = 0.01
+        self,
+        dynamics: float = 1.0,
+        representation: float = 0.1,
+        free_nats: float = 1.0,
+        unimix: float = 0.01,
+        average_first: bool = False,
     ):
         super().__init__()
         self.dynamics, self.representation = dynamics, representation
-        self.free_nats, self.unimix = free_nats, unimix
+        self.free_nats, self.unimix, self.average_first = free_nats, unimix, average_first
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         posterior = tensordict.get(("next", keys.posterior_logits)).float()
@@ -40,8 +52,8 @@ class CategoricalKL(nn.Module):
         """:meth:`forward` of logits [B, T, S, K]."""
         # As TorchRL's categorical_kl_terms, which is NaN where logits differ by hundreds and nothing is mixed in.
         divergence = categorical_kl(posterior.detach(), prior, self.unimix)  # [B, T]
-        dynamics = divergence.clamp_min(self.free_nats).mean()
-        representation = categorical_kl(posterior, prior.detach(), self.unimix).clamp_min(self.free_nats).mean()
+        dynamics = self.clipped(divergence)
+        representation = self.clipped(categorical_kl(posterior, prior.detach(), self.unimix))
         terms = {"dynamics": self.dynamics * dynamics, "representation": self.representation * representation}
         with torch.no_grad():
             diagnostics = {
@@ -50,6 +62,12 @@ class CategoricalKL(nn.Module):
                 "posterior_entropy": categorical_entropy(posterior, self.unimix).mean(),
             }
         return terms, diagnostics
+
+    def clipped(self, divergence: torch.Tensor) -> torch.Tensor:
+        """The mean of divergences [B, T], of which ``free_nats`` are free."""
+        if self.average_first:
+            return divergence.mean().clamp_min(self.free_nats)
+        return divergence.clamp_min(self.free_nats).mean()
 
 
 class GaussianKL(nn.Module):

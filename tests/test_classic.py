@@ -7,6 +7,7 @@ import pytest
 import torch
 import train
 from agents import TIME, tiny_records
+from hydra.utils import instantiate
 from launcher import CARTPOLE, config, train_here
 from tensordict import TensorDict
 from test_deferred import ROLLOUT_LOSSES, rollout_gradients
@@ -71,6 +72,36 @@ def start_of(agent, count=6):
     generator = torch.Generator().manual_seed(3)
     state = torch.rand(count, agent.sizes.state, generator=generator)
     return TensorDict({"state": state, "belief": torch.rand(count, agent.sizes.belief, generator=generator)}, [count])
+
+
+@pytest.mark.parametrize(
+    ("name", "prior", "posterior", "of_each", "loss"),
+    [
+        # Two steps of one categorical: (1/2, 1/2) from (1/4, 3/4) and from (1/3, 2/3). KL: ln(4/3)/2 and ln(9/8)/2.
+        ("dreamerv2", [[1 / 4, 3 / 4], [1 / 3, 2 / 3]], [[1 / 2, 1 / 2]] * 2, (0.143841, 0.058892), 0.101366),
+        # Two steps of one Gaussian of variance 1, 1 and 0.4 away. KL: 1/2 and 0.08.
+        ("dreamerv1", [[1.0, 1.0], [0.4, 1.0]], [[0.0, 1.0]] * 2, (0.5, 0.08), 0.29),
+    ],
+)
+def test_the_first_generations_clip_the_mean_divergence(name, prior, posterior, of_each, loss):
+    """As their official code does; clipped step by step, the second step would have no gradient and the loss be more."""
+    prior, posterior = (torch.tensor([side])[:, :, None] for side in (prior, posterior))  # [1, 2, 1, 2]
+    if name == "dreamerv2":
+        prior, posterior = prior.log(), posterior.log()
+    prior.requires_grad_()
+    posterior.requires_grad_()
+    records = TensorDict({"next": {"prior_logits": prior, "posterior_logits": posterior}}, [1, 2])
+    keys = R2DreamerWorldModelLoss.default_keys()
+    kl = instantiate(config(f"algorithm={name}").algorithm.kl)
+    assert sum(of_each) / 2 == pytest.approx(loss, abs=1e-6)
+    free = (loss + of_each[1]) / 2  # more than the second divergence, less than their mean
+    for kl.free_nats, expected in ((0.0, loss), (free, loss), (2 * loss, 2 * loss)):
+        terms, _ = kl(records, keys)
+        total = sum(terms.values())
+        assert total.item() == pytest.approx(expected, rel=1e-5)
+        gradients = torch.autograd.grad(total, [prior, posterior])
+        for gradient in gradients:
+            assert (gradient[..., 0] != 0).tolist() == [[[expected == loss]] * 2]
 
 
 def test_the_gaussian_kl_is_torchs_and_sleeps_below_the_free_nats():

@@ -197,7 +197,7 @@ def test_the_configs_hold_the_published_numbers(name):
             "replay value": 0.0,
         },
         "dreamerv2": {
-            "kl": {"dynamics": 0.8, "representation": 0.2, "free_nats": 1.0, "unimix": 0.0}, "latent": 0.0,
+            "kl": {"dynamics": 0.8, "representation": 0.2, "free_nats": 1.0, "average_first": True, "unimix": 0.0}, "latent": 0.0,
             "noise": 0.0, "squashed": False, "dynamics": 0.1, "returns": (15, 0.997, 0.95), "entropy": 1e-3,
             "norm": 100.0, "copied": 0.01, "bootstrap": True, "replay value": 0.0,
         },
