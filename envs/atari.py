@@ -28,7 +28,8 @@ def make_atari(
     lives: what a lost life does. "unused": nothing. "discount": the episode terminates, and the reset after it goes on
         with the same game, so that the continue head learns that nothing follows a lost life. "reset": the episode
         terminates and the game begins anew. With the last two a return is what one life earned, not the game's score.
-    sticky: probability that the game takes the previous action once more instead of the given one.
+    sticky: probability that the game takes the previous action once more instead of the given one. The published curves
+        of DreamerV3 were played with 0.25.
     noops: each game begins with 0 to this many idle frames. Without them and without sticky actions a game is the
         same for every seed: the emulator has no other randomness.
     full_actions: all 18 actions of the joystick instead of those the game reacts to.
@@ -44,7 +45,7 @@ def make_atari(
     ale_py = require("ale_py", "atari")
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     ale, rom = ale_py.ALEInterface(), _find_rom(task)
-    ale.setFloat("repeat_action_probability", sticky)
+    ale.setFloat("repeat_action_probability", sticky)  # before the game is loaded: later it is ignored
     ale.loadROM(rom)
     actions = ale.getLegalActionSet() if full_actions else ale.getMinimalActionSet()
     env = Atari(

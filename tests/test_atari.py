@@ -9,6 +9,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from launcher import config
 from omegaconf import OmegaConf
 from PIL import Image
 from torchrl.envs.utils import check_env_specs
@@ -17,14 +18,18 @@ from r2dreamer.envs import check_environment, make_vector_env, reseed
 from r2dreamer.envs.atari import make_atari
 from r2dreamer.envs.atari_scores import SCORES, HumanNormalizedScore
 from r2dreamer.envs.records import RecordBuilder
+from support.setup import check_environment_keys
 
 
-def emulator(game, seed, sticky=0.0):
-    """The bare emulator in a new game."""
+def emulator(game, seed, sticky=0.0, sticky_after=None):
+    """The bare emulator in a new game; ``sticky_after`` is set after the game was loaded."""
     ale = ale_py.ALEInterface()
     ale.setInt("random_seed", seed)
-    ale.setFloat("repeat_action_probability", sticky)
+    if sticky is not None:
+        ale.setFloat("repeat_action_probability", sticky)
     ale.loadROM(ale_py.roms.get_rom_path(game))
+    if sticky_after is not None:
+        ale.setFloat("repeat_action_probability", sticky_after)
     ale.reset_game()
     return ale
 
@@ -254,6 +259,26 @@ def test_sticky_actions_are_the_emulators():
     assert np.array_equal(memory(env), ale.getRAM()) and not np.array_equal(memory(env), plain.getRAM())
 
 
+def test_sticky_actions_turned_off_after_the_game_is_loaded_stay_at_a_quarter():
+    """So the published curves were played; env.sticky=0.25 plays the same."""
+    env, published = make_atari("pong", seed=7, noops=0, sticky=0.25), emulator("pong", 7, None, sticky_after=0.0)
+    now = env.reset()
+    for choice in choices(env, 40):
+        now = act(env, now, choice)
+        for _ in range(4):
+            published.act(published.getMinimalActionSet()[choice])
+    assert np.array_equal(memory(env), published.getRAM())
+
+
+@pytest.mark.parametrize("sticky", [0.0, 0.25])
+def test_one_key_makes_training_and_evaluation_sticky(sticky):
+    cfg = config("env=atari100k", *([f"env.sticky={sticky}"] if sticky else []))
+    check_environment_keys(cfg)
+    assert cfg.env.make.sticky == cfg.env.make_evaluation.sticky == sticky
+    with pytest.raises(ValueError, match=r"env\.make\.sticky=0\.5, but env\.sticky=.*say env\.sticky=0\.5"):
+        check_environment_keys(config("env=atari100k", "env.make.sticky=0.5"))
+
+
 def test_workers_play_what_one_process_plays_also_after_reseeding():
     factory = functools.partial(make_atari, "ms_pacman", sticky=0.25)
     serial = make_vector_env(factory, [1, 2], parallel=False)
@@ -317,9 +342,9 @@ def test_a_missing_extra_is_answered_with_the_pip_line(monkeypatch):
 
 def test_the_config_builds_environment_and_score():
     file = importlib.resources.files("r2dreamer.configs") / "env" / "atari100k.yaml"
-    config = OmegaConf.create({"env": OmegaConf.create(file.read_text())}).env
-    assert (config.total_frames, config.action_repeat, config.train_ratio, config.num_envs) == (400_000, 4, 128, 1)
-    env = hydra.utils.instantiate(config.make, _target_="r2dreamer.envs.atari.make_atari")(seed=0)
+    cfg = OmegaConf.create({"env": OmegaConf.create(file.read_text())}).env
+    assert (cfg.total_frames, cfg.action_repeat, cfg.train_ratio, cfg.num_envs) == (400_000, 4, 128, 1)
+    env = hydra.utils.instantiate(cfg.make, _target_="r2dreamer.envs.atari.make_atari")(seed=0)
     assert env.base_env.repeat == 4 and env.base_env.time_limit == 108_000
-    score = hydra.utils.instantiate(config.scores, _target_="r2dreamer.envs.atari_scores.HumanNormalizedScore")
+    score = hydra.utils.instantiate(cfg.scores, _target_="r2dreamer.envs.atari_scores.HumanNormalizedScore")
     assert score([7127.7], {}) == {"human_normalized": 1}

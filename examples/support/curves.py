@@ -16,6 +16,8 @@ from support.bootstrap import bootstrap_band
 from support.metrics import read_metrics
 
 OURS, PUBLISHED = "#1764ab", "#8a8a8a"
+# By suite, how its published curves were played, where the suite's default plays otherwise.
+PLAYED_WITH = {"atari100k": "with sticky actions (env.sticky=0.25)"}
 PALETTE = [OURS, "#c8553d", "#2f8f5b", "#7d5ba6", "#b8860b", "#17a2b8", "#d36ba6", "#4a4a4a"]
 
 
@@ -141,6 +143,8 @@ def _draw_published(axes, suite, task, longest):
     shown = max(2, int((curve["frames"] <= longest).sum()) + 1)  # at least a line, and one point past the run
     frames, mean, std = (curve[name][:shown] for name in ("frames", "mean", "std"))
     label = f"DreamerV3 (published, {curve['seeds']} seeds)"
+    if suite in PLAYED_WITH:
+        label += f",\n{PLAYED_WITH[suite]}"
     axes.plot(frames, mean, color=PUBLISHED, linewidth=1.5, linestyle="--", label=label)
     axes.fill_between(frames, mean - std, mean + std, color=PUBLISHED, alpha=0.15, linewidth=0)
 
