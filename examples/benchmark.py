@@ -2,18 +2,20 @@
 
     python examples/benchmark.py model=size12M precision=bf16
     python examples/benchmark.py env=gym env.task=CartPole-v1 measure=[update,acting,environment,replay]
-    python examples/benchmark.py compare=torchrl        TorchRL's own DreamerV3 objective, same size, same process
-    python examples/benchmark.py compare=algorithm      our own Dreamer with its decoder, turn by turn in the same process
+    python examples/benchmark.py compare=algorithm      our own Dreamer with its decoder beside R2-Dreamer
+    python examples/benchmark.py compare=torchrl        TorchRL's DreamerV3, which has a decoder, beside both of them
     python examples/benchmark.py compare=algorithm algorithm@other=infonce
     python examples/benchmark.py algorithm=dreamerv2    V1 and V2 have sizes of their own, and are timed alone
 
 `update` is one whole update (all losses, backward, clipping, optimiser, target), `acting` one policy step for all
 environments, `environment` frames per second of the configured environments under random actions, `replay` sampled
-steps per second, written back. Medians; alternate runs with whatever you compare to, and compare ratios only.
+steps per second, written back. Medians. What is compared takes turns, one update each, in one process; compare ratios only.
+Like for like is `torchrl_over_other`, Dreamer beside Dreamer; `torchrl_over_ours` is R2-Dreamer beside a model with a decoder.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -74,6 +76,15 @@ def alternate(
 
 def median_seconds(step: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> dict[str, float]:
     return alternate([step], device, warmup, repeats)[0]
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """Of each later update over each earlier one: other over ours, TorchRL's over ours and over the other."""
+    names = {"update": "ours", "other_update": "other", "torchrl_update": "torchrl"}
+    return {
+        f"{names[slower]}_over_{names[faster]}": seconds[slower] / seconds[faster]
+        for faster, slower in itertools.combinations(seconds, 2)
+    }
 
 
 def member(
@@ -149,19 +160,18 @@ def benchmark(cfg: DictConfig) -> dict:
     }
     if "update" in cfg.measure:
         records = synthetic_records(agent, cfg.batch_size, cfg.batch_length, device)
-        if cfg.compare == "algorithm":
+        steps = {"update": lambda: learner.update(records)}
+        if cfg.compare:
             other, peer = member(cfg, cfg.other, device, precision)
             result["other"] = cfg.other.representation._target_.removesuffix(".of").rpartition(".")[2]
             result["other_parameters"] = sum(parameter_counts(other, peer).values())
-            steps = [lambda: learner.update(records), lambda: peer.update(records)]
-            result["update"], result["other_update"] = alternate(steps, device, warmup, repeats)
-            result["other_over_ours"] = result["other_update"]["median_s"] / result["update"]["median_s"]
-        else:
-            result["update"] = median_seconds(lambda: learner.update(records), device, warmup, repeats)
+            steps["other_update"] = lambda: peer.update(records)
         if cfg.compare == "torchrl":
-            peer = torchrl_dreamer(agent, cfg.model, cfg.algorithm, precision, device, result["captured"])
-            result["torchrl_update"] = median_seconds(lambda: peer(records), device, warmup, repeats)
-            result["torchrl_over_ours"] = result["torchrl_update"]["median_s"] / result["update"]["median_s"]
+            update, parameters = torchrl_dreamer(agent, cfg.model, cfg.algorithm, precision, device, result["captured"])
+            result["torchrl_parameters"] = parameters
+            steps["torchrl_update"] = lambda: update(records)
+        result |= dict(zip(steps, alternate(list(steps.values()), device, warmup, repeats), strict=True))
+        result |= ratios({name: result[name]["median_s"] for name in steps})
     if "acting" in cfg.measure:
         streams = cfg.env.num_envs
         observation = agent.example_record()["next"].select(*agent.observations.images, *agent.observations.vectors)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,9 +186,30 @@ def test_the_benchmark_prints_one_json_line_with_torchrl_beside_us(request, tmp_
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    for measure in ("update", "torchrl_update", "acting"):
-        assert result[measure]["median_s"] > 0
-    assert result["replay"]["steps_per_s"] > 0 and result["torchrl_over_ours"] > 0
+    seconds = {
+        name: result[name]["median_s"] for name in ("update", "other_update", "torchrl_update", "acting", "replay")
+    }
+    assert min(seconds.values()) > 0
+    assert result["torchrl_over_ours"] == seconds["torchrl_update"] / seconds["update"]
+    # Like for like: both have a decoder.
+    assert result["torchrl_over_other"] == seconds["torchrl_update"] / seconds["other_update"]
+    assert result["other"] == "Reconstruction"
+
+
+@pytest.mark.parametrize("compare", ["torchrl", "algorithm"])
+def test_the_benchmark_measures_turn_by_turn(monkeypatch, compare):
+    turns = []
+    theirs = lambda *_: (lambda records: turns.append("torchrl"), 7)
+    ours = lambda learner, records: turns.append(type(learner.world_model_loss.representation).__name__)
+    monkeypatch.setattr(benchmark, "torchrl_dreamer", theirs)
+    monkeypatch.setattr(Learner, "update", ours)
+    with initialize_config_module("r2dreamer.configs", version_base=None):
+        small = ["model=size1M", "model.belief=16", "model.hidden=8", "batch_size=2", "batch_length=3"]
+        cfg = compose("benchmark", [*small, "repeats=2", "device=cpu", "measure=[update]", f"compare={compare}"])
+    result = benchmark.benchmark(cfg)
+    round_ = ["BarlowTwins", "Reconstruction", *["torchrl"] * (compare == "torchrl")]
+    assert turns == round_ * 4  # two to warm up, two that count
+    assert ("torchrl_over_other" in result) == (compare == "torchrl") and "other_over_ours" in result
 
 
 def test_the_benchmark_compares_two_members_turn_by_turn(request, tmp_path):

@@ -38,8 +38,11 @@ def torchrl_dreamer(
     precision: torch.dtype,
     device: torch.device,
     capture: bool = False,
-) -> Callable[[TensorDict], object]:
-    """One update of TorchRL's DreamerV3 (with its decoder), as wide as ``agent``, on the same records, captured or not."""
+) -> tuple[Callable[[TensorDict], object], int]:
+    """One update of TorchRL's DreamerV3 (with its decoder), as wide as ``agent``, on the same records, captured or not.
+
+    And the number of parameters that it trains.
+    """
     if agent.observations.vectors or list(agent.observations.images) != ["pixels"]:
         raise ValueError("compare=torchrl wants one image observation called pixels, as DreamerV3ImageEncoder does.")
     belief, hidden, actions = model["belief"], model["hidden"], agent.actions.size
@@ -130,9 +133,10 @@ def torchrl_dreamer(
     actor_loss.make_value_estimator(gamma=algorithm["actor"]["discount"], lmbda=algorithm["actor"]["lmbda"])
     value_loss = DreamerV3ValueLoss(value, value_loss="two_hot", actor_loss=actor_loss, slow_critic_regularization=1.0)
     losses = DreamerV3Loss(model_loss, actor_loss, value_loss).to(device)
+    trained = [p for p in losses.parameters() if p.requires_grad]
     stepper = DreamerV3OptimizationStepper(
         losses,
-        DreamerV3Optimizer([p for p in losses.parameters() if p.requires_grad]),
+        DreamerV3Optimizer(trained),
         SoftUpdate(value_loss, tau=0.02),
         compile_train_step=False,
         cudagraph=capture,
@@ -148,4 +152,4 @@ def torchrl_dreamer(
                 ready = True
             return stepper.step(None, records)
 
-    return update
+    return update, sum(p.numel() for p in trained)
