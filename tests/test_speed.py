@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from tensordict.nn import TensorDictModuleBase
 from train import Learner
 
-from r2dreamer.dreamer import ObservationSpace, compile_parts
+from r2dreamer.dreamer import ObservationSpace, TwoHotMLP, compile_parts
 from r2dreamer.dreamer.layers import BLOCK, BlockedNormSiLU, NormSiLU
 from r2dreamer.losses import R2DreamerWorldModelLoss
 from support.setup import make_agent
@@ -170,6 +170,19 @@ def test_every_part_is_compiled(member):
     assert all(map(is_compiled, methods))
     if member in ("r2dreamer", "dreamer"):
         assert is_compiled(agent.prior.latent.draw)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["imagined", "trained"])
+def test_a_compiled_head_expects_exactly_zero_before_it_has_learnt(gradients):
+    """Reward and value begin at 0, not at what rounding leaves of bins from -4.9e8 to 4.9e8; fused products round less."""
+    head = TwoHotMLP(12, 8, 1)
+    plain = (torch.zeros(16, 255).softmax(-1) * head.two_hot.bins).sum(-1)
+    assert plain.abs().max() > 1e-3  # summed from end to end
+    compile_parts(head)
+    with torch.set_grad_enabled(gradients):
+        logits, expected = head(torch.randn(16, 7), torch.randn(16, 5))
+    assert head._compiled_call_impl is not None and expected.shape == (16, 1)
+    assert (logits == 0).all() and (expected == 0).all()
 
 
 def test_the_losses_of_a_compiled_learner_are_compiled():
