@@ -112,7 +112,7 @@ def measure_replay(cfg: DictConfig, agent: Agent, device: torch.device, repeats:
     latents = [torch.zeros(cfg.batch_size, cfg.batch_length, size) for size in agent.latent_sizes.values()]
 
     def step() -> None:
-        replay.write_back(replay.sample_windows(device), *latents)
+        replay.write_back(replay.sample(device=device), *latents)
 
     seconds = median_seconds(step, device, warmup=3, repeats=repeats)["median_s"]
     return {"median_s": seconds, "steps_per_s": cfg.batch_size * cfg.batch_length / seconds}

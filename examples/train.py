@@ -219,7 +219,7 @@ class Trainer:
         if self.unprepared > 0:
             self.stream.pause()  # what compiles or captures concerns the whole process
         for _ in range(self.ratio(self.count["policy_steps"])):
-            batch = self.replay.sample_windows(self.device)
+            batch = self.replay.sample(device=self.device)
             losses, latents = self.learner.update(batch)
             self.replay.write_back(batch, latents["state"], latents["belief"])
             self.averages.add(losses)

@@ -123,7 +123,7 @@ def test_collected_records_train_and_take_their_latents_back():
     records = RecordBuilder(len(SEEDS), ["observation"])(steps)
     replay = make_replay(600, len(SEEDS), batch_size=5, batch_length=7)
     replay.extend(records)
-    batch = replay.sample_windows()
+    batch = replay.sample()
     assert batch.shape == (5, 7)
     posterior = agent.world_model(batch.copy())
     assert replay.write_back(batch, posterior["next", "state"], posterior["next", "belief"]) > 0
