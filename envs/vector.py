@@ -29,6 +29,10 @@ def env_seeds(seed, count, split, generation=0):
     return [(base + index) * 0x9E3779B1 % 2**30 * 2 + (split == "eval") for index in range(count)]
 
 
+def split_of(seed):
+    return "eval" if seed % 2 else "train"
+
+
 def make_vector_env(factory, seeds, *, parallel, timeout=120.0):
     """A batched environment of `factory(seed=seed)` for each seed, started.
 
@@ -140,7 +144,9 @@ class VectorEnv(EnvBase):
         return tensordict
 
     def _set_seed(self, seed):
-        self.reseed([seed + index for index in range(len(self.seeds))])
+        """Every environment draws anew from the seeds of its own split: training and evaluation stay apart."""
+        drawn = {split: env_seeds(seed, len(self.seeds), split) for split in ("train", "eval")}
+        self.reseed([drawn[split_of(old)][number] for number, old in enumerate(self.seeds)])
 
     def reseed(self, seeds):
         self.squad.seed(dict(enumerate(seeds)))
