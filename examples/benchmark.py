@@ -25,6 +25,11 @@ from collections.abc import Callable, Sequence
 import hydra
 
 import support  # noqa: F401  # isort: skip  # before torch
+from support.memory import keep_memory  # isort: skip
+
+if __name__ == "__main__":
+    keep_memory()  # as the trainer does, whose update is timed here
+
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import torch
 from omegaconf import DictConfig, OmegaConf
