@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, Storage, TensorDictReplayBuffer
 
+from .errors import require_linux
 from .rings import RingWriter, StreamRings, WindowSampler
 
 
@@ -285,6 +286,7 @@ def free_bytes(storage: str, directory: str | os.PathLike | None = None) -> tupl
         return shutil.disk_usage(path).free, f"disk ({path})"
     if torch.device(storage).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(storage))[0], storage
+    require_linux("Asking how much memory is free", "Plan it with record_bytes(), or use storage='memmap'.")
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit, where it has one

@@ -1,11 +1,15 @@
 """What the example scripts change in their own process, and what importing their helpers leaves alone."""
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 from launcher import EXAMPLES
+
+from r2dreamer.envs import count_workers, make_gym, make_vector_env
+from r2dreamer.envs.replay import free_bytes
 
 MAPPED = """
 import ctypes, sys
@@ -50,3 +54,31 @@ support.memory.keep_memory = lambda: sys.exit(print("asked", "torch" in sys.modu
 runpy.run_path({str(EXAMPLES / script)!r} + ".py", run_name="__main__")
 """
     assert python(code) == ["asked", "False"]
+
+
+def test_what_needs_linux_says_so_elsewhere(monkeypatch, capsys):
+    from support.script import friendly_errors
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(OSError, match="in workers needs Linux, and this system is darwin.*parallel=False"):
+        make_vector_env(functools.partial(make_gym, "CartPole-v1"), [2, 4], parallel=True)
+    assert count_workers("auto", 5) == 0
+    with pytest.raises(OSError, match="needs Linux.*storage='memmap'"):
+        free_bytes("cpu")
+    with pytest.raises(SystemExit):
+        friendly_errors(lambda cfg: None)(None)
+    assert "This script needs Linux" in capsys.readouterr().err
+
+
+def test_without_fcntl_the_environments_import_and_the_trainer_says_what_is_missing():
+    code = f"""
+import sys
+sys.modules["fcntl"] = None
+import r2dreamer.envs
+sys.path.insert(0, {str(EXAMPLES)!r})
+try:
+    import support.setup
+except ImportError as error:
+    print(error)
+"""
+    assert "which linux does not have. Run them on Linux (WSL," in " ".join(python(code))
