@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.envs.utils import ExplorationType, exploration_type
 
 from .casting import cast_once
 from .rssm import RSSMPrior
@@ -14,12 +17,23 @@ from .rssm import RSSMPrior
 class Imagination(nn.Module):
     """Latent rollouts with the part of TorchRL's ``DreamerEnv`` interface that the losses use.
 
-    :meth:`rollout` starts from [N] latents and returns [N, H] transitions: root ``state``, ``belief``, ``action``, and
-    ``("next", ...)`` ``state``, ``belief``, ``reward``. Rewards are predicted once for the whole rollout. Nothing is held:
-    the modules stay owned by whoever built them.
+    :meth:`rollout` starts from latents [N] and returns [N, H] transitions, as an ``EnvBase`` would: root ``state``, ``belief``,
+    ``action``, ``done``, ``terminated``, and ``("next", ...)`` the same with ``reward`` and without ``action``. No imagined
+    episode is done. Rewards are predicted once for the whole rollout. Nothing is held: the modules stay owned by whoever
+    built them.
 
     Gradients are off (REINFORCE needs none) unless ``differentiable``: then they pass from states and rewards through the
     dynamics into the actions, whose distribution must be reparameterised; what the policy reads stays detached.
+
+    Example:
+        >>> from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent, latent_head
+        >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
+        ...                     belief=16, hidden=8, classes=4, depth=2)
+        >>> imagination = Imagination(agent.prior, latent_head(agent.reward, ["reward_logits", "reward"]))
+        >>> start = TensorDict({"state": torch.zeros(5, 128), "belief": torch.zeros(5, 16)}, [5])
+        >>> dream = imagination.rollout(3, agent.actor, tensordict=start)  # agent.imagination is the same
+        >>> dream["next", "reward"].shape
+        torch.Size([5, 3, 1])
     """
 
     def __init__(self, prior: RSSMPrior, reward: TensorDictModule, *, differentiable: bool = False):
@@ -37,14 +51,42 @@ class Imagination(nn.Module):
         return tensordict
 
     def rollout(
-        self, max_steps: int, policy: ProbabilisticTensorDictSequential, *, tensordict: TensorDictBase, **_: object
+        self,
+        max_steps: int,
+        policy: Callable[[TensorDictBase], TensorDictBase],
+        *,
+        tensordict: TensorDictBase | None = None,
+        auto_reset: bool = True,
+        break_when_any_done: bool | None = None,
+        break_when_all_done: bool | None = None,
+        return_contiguous: bool = True,
     ) -> TensorDict:
+        """``max_steps`` steps of ``policy`` from the latents in ``tensordict`` (any batch shape).
+
+        The policy acts as it would in an environment: `set_exploration_type` decides between its mode and a sample. The
+        flags of ``EnvBase.rollout`` after ``tensordict`` are accepted and change nothing: latents are where it begins,
+        nothing is ever done, and what comes back is contiguous.
+        """
+        given = [] if tensordict is None else list(tensordict.keys())
+        if not {"state", "belief"} <= set(given):
+            raise ValueError(
+                "An imagination begins from latents and cannot reset itself: give rollout(..., tensordict=...) with the "
+                f"entries 'state' and 'belief', as agent.policy and agent.rollout write them. It was given {given or None}."
+            )
+        if max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
         gradients = torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
         with gradients, cast_once(self.prior, policy):
             return self._rollout(max_steps, policy, tensordict)
 
+    def _act(self, policy: Callable[[TensorDictBase], TensorDictBase], latents: TensorDict) -> torch.Tensor:
+        if exploration_type() != ExplorationType.RANDOM or not hasattr(policy, "get_dist"):
+            return policy(latents).get("action")
+        distribution = policy.get_dist(latents)
+        return distribution.rsample() if self.differentiable else distribution.sample()
+
     def _rollout(
-        self, max_steps: int, policy: ProbabilisticTensorDictSequential, tensordict: TensorDictBase
+        self, max_steps: int, policy: Callable[[TensorDictBase], TensorDictBase], tensordict: TensorDictBase
     ) -> TensorDict:
         state, belief = tensordict.get("state"), tensordict.get("belief").float()
         # Under autocast every reader would cast the features anyway: store them once in that dtype.
@@ -53,21 +95,26 @@ class Imagination(nn.Module):
         states, beliefs, actions = [state.to(store)], [belief.to(store)], []
         for _step in range(max_steps):
             latents = TensorDict({"state": states[-1].detach(), "belief": beliefs[-1].detach()}, state.shape[:-1])
-            distribution = policy.get_dist(latents)
-            action = distribution.rsample() if self.differentiable else distribution.sample()
+            action = self._act(policy, latents)
             _, state, belief = self.prior(states[-1], belief, action)
             states.append(state.to(store))
             beliefs.append(belief.to(store))
             actions.append(action)
-        states, beliefs = torch.stack(states, 1), torch.stack(beliefs, 1)  # [N, H+1, S*K], [N, H+1, D]
-        following = TensorDict({"state": states[:, 1:], "belief": beliefs[:, 1:]}, [*actions[0].shape[:1], max_steps])
+        states, beliefs, action = (
+            torch.stack(each, -2) for each in (states, beliefs, actions)
+        )  # [N, H+1, S*K], [N, H+1, D]
+        following = TensorDict(
+            {"state": states[..., 1:, :], "belief": beliefs[..., 1:, :]}, action.shape[:-1]
+        )  # [N, H]
         self.reward(following)
+        never = lambda: {key: torch.zeros_like(action[..., :1], dtype=torch.bool) for key in ("done", "terminated")}
         return TensorDict(
             {
-                "state": states[:, :-1],
-                "belief": beliefs[:, :-1],
-                "action": torch.stack(actions, 1),  # [N, H, A]
-                "next": following.select("state", "belief", "reward"),
+                "state": states[..., :-1, :],
+                "belief": beliefs[..., :-1, :],
+                "action": action,  # [N, H, A]
+                **never(),
+                "next": following.select("state", "belief", "reward").update(never()),
             },
             following.batch_size,
         )

@@ -118,14 +118,19 @@ def save_pretrained(agent: Agent, recipe: Mapping[str, Any] | None, directory: s
 
 
 def load_pretrained(
-    directory: str | os.PathLike, device: torch.device | str = "cpu", trust: Sequence[str] = ()
+    directory: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    trust: Sequence[str] = (),
+    *,
+    trainable: bool = False,
 ) -> Agent:
     """The agent of a run's newest checkpoint, of one particular checkpoint, or of :func:`save_pretrained`'s directory.
 
-    In evaluation mode and without gradients. Nothing pickled is executed.
+    In evaluation mode and without gradients, unless ``trainable``. Nothing pickled is executed.
 
     Args:
         trust: packages or modules beside this one whose functions may build the agent, such as heads of your own.
+        trainable: leave it in training mode and with gradients, to train it on.
 
     Example:
         >>> import tempfile
@@ -159,7 +164,9 @@ def load_pretrained(
         raise ValueError(f"{file} holds {sorted(state)} and no agent; it was saved by another program or version.")
     agent = unpack(state["agent"], trust)
     for part in agent.parts().values():
-        part.to(device).eval().requires_grad_(False)
+        part.to(device).train(trainable)
+        if not trainable:
+            part.requires_grad_(False)
     return agent
 
 

@@ -40,6 +40,22 @@ class RSSMRollout(TensorDictModuleBase):
     Reads ``state`` and ``belief`` (the latents before the first record, index 0 of T), ``action``, ``is_init``,
     ``("next", "encoded_latents")``; writes ``("next", ...)`` ``prior_logits`` and ``posterior_logits`` [B, T, S, K],
     ``state`` [B, T, S*K] and ``belief`` [B, T, D].
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
+        >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
+        ...                     belief=16, hidden=8, classes=4, depth=2)
+        >>> keys = ["state", "belief", "action"]
+        >>> after = lambda *names: [("next", name) for name in names]
+        >>> prior = TensorDictModule(agent.prior, keys, after("prior_logits", "_", "belief"))
+        >>> posterior = TensorDictModule(agent.posterior, after("belief", "encoded_latents"), after("posterior_logits", "state"))
+        >>> rollout = RSSMRollout(prior, posterior)  # agent.rollout is the same
+        >>> records = TensorDict({"state": torch.zeros(3, 5, 128), "belief": torch.zeros(3, 5, 16),
+        ...     "action": torch.zeros(3, 5, 2), "is_init": torch.zeros(3, 5, 1, dtype=torch.bool),
+        ...     "next": {"encoded_latents": torch.randn(3, 5, agent.encoder.out_features)}}, [3, 5])
+        >>> rollout(records)["next", "prior_logits"].shape
+        torch.Size([3, 5, 32, 4])
     """
 
     compiles = ("step",)

@@ -18,6 +18,8 @@ from .memory_maze import make_memory_maze
 from .metaworld import make_metaworld
 from .patch import AdversarialPatch
 from .probes import PROBES, make_probe
+from .records import RecordBuilder
+from .replay import RecordReplay, make_replay
 from .simulator import Simulator
 from .subtle import DMCSubtle, make_dmc_subtle
 from .transforms import ClippedActionScaling, FiniteCheck
@@ -31,6 +33,8 @@ __all__ = [
     "FiniteCheck",
     "HumanNormalizedScore",
     "PROBES",
+    "RecordBuilder",
+    "RecordReplay",
     "RenderPixels",
     "Simulator",
     "VectorCollector",
@@ -49,6 +53,7 @@ __all__ = [
     "make_memory_maze",
     "make_metaworld",
     "make_probe",
+    "make_replay",
     "make_vector_env",
     "reseed",
 ]

@@ -6,16 +6,32 @@ from tensordict.utils import unravel_key
 from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
+from .vector import VectorEnv
+
+HONOURED = ("frames_per_batch", "total_frames", "policy_device", "exploration_type", "postproc", "trust_policy")
+
 
 class VectorCollector(Collector):
     """A Collector whose steps take a fifth of the time, for one batched environment without transforms.
 
     A batch [N, k] is allocated once and filled column by column; only the policy is given a TensorDict for every step.
     Whatever the policy writes is carried to its next step: its latents need not be entries of the environment. `keep`
-    names what it writes that a batch shall hold beside the action and the environment's entries (default: all).
+    names what it writes that a batch shall hold beside the action and the environment's entries (default: all). Of the
+    Collector's arguments it takes those in `HONOURED`.
     """
 
     def __init__(self, env, policy, *, keep=None, **kwargs):
+        if type(env) is not VectorEnv:
+            raise ValueError(
+                f"VectorCollector needs a VectorEnv as make_vector_env returns it, got {type(env).__name__}: transforms "
+                "around it would be passed over. Put them into the factory that make_vector_env is given, or use "
+                "torchrl.collectors.Collector with auto_register_policy_transforms=True."
+            )
+        if others := [name for name in kwargs if name not in HONOURED]:
+            raise ValueError(
+                f"VectorCollector does not know {', '.join(others)}; it knows {', '.join(HONOURED)} and keep. Use "
+                "torchrl.collectors.Collector with auto_register_policy_transforms=True for anything else."
+            )
         own = {"use_buffers": False, "track_traj_ids": False, "auto_register_policy_transforms": False}
         super().__init__(env, policy, return_same_td=True, **own, **kwargs)
         self.keep = keep

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import sys
 
 import numpy as np
 
@@ -10,6 +11,12 @@ from .suites import suites_with
 
 class WorkerError(RuntimeError):
     """An environment failed while running: names its task, its index among the environments, its seed and traceback."""
+
+
+def require_linux(what, instead):
+    """Refuse what other systems lack (/proc, shared memory, locks), and say what can be done there."""
+    if not sys.platform.startswith("linux"):
+        raise OSError(f"{what} needs Linux, and this system is {sys.platform}. {instead}")
 
 
 def require_positive(**sizes):

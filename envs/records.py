@@ -31,15 +31,28 @@ class RecordBuilder:
         and the latents *at* that observation: zeros where no policy has seen it (the last one of an episode).
 
     The newest action and reward of each stream wait here for the observation they led to, which the next batch brings.
+    A batch that does not begin with that observation is refused: it was given twice, or one before it never.
 
     Args:
         latent_sizes: widths of the latents, needed only if the first batches come from a policy that writes none
             (random actions while the replay fills). Otherwise learned from the first batch that has them.
 
-    Example:
-        >>> builder = RecordBuilder(num_streams=2, observation_keys=["pixels"])
-        >>> for transitions in collector:  # doctest: +SKIP
-        ...     replay.extend(builder(transitions))
+    Example: a plain TorchRL buffer. A batch of transitions would lose the first one of every episode to the loss: its
+    ``is_init`` is true, which zeroes the action. Records have one more observation, and lose none.
+
+        >>> from r2dreamer.envs import make_probe
+        >>> from torchrl.collectors import Collector
+        >>> from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+        >>> collector = Collector(make_probe("ending", seed=0), frames_per_batch=50, total_frames=100)
+        >>> builder = RecordBuilder(num_streams=1, observation_keys=["pixels"])  # more streams: frames_per_batch of many steps
+        >>> sampler = SliceSampler(slice_len=5, traj_key="stream")  # slices may cross ends of episodes, not streams
+        >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), sampler=sampler, batch_size=20)
+        >>> for transitions in collector:
+        ...     _ = buffer.extend(builder(transitions))
+        >>> batch = buffer.sample().reshape(4, 5)  # [B, T], for R2DreamerWorldModelLoss
+        >>> batch["state"], batch["belief"] = torch.zeros(4, 5, 12), torch.zeros(4, 5, 8)  # a slice begins from zeros
+        >>> bool(batch["action"][~batch["is_init"][..., 0]].any(-1).all())  # every action that was taken is there
+        True
     """
 
     def __init__(
@@ -62,6 +75,7 @@ class RecordBuilder:
         self._has_pending = torch.zeros(self.num_streams, dtype=torch.bool)
         self._pending_action: torch.Tensor | None = None  # [N, A]
         self._pending_reward: torch.Tensor | None = None  # [N, 1]
+        self._pending_observations: dict[NestedKey, torch.Tensor] = {}  # [N, ...], to which they led
 
     def __call__(self, transitions: TensorDictBase) -> TensorDict:
         if transitions.ndim == 1 and self.num_streams == 1:
@@ -74,7 +88,11 @@ class RecordBuilder:
         nxt = transitions["next"]
         is_init = transitions["is_init"]  # [N, k, 1]
         done = nxt["done"]  # [N, k, 1]
+        self._refuse_gaps(transitions)
         action, reward = self._arrive(transitions["action"].float(), nxt["reward"].float(), is_init, done)
+
+        # A collector writes its next batch into the same memory.
+        self._pending_observations = {key: nxt[key][:, -1].clone() for key in self.observation_keys}
 
         # Two slots per transition: its root observation, and the observation that ends the episode.
         mask = torch.stack([torch.ones_like(done), done], 2).squeeze(-1)  # [N, k, 2]
@@ -106,6 +124,21 @@ class RecordBuilder:
                 records[unravel_key(("next", key))] = merge(latent, None)
         return records
 
+    def _refuse_gaps(self, transitions: TensorDictBase) -> None:
+        """A batch must begin where the last one ended: else action and reward would go to a wrong observation."""
+        first = transitions[:, 0]
+        jumps = first["is_init"].reshape(self.num_streams)  # [N]
+        for key, expected in self._pending_observations.items():
+            differs = first[key] != expected.to(first[key].device)
+            jumps = jumps | differs.reshape(self.num_streams, -1).any(-1)
+        jumps = jumps & self._has_pending.to(jumps.device)
+        if jumps.any():
+            raise ValueError(
+                f"stream {int(jumps.nonzero()[0])}: this batch does not begin with the observation that the last batch "
+                "ended with. It was given twice, or a batch before it was left out, or the environments were reset. Give "
+                "every batch once and in order, and call reset() of this builder when environments are reset."
+            )
+
     def _arrive(
         self, action: torch.Tensor, reward: torch.Tensor, is_init: torch.Tensor, done: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,8 +153,8 @@ class RecordBuilder:
             stream, step = orphan.nonzero()[0].tolist()
             raise ValueError(
                 f"stream {stream}, step {step} of the batch: the observation is neither the first of an episode nor "
-                "the successor of a known one. The environment needs torchrl's InitTracker transform, and after "
-                "reset() of this builder the environments have to be reset as well."
+                "the successor of a known one. The environment needs torchrl's InitTracker transform; give every batch once "
+                "and in order; after reset() of this builder reset the environments as well."
             )
         arrived_action = torch.cat([self._pending_action.unsqueeze(1), action[:, :-1]], 1)  # [N, k, A]
         arrived_reward = torch.cat([self._pending_reward.unsqueeze(1), reward[:, :-1]], 1)  # [N, k, 1]
@@ -144,6 +177,7 @@ class RecordBuilder:
             "has_pending": self._has_pending,
             "action": self._pending_action,
             "reward": self._pending_reward,
+            "observations": list(self._pending_observations.items()),
             "latent_shapes": [[key, list(shape)] for key, shape in self._latent_shapes.items()],
         }
 
@@ -151,6 +185,7 @@ class RecordBuilder:
         self._has_pending = state["has_pending"].clone()
         self._pending_action = state["action"].clone() if state["action"] is not None else None
         self._pending_reward = state["reward"].clone() if state["reward"] is not None else None
+        self._pending_observations = {unravel_key(key): value.clone() for key, value in state["observations"]}
         self._latent_shapes = {unravel_key(key): tuple(shape) for key, shape in state["latent_shapes"]}
 
 

@@ -13,14 +13,26 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, Storage, TensorDictReplayBuffer
 
+from .errors import require_linux
 from .rings import RingWriter, StreamRings, WindowSampler
 
 
 class RecordReplay(TensorDictReplayBuffer):
     """A TorchRL replay buffer of records; `make_replay` builds it.
 
-    `sample()` gives the stored windows ``[B, T+1]`` as they are; `sample_windows()` gives the ``[B, T]`` records to
-    train on, with the latents to start from at the root.
+    `sample()` gives the ``[B, T]`` records to train on, with the latents to start from at the root.
+
+    Example:
+        >>> from r2dreamer.envs import RecordBuilder, make_probe
+        >>> from torchrl.collectors import Collector
+        >>> collector = Collector(make_probe("ending", seed=0), frames_per_batch=60, total_frames=120)
+        >>> builder = RecordBuilder(1, ["pixels"], latent_sizes={"state": 12, "belief": 8})
+        >>> replay = make_replay(capacity=1000, num_streams=1, batch_size=4, batch_length=5)
+        >>> for transitions in collector:
+        ...     _ = replay.extend(builder(transitions))
+        >>> batch = replay.sample()
+        >>> batch["next", "pixels"].shape, batch["belief"].shape
+        (torch.Size([4, 5, 3, 64, 64]), torch.Size([4, 5, 8]))
     """
 
     def __init__(
@@ -71,15 +83,21 @@ class RecordReplay(TensorDictReplayBuffer):
         self.changed_records[slots] = True
         return slots
 
-    def sample_windows(self, device: torch.device | str | None = None) -> TensorDict:
+    def sample(
+        self,
+        batch_size: int | None = None,
+        return_info: bool = False,
+        *,
+        device: torch.device | str | None = None,
+    ) -> TensorDict | tuple[TensorDict, dict[str, torch.Tensor]]:
         """Draws B windows of T+1 records; the first one only gives the latents to start from.
 
         Returns ``[B, T]``: the records, ``"state"`` and ``"belief"`` float32 at the root (those at the *previous*
         record), ``"index"`` and ``"index_generation"`` for `write_back`.
         """
         with self._replay_lock:
-            index, _ = self._sampler.sample(self._storage, self._batch_size)  # [B, T+1]
-            generation = self._writer.generations_of(index[:, 1:])
+            index, _ = self._sampler.sample(self._storage, batch_size or self._batch_size)  # [B, T+1]
+            info = {"index": index[:, 1:], "index_generation": self._writer.generations_of(index[:, 1:])}
             stored = self.stored
             latents = self.latents_in(stored)
             batch = _gather(stored.exclude(*latents), index[:, 1:])
@@ -88,9 +106,9 @@ class RecordReplay(TensorDictReplayBuffer):
             batch, previous = (td.to(device, non_blocking=True) for td in (batch, previous))
         if latents:
             batch.update(previous["next"].to(torch.float32))
-        batch["index"] = index[:, 1:]
-        batch["index_generation"] = generation
-        return batch
+        batch = self._transform(batch) if len(self._transform) else batch
+        batch.update(info)
+        return (batch, info) if return_info else batch
 
     def write_back(self, batch: TensorDictBase, state: torch.Tensor, belief: torch.Tensor) -> int:
         """Stores new posterior latents ``[B, T, ...]`` of a batch's records, unless they were overwritten meanwhile.
@@ -268,6 +286,7 @@ def free_bytes(storage: str, directory: str | os.PathLike | None = None) -> tupl
         return shutil.disk_usage(path).free, f"disk ({path})"
     if torch.device(storage).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(storage))[0], storage
+    require_linux("Asking how much memory is free", "Plan it with record_bytes(), or use storage='memmap'.")
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit, where it has one

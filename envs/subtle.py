@@ -1,7 +1,7 @@
 """DMC-Subtle: what matters in a task of the DeepMind Control suite, made small.
 
-`TransformedEnv(DMControlEnv("reacher", "easy", from_pixels=True), DMCSubtle())` is the paper's task, and so is
-`make_dmc_subtle("reacher", seed=0)`; `DMCSubtle(geoms="target", shrink=1 / 20)` makes any other.
+`make_dmc_subtle("reacher", seed=0)` is the paper's task: 64x64 pixels, two simulator steps an action. `DMCSubtle()` puts the
+same small things into a DMControlEnv of TorchRL's, and `DMCSubtle(geoms="target", shrink=1 / 20)` any other.
 """
 
 import math
@@ -54,7 +54,7 @@ def make_dmc_subtle(
 class DMCSubtle(Transform):
     """Shrinks things in a DeepMind Control environment, however it is rendered; its specs stay as they are.
 
-    The environment itself changes when it gets this transform, also for whoever holds it without. Reset it next.
+    The image's size is the environment's, and TorchRL's default is 240x320: the paper's is `RenderPixels(64)`. The environment itself changes when it gets this transform, also for whoever holds it without. Reset it next.
 
     task: one of the paper's five; None is the one of the environment's domain. Or, instead of a task, what shrinks:
         geoms, sites, tendons, default classes (their geoms and sites) of the environment's XML, one name or several.
@@ -64,8 +64,14 @@ class DMCSubtle(Transform):
         "frozen" shrinks only what is seen; states and rewards stay as they were, to the bit.
     xml, assets: what the environment was compiled from. Not needed for the tasks of the suite.
 
-        env = DMControlEnv("swimmer", "swimmer6", from_pixels=True)
-        env = TransformedEnv(env, DMCSubtle(geoms="target", shrink=1 / 4))
+    Example: the paper's reacher, and another task with a small target.
+        >>> from r2dreamer.envs import DMCSubtle, RenderPixels
+        >>> from torchrl.envs import Compose, DMControlEnv, TransformedEnv
+        >>> env = DMControlEnv("reacher", "hard", frame_skip=2)
+        >>> env = TransformedEnv(env, Compose(DMCSubtle(), RenderPixels(64)))
+        >>> env.reset()["pixels"].shape
+        torch.Size([3, 64, 64])
+        >>> env = TransformedEnv(DMControlEnv("swimmer", "swimmer6"), DMCSubtle(geoms="target", shrink=1 / 4))
     """
 
     def __init__(

@@ -7,14 +7,15 @@ A worker that dies or hangs becomes a `WorkerError` with its task, index, seed a
 """
 
 import os
+import sys
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 from torchrl.envs import EnvBase
 
+from .errors import require_linux
 from .players import Squad
-from .workers import Workers
 
 
 def env_seeds(seed, count, split, generation=0):
@@ -29,26 +30,35 @@ def env_seeds(seed, count, split, generation=0):
     return [(base + index) * 0x9E3779B1 % 2**30 * 2 + (split == "eval") for index in range(count)]
 
 
+def split_of(seed):
+    return "eval" if seed % 2 else "train"
+
+
 def make_vector_env(factory, seeds, *, parallel, timeout=120.0):
     """A batched environment of `factory(seed=seed)` for each seed, started.
 
     factory: one of this package's, `functools.partial(make_dmc, ...)` for example; picklable if parallel.
     parallel: false steps them in this process, true each in a worker of its own, a number in so many workers; "auto" in as
-        many as there are cores, and a single environment in this process.
+        many as there are cores, and a single environment in this process. Workers need Linux.
     timeout: seconds the environments of one worker may take for a step, a reset or their construction.
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds:
         raise ValueError("seeds is empty: a vector environment needs one seed for each of its environments.")
     workers = count_workers(parallel, len(seeds))
-    squad = Workers(factory, seeds, workers, timeout) if workers else Squad(factory, dict(enumerate(seeds)))
-    return VectorEnv(squad, seeds)
+    if not workers:
+        return VectorEnv(Squad(factory, dict(enumerate(seeds))), seeds)
+    require_linux("Stepping environments in workers", "Use parallel=False, which steps them in this process.")
+    from .workers import Workers  # not at the top: it imports what other systems lack
+
+    return VectorEnv(Workers(factory, seeds, workers, timeout), seeds)
 
 
 def count_workers(parallel, environments):
     """In how many workers so many environments are stepped; 0: in this process."""
     if parallel == "auto":
-        parallel = len(os.sched_getaffinity(0)) if environments > 1 else False
+        has_workers = environments > 1 and sys.platform.startswith("linux")
+        parallel = len(os.sched_getaffinity(0)) if has_workers else False
     if isinstance(parallel, bool):
         return environments if parallel else 0
     if not isinstance(parallel, int) or parallel < 1:
@@ -140,7 +150,9 @@ class VectorEnv(EnvBase):
         return tensordict
 
     def _set_seed(self, seed):
-        self.reseed([seed + index for index in range(len(self.seeds))])
+        """Every environment draws anew from the seeds of its own split: training and evaluation stay apart."""
+        drawn = {split: env_seeds(seed, len(self.seeds), split) for split in ("train", "eval")}
+        self.reseed([drawn[split_of(old)][number] for number, old in enumerate(self.seeds)])
 
     def reseed(self, seeds):
         self.squad.seed(dict(enumerate(seeds)))

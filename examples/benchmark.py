@@ -27,6 +27,11 @@ from collections.abc import Callable, Sequence
 import hydra
 
 import support  # noqa: F401  # isort: skip  # before torch
+from support.memory import keep_memory  # isort: skip
+
+if __name__ == "__main__":
+    keep_memory()  # as the trainer does, whose update is timed here
+
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -123,7 +128,7 @@ def measure_replay(cfg: DictConfig, agent: Agent, device: torch.device, repeats:
     latents = [torch.zeros(cfg.batch_size, cfg.batch_length, size) for size in agent.latent_sizes.values()]
 
     def step() -> None:
-        replay.write_back(replay.sample_windows(device), *latents)
+        replay.write_back(replay.sample(device=device), *latents)
 
     seconds = median_seconds(step, device, warmup=3, repeats=repeats)["median_s"]
     return {"median_s": seconds, "steps_per_s": cfg.batch_size * cfg.batch_length / seconds}

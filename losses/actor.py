@@ -38,6 +38,18 @@ class DreamerActorLoss(LossModule):
         continue_model: writes the logit ``continue_pred``; None means imagined episodes never end.
 
     Keys: reads ``state`` [N, S*K], ``belief`` [N, D].
+
+    Example:
+        >>> from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
+        >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
+        ...                     belief=16, hidden=8, classes=4, depth=2)
+        >>> loss = DreamerActorLoss(agent.actor, agent.value_model, agent.imagination,
+        ...                         continue_model=agent.continue_model, imagination_horizon=3)
+        >>> latents = TensorDict({"state": torch.zeros(5, 128), "belief": torch.zeros(5, 16)}, [5])  # posterior ones
+        >>> losses, imagined = loss(latents)
+        >>> losses["loss_actor"].backward()
+        >>> imagined["lambda_target"].shape  # for DreamerValueLoss
+        torch.Size([5, 3, 1])
     """
 
     @dataclass

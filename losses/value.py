@@ -44,6 +44,18 @@ class DreamerValueLoss(LossModule):
             unless ``bootstrap_target``.
         bootstrap_target: :attr:`bootstrap_model`, from which returns should be bootstrapped, is the target network.
         scalar_likelihood: of a head without logits.
+
+    Example:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.objectives import SoftUpdate
+        >>> value_model = TensorDictModule(nn.Linear(16, 1), in_keys=["belief"], out_keys=["state_value"])
+        >>> loss = DreamerValueLoss(value_model)
+        >>> slow_critic = SoftUpdate(loss, tau=0.02)
+        >>> imagined = TensorDict({"belief": torch.zeros(5, 3, 16), "lambda_target": torch.ones(5, 3, 1),
+        ...                        "discount_weight": torch.ones(5, 3, 1)}, [5, 3])  # as DreamerActorLoss returns it
+        >>> losses, _ = loss(imagined)
+        >>> losses["loss_value"].backward()
+        >>> slow_critic.step()  # after each step of the optimiser
     """
 
     @dataclass

@@ -24,7 +24,7 @@ class Run:
         self.replay.extend(self.builder(self.streams.collect(steps)))
 
     def update(self):
-        batch = self.replay.sample_windows()
+        batch = self.replay.sample()
         self.updates += 1
         state = torch.rand(BATCH, LENGTH, 2)
         self.replay.write_back(batch, state, torch.rand(BATCH, LENGTH, 3))

@@ -7,7 +7,7 @@ import torch
 from agents import tiny_agent
 from launcher import config
 from torchrl.collectors import Collector
-from torchrl.envs import ParallelEnv
+from torchrl.envs import ParallelEnv, StepCounter, TransformedEnv
 from train import Trainer
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
@@ -118,12 +118,32 @@ def test_a_batch_holds_of_the_policys_entries_what_is_to_be_kept():
     assert set(steps["next"].keys()) == {"observation", "is_init", "reward"} | flags
 
 
+@pytest.mark.parametrize(
+    ("wrap", "arguments", "said"),
+    [
+        (
+            lambda env: TransformedEnv(env, StepCounter(max_steps=5)),
+            {},
+            "got TransformedEnv.*Put them into the factory",
+        ),
+        (lambda env: env, {"init_random_frames": 90}, "does not know init_random_frames.*torchrl.collectors.Collector"),
+        (lambda env: env, {"max_frames_per_traj": 5}, "does not know max_frames_per_traj"),
+        (lambda env: env, {"reset_at_each_iter": True, "split_trajs": True}, "reset_at_each_iter, split_trajs"),
+    ],
+)
+def test_what_the_short_way_would_pass_over_is_refused(wrap, arguments, said):
+    environment = make_vector_env(functools.partial(make_gym, "CartPole-v1"), SEEDS, parallel=False)
+    policy = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, True), **WIDTHS).policy
+    with pytest.raises(ValueError, match=said):
+        VectorCollector(wrap(environment), policy, frames_per_batch=6, total_frames=-1, **arguments)
+
+
 def test_collected_records_train_and_take_their_latents_back():
     agent, steps = collect(parallel=False)
     records = RecordBuilder(len(SEEDS), ["observation"])(steps)
     replay = make_replay(600, len(SEEDS), batch_size=5, batch_length=7)
     replay.extend(records)
-    batch = replay.sample_windows()
+    batch = replay.sample()
     assert batch.shape == (5, 7)
     posterior = agent.world_model(batch.copy())
     assert replay.write_back(batch, posterior["next", "state"], posterior["next", "belief"]) > 0

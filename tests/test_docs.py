@@ -17,8 +17,10 @@ from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3O
 import r2dreamer.dreamer
 import r2dreamer.envs
 import r2dreamer.losses
+from r2dreamer.envs import make_dmc_subtle
 from r2dreamer.envs.gl import choose_gl
 
+choose_gl()  # in place of the `export` that the README speaks of
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -53,11 +55,13 @@ def test_the_agent_in_the_readme_acts_and_dreams(tmp_path, monkeypatch):
 
 
 def test_the_transform_in_the_readme_steps():
-    choose_gl()  # in place of the `export` the block's first line speaks of
     names = {}
     exec(block_with("DMCSubtle"), names)
     assert names["episode"].shape == (10,) and names["episode"]["action"].std() > 0
     assert names["env"].transform[0].__class__.__name__ == "DMCSubtle"
+    paper = make_dmc_subtle("reacher", seed=5)
+    names["env"].set_seed(5, static_seed=True)
+    assert torch.equal((names["env"].reset()["pixels"] * 255).round().byte(), paper.reset()["pixels"])
 
 
 def test_the_swap_in_the_readme_trains():

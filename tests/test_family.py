@@ -81,7 +81,7 @@ def test_the_augmentation_is_an_independent_switch(tmp_path):
     pixels = ["env=probe", "env.task=small_target", *TINY, *ONCE, "total_frames=40", "log_every=40"]
     for name, overrides in (("without", []), ("with", ["augmentation=random_shift"])):
         trainer = train_here(tmp_path / name, *pixels, *overrides, "algorithm=dreamer")
-        batch = trainer.replay.sample_windows(trainer.device)
+        batch = trainer.replay.sample(device=trainer.device)
         read = {}
         keep = lambda module, inputs, read=read: read.update(inputs[0]["next"])
         trainer.agent.encoder.register_forward_pre_hook(keep)

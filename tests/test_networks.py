@@ -219,6 +219,45 @@ def test_imagination_builds_no_graph_and_follows_the_prior(discrete):
         assert (imagined["action"].sum(-1) == 1).all()
 
 
+def test_imagination_rolls_out_as_an_environment_does():
+    agent = tiny_agent(discrete=False)
+    start = TensorDict({"state": torch.zeros(6, CATEGORICALS * CLASSES), "belief": torch.randn(6, BELIEF)}, [6])
+    dream = lambda policy=agent.actor, start=start: agent.imagination.rollout(
+        4, policy, tensordict=start, auto_reset=False, break_when_any_done=False
+    )
+    torch.manual_seed(0)
+    sampled = dream()
+    assert not sampled["done"].any() and not sampled["next", "terminated"].any()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        greedy = dream()
+        torch.testing.assert_close(greedy["action"][:, 0], agent.actor.get_dist(start).deterministic_sample)
+    assert not torch.equal(sampled["action"][:, 0], greedy["action"][:, 0])
+    torch.manual_seed(0)
+    with set_exploration_type(ExplorationType.RANDOM):
+        assert torch.equal(dream()["action"], sampled["action"])
+    constant = lambda latents: latents.set("action", torch.full((*latents.shape, ACTIONS), 0.5))
+    assert (dream(constant)["action"] == 0.5).all()  # any callable is a policy
+    torch.manual_seed(0)
+    reshaped = dream(start=start.reshape(2, 3))
+    assert reshaped.shape == (2, 3, 4)
+    torch.testing.assert_close(reshaped.reshape(6, 4), sampled)
+    assert dream(start=start[0]).shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({}, ValueError, "begins from latents.*'state' and 'belief'"),
+        ({"tensordict": TensorDict({"belief": torch.zeros(6, BELIEF)}, [6])}, ValueError, r"was given \['belief'\]"),
+        ({"tensordic": None}, TypeError, "tensordic"),
+    ],
+)
+def test_imagination_refuses_what_it_cannot_begin_from(arguments, error, said):
+    agent = tiny_agent()
+    with pytest.raises(error, match=said):
+        agent.imagination.rollout(4, agent.actor, **arguments)
+
+
 def test_encoder_mixes_images_and_vectors_and_refuses_odd_sizes():
     agent = tiny_agent()
     assert agent.encoder.out_features == 4 * 4 * 4 + 12

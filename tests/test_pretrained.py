@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from agents import tiny_agent
+from agents import tiny_agent, tiny_records
 from launcher import CARTPOLE, TINY, train_here
 from omegaconf import OmegaConf
 from tensordict import TensorDict
@@ -17,6 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from r2dreamer.dreamer import load_pretrained, save_pretrained
 from r2dreamer.dreamer.pretrained import construct
+from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 PIXELS = ["env=probe", "env.task=ending", *TINY, *ONCE, "total_frames=40"]
 
@@ -166,6 +167,16 @@ def test_an_agent_is_saved_alone(tmp_path):
     assert load_pretrained(tmp_path / "again").summary() == agent.summary()
     with pytest.raises(ValueError, match="recipe=None"):
         save_pretrained(agent, None, tmp_path / "none")
+
+
+def test_a_loaded_agent_can_be_trained_on(tmp_path):
+    recipe = dict(_target_="r2dreamer.dreamer.build_agent", belief=16, hidden=12, classes=4, categoricals=7, depth=2)
+    save_pretrained(tiny_agent(), recipe | dict(encoder_multipliers=[1, 2]), tmp_path)
+    agent = load_pretrained(tmp_path, trainable=True)
+    assert all(part.training for part in agent.parts().values())
+    losses, _ = R2DreamerWorldModelLoss(agent.world_model)(tiny_records(agent))
+    total_loss(losses).backward()
+    assert all(p.grad is not None for p in agent.world_model.parameters())
 
 
 def test_what_holds_no_agent_is_refused(tmp_path):

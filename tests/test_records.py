@@ -79,6 +79,24 @@ def test_reset_forgets_pending_and_an_observation_without_predecessor_is_refused
     check_records(builder(streams.collect(3)))
 
 
+def test_a_batch_given_twice_or_left_out_or_after_a_reset_is_refused():
+    for max_episode in (5, 1000):
+        streams, builder = CountingStreams(3, max_episode), RecordBuilder(3, ["count"])
+        first = streams.collect(4)
+        builder(first)
+        with pytest.raises(ValueError, match="stream [012].*once and in order"):
+            builder(first)
+        left_out, following = streams.collect(4).clone(), streams.collect(4)
+        with pytest.raises(ValueError, match="stream [012].*once and in order"):
+            builder(following)
+        builder(left_out), builder(following)  # what is refused changes nothing
+        streams.restart()
+        with pytest.raises(ValueError, match=r"the environments were reset.*reset\(\) of this builder"):
+            builder(streams.collect(4))
+        builder.reset()
+        assert len(builder(streams.collect(4))) >= 12
+
+
 def test_wrong_number_of_streams_is_refused():
     with pytest.raises(ValueError, match=r"\[3, k\], got \[2, 4\]"):
         RecordBuilder(3, ["count"])(CountingStreams(2, 5).collect(4))

@@ -36,7 +36,7 @@ def test_thousands_of_windows_are_consecutive_and_all_in_them_belongs_together(m
     assert len(set(map(len, written))) > 1 or max_episode == 1, "the streams are ragged"
     place = [{row: i for i, row in enumerate(rows)} for rows in written]
     for _ in range(400):
-        batch = replay.sample_windows()
+        batch = replay.sample()
         check_records(batch)
         for window in batch["next", "count"].tolist():
             stream = window[0][0]
@@ -44,9 +44,6 @@ def test_thousands_of_windows_are_consecutive_and_all_in_them_belongs_together(m
             assert positions == list(range(positions[0], positions[0] + LENGTH))
             # The context record is stored as well: nothing before the oldest record is reached.
             assert positions[0] - 1 >= len(written[stream]) - replay.rings.length
-        sampled = replay.sample()
-        assert sampled.shape == (BATCH, LENGTH + 1)
-        check_records(sampled)
 
 
 def test_windows_do_not_cross_the_cursor_at_any_fill():
@@ -61,12 +58,14 @@ def test_windows_do_not_cross_the_cursor_at_any_fill():
         assert len(replay) == int(replay.stream_lengths.sum())
         assert replay.can_sample() == bool((total > LENGTH).any())
         if replay.can_sample():
-            check_records(replay.sample_windows())
-            counter = replay.sample()["next", "count"][..., 3]
+            check_records(replay.sample())
+            batch = replay.sample()
+            assert batch.shape == (50, LENGTH) and {"state", "belief"} < set(batch.keys())
+            counter = batch["next", "count"][..., 3]
             assert (counter.diff(dim=1) == 1).all()
         else:
             with pytest.raises(RuntimeError, match="no stream holds 7 records yet"):
-                replay.sample_windows()
+                replay.sample()
 
 
 def test_observations_are_stored_once_and_last_ones_too():
@@ -88,7 +87,7 @@ def test_window_starts_are_uniform_over_streams_of_unequal_length():
     count = torch.zeros(len(stream), 4, dtype=torch.int64)
     count[:, 3] = torch.arange(len(stream))
     replay.extend(TensorDict({"stream": stream, "next": {"count": count}}, [len(stream)]))
-    starts = torch.cat([replay.sample()["next", "count"][:, 0, 3] for _ in range(10)])
+    starts = torch.cat([replay.sample()["next", "count"][:, 0, 3] - 1 for _ in range(10)])
     values, counts = starts.unique(return_counts=True)
     assert values.tolist() == [*range(55, 89), *range(95, 99)]  # 34 of stream 0, 4 of stream 1
     expected = len(starts) / 38
@@ -98,7 +97,7 @@ def test_window_starts_are_uniform_over_streams_of_unequal_length():
 def test_a_window_starts_from_the_latents_of_the_record_before():
     replay, _, _, _ = filled()
     for _ in range(50):
-        batch = replay.sample_windows()
+        batch = replay.sample()
         assert batch["state"].dtype == batch["belief"].dtype == torch.float32
         before = replay.rings.slots(batch["index"] // replay.rings.length, batch["index"] - 1)
         for key in ("state", "belief"):
@@ -116,7 +115,7 @@ def test_latents_written_back_are_read_in_overlapping_windows():
 
     overlaps = 0
     for version in range(300):
-        batch = replay.sample_windows()
+        batch = replay.sample()
         previous = replay.rings.slots(batch["index"] // replay.rings.length, batch["index"] - 1)
         for slot, state, belief in zip(
             previous.flatten().tolist(), batch["state"].flatten(0, 1), batch["belief"].flatten(0, 1), strict=True
@@ -133,7 +132,7 @@ def test_latents_written_back_are_read_in_overlapping_windows():
 
 def test_of_overlapping_windows_in_one_batch_the_last_writes_state_and_belief():
     replay, _, _, _ = filled(capacity=60, batch_size=64)
-    batch = replay.sample_windows()
+    batch = replay.sample()
     row = torch.arange(batch.numel()).reshape(batch.shape).float()
     replay.write_back(batch, row.unsqueeze(-1).expand(-1, -1, 2), row.unsqueeze(-1).expand(-1, -1, 3))
     expected = {slot: i for i, slot in enumerate(batch["index"].flatten().tolist())}
@@ -145,7 +144,7 @@ def test_of_overlapping_windows_in_one_batch_the_last_writes_state_and_belief():
 
 def test_latents_of_overwritten_records_are_not_written_back():
     replay, _, streams, builder = filled(capacity=60)
-    batch = replay.sample_windows()
+    batch = replay.sample()
     records = builder(streams.collect(10))
     slots = replay.extend(records)
     before = replay.stored.clone()
@@ -199,7 +198,7 @@ def test_restarted_environments_end_the_episodes_in_the_replay():
     records = builder(streams.collect(4))
     check_records(records)
     replay.extend(records)
-    assert (replay.sample_windows()["next", "count"][..., 3].diff(dim=1) >= 1).all()
+    assert (replay.sample()["next", "count"][..., 3].diff(dim=1) >= 1).all()
 
 
 def test_extending_with_other_entries_is_refused():
@@ -278,7 +277,7 @@ def test_sampling_and_writing_back_take_milliseconds_whatever_the_size():
     times = []
     for _ in range(10):
         start = time.perf_counter()
-        batch = replay.sample_windows()
+        batch = replay.sample()
         replay.write_back(batch, state, belief)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.1

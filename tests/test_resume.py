@@ -94,7 +94,7 @@ def test_a_run_killed_again_and_again_without_exact_neither_loses_nor_doubles_a_
 def fifty_updates(trainer):
     losses = []
     for _ in range(50):
-        batch = trainer.replay.sample_windows()
+        batch = trainer.replay.sample()
         found, latents = trainer.learner.update(batch)
         trainer.replay.write_back(batch, latents["state"], latents["belief"])
         losses.append(torch.stack([found[name].reshape(()) for name in sorted(found.keys())]))

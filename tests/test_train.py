@@ -1,6 +1,7 @@
 """The example itself: it runs on what it is given, logs what it did, and repeats."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,36 @@ def test_the_train_ratio_is_kept_once_past_the_warmup(tmp_path):
         (last["count/policy_steps"] - 20) * ratio / replayed_per_update, rel=0.02
     )
     assert last["count/train_ratio"] == last["count/updates"] * replayed_per_update / last["count/policy_steps"]
+
+
+class InterruptedSoon:
+    """Stands in for Ctrl-C after a few steps."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def requested(self):
+        self.asked += 1
+        return self.asked > 5
+
+
+def test_a_run_cut_short_says_when_its_evaluation_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.Interrupt", InterruptedSoon)
+    rare = ["eval.every=1000", "checkpoint.every=1000"]
+    trainer = train_here(tmp_path, *CARTPOLE, *rare)
+    (said,) = re.findall(
+        r"interrupted .* at (\d+) frames, eval return [\d.]+ \+- [\d.]+ at (\d+) frames", capsys.readouterr().out
+    )
+    assert said == (str(trainer.frames), "0") and trainer.frames > 0
+    train_here(tmp_path, *CARTPOLE, *rare)
+    assert "eval return not measured since the run was resumed" in capsys.readouterr().out
 
 
 CAMERA = """

@@ -29,6 +29,22 @@ def test_train_and_eval_seeds_never_meet():
     assert len(train) == 20 * 3 * 16
 
 
+def test_set_seed_keeps_training_and_evaluation_apart():
+    train, evaluation = (
+        make_vector_env(FACTORIES["gym state"], env_seeds(0, 3, split), parallel=False) for split in ("train", "eval")
+    )
+    seen = {}
+    for env in (train, evaluation):
+        for seed in range(30):
+            env.set_seed(seed)
+            assert len(set(env.seeds)) == 3
+            seen.setdefault(id(env), set()).update(env.seeds)
+    assert not seen[id(train)] & seen[id(evaluation)] and len(seen[id(train)]) == 90
+    train.set_seed(7)
+    new = make_vector_env(FACTORIES["gym state"], env_seeds(7, 3, "train"), parallel=False)
+    assert same(trajectory(train), trajectory(new))
+
+
 @every_factory
 def test_a_reseeded_environment_is_as_good_as_new(factory):
     old = make_vector_env(factory, [1, 2], parallel=False)

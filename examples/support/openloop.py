@@ -59,7 +59,7 @@ def film_open_loop(trainer) -> None:
     if decoder is None or not trainer.replay.can_sample():
         return
     with untouched_generators(trainer.cfg.seed):
-        film = open_loop(trainer.agent, decoder, trainer.replay.sample_windows(trainer.device))
+        film = open_loop(trainer.agent, decoder, trainer.replay.sample(device=trainer.device))
     if film is None and decoder.image_channels:
         warnings.warn(
             f"No open_loop.mp4: in every window of batch_length={trainer.cfg.batch_length} an episode begins after the "

@@ -17,6 +17,7 @@ from hydra.errors import ConfigCompositionException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.envs import WorkerError
+from r2dreamer.envs.errors import require_linux
 
 from .checkpoint import CheckpointError
 
@@ -96,6 +97,7 @@ def friendly_errors(main: Callable) -> Callable:
     @functools.wraps(main)
     def wrapped(cfg: DictConfig) -> None:
         try:
+            require_linux("This script", "Run it in WSL or a container, or use the packages in a loop of your own.")
             main(cfg)
         except KeyboardInterrupt:
             leave_at_once()

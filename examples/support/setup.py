@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +18,14 @@ from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, joint_positi
 from r2dreamer.envs import check_environment, count_workers
 from r2dreamer.envs.errors import require_positive
 from r2dreamer.envs.gl import watch
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError(
+        f"The example scripts lock a run's directory with fcntl, which {sys.platform} does not have. Run them on Linux (WSL, a "
+        "container), or use r2dreamer.dreamer, r2dreamer.losses and r2dreamer.envs in a loop of your own."
+    ) from error
 
 from .checkpoint import Checkpoints, LoadedCheckpoint
 from .metrics import MetricsWriter

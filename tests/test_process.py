@@ -1,0 +1,84 @@
+"""What the example scripts change in their own process, and what importing their helpers leaves alone."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+from launcher import EXAMPLES
+
+from r2dreamer.envs import count_workers, make_gym, make_vector_env
+from r2dreamer.envs.replay import free_bytes
+
+MAPPED = """
+import ctypes, sys
+sys.path.insert(0, {examples!r})
+import support
+from support.memory import keep_memory
+{before}
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+class Counts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks a b c".split()]
+libc.mallinfo2.restype = Counts
+before = libc.mallinfo2().hblks
+libc.malloc(1 << 26)
+print(libc.mallinfo2().hblks - before)
+"""
+
+
+def python(code, **environment):
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+@pytest.mark.parametrize(
+    ("before", "environment", "mapped"),
+    [("", {}, 1), ("keep_memory()", {}, 0), ("keep_memory()", {"R2DREAMER_MALLOC": "system"}, 1)],
+)
+def test_only_who_asks_keeps_large_blocks_on_the_heap(before, environment, mapped):
+    code = MAPPED.format(examples=str(EXAMPLES), before=before)
+    assert python(code, **environment) == [str(mapped)]
+
+
+@pytest.mark.parametrize("script", ["train", "benchmark"])
+def test_a_script_that_trains_asks_before_torch_is_imported(script):
+    code = f"""
+import runpy, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import support.memory
+support.memory.keep_memory = lambda: sys.exit(print("asked", "torch" in sys.modules))
+runpy.run_path({str(EXAMPLES / script)!r} + ".py", run_name="__main__")
+"""
+    assert python(code) == ["asked", "False"]
+
+
+def test_what_needs_linux_says_so_elsewhere(monkeypatch, capsys):
+    from support.script import friendly_errors
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(OSError, match="in workers needs Linux, and this system is darwin.*parallel=False"):
+        make_vector_env(functools.partial(make_gym, "CartPole-v1"), [2, 4], parallel=True)
+    assert count_workers("auto", 5) == 0
+    with pytest.raises(OSError, match="needs Linux.*storage='memmap'"):
+        free_bytes("cpu")
+    with pytest.raises(SystemExit):
+        friendly_errors(lambda cfg: None)(None)
+    assert "This script needs Linux" in capsys.readouterr().err
+
+
+def test_without_fcntl_the_environments_import_and_the_trainer_says_what_is_missing():
+    code = f"""
+import sys
+sys.modules["fcntl"] = None
+import r2dreamer.envs
+sys.path.insert(0, {str(EXAMPLES)!r})
+try:
+    import support.setup
+except ImportError as error:
+    print(error)
+"""
+    assert "which linux does not have. Run them on Linux (WSL," in " ".join(python(code))
