@@ -241,7 +241,8 @@ class Trainer:
         cfg = self.cfg
         last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
         film = {"record": cfg.eval.video, "make_environment": self.suite["make_evaluation"] if last else None}
-        result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, seed=cfg.seed, **film)
+        how = {"seed": cfg.seed, "max_steps": cfg.eval.max_steps}
+        result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, **how, **film)
         self.metrics.write(self.frames, result.summary(self.suite["scores"]))
         if result.frames is not None:
             write_video(self.logdir / "eval.mp4", result.frames, fps=30)
