@@ -5,7 +5,6 @@ python examples/train.py experiment=quickstart
 python examples/train.py experiment=quickstart algorithm=dreamer
 """
 
-import sys
 import time
 
 import support  # noqa: F401  # isort: skip  # before torch
@@ -28,6 +27,7 @@ from support.capture import PREPARING, captured
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision
+from support.disk import replace_text, warn
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
 from support.metrics import Averages, progress, rename_loss
@@ -160,7 +160,7 @@ class Trainer:
             exploration_type=ExplorationType.RANDOM,
         )
         self.stream.start(collector)
-        OmegaConf.save(cfg, self.logdir / "config.yaml", resolve=True)  # nothing refuses it any more
+        replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))  # nothing refuses it any more
         self.metrics = open_metrics(cfg, self.logdir, self.saved)
         if self.saved:
             restore(self)
@@ -274,7 +274,7 @@ class Trainer:
         except CheckpointError as error:
             if leaving or self.frames >= self.cfg.total_frames:
                 raise
-            tqdm.write(f"WARNING: {error} Training goes on; the next checkpoint tries again.", file=sys.stderr)
+            warn(f"{error} Training goes on; the next checkpoint tries again.")
 
     def close(self) -> None:
         for part in (self.stream, self.evaluation, self.metrics, self.lock):
