@@ -110,7 +110,7 @@ class MetricsWriter:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._lines, self._step = position["lines"], position["step"]
         self._waiting = [line.encode() for line in position.get("waiting", ())]
-        self._warned, self._failed = set(), []
+        self._warned, self._failed = set(), set()
         if lost:
             print(f"{self.path} lacks {lost:,} bytes that it had at the checkpoint: it was cut or edited since.")
             self._lines = self.path.read_bytes().count(b"\n")
@@ -144,15 +144,17 @@ class MetricsWriter:
             self._lines += 1
 
     def _tell_loggers(self, what: str, *arguments) -> None:
-        """A logger that cannot write lacks lines, is opened anew with the next one, and ends no run."""
+        """A logger that cannot write lacks lines, is opened anew when there is room, and ends no run."""
         for logger in self.loggers:
             try:
                 if logger in self._failed:
+                    if self._waiting:
+                        continue
                     getattr(logger, "reopen", lambda step: None)(self._step)
-                    self._failed.remove(logger)
+                    self._failed.discard(logger)
                 getattr(logger, what)(*arguments)
             except OSError as error:
-                self._failed.append(logger)
+                self._failed.add(logger)
                 where = getattr(logger, "directory", type(logger).__name__)
                 self._warn(f"{where} cannot be written ({error}) and lacks lines, which {self.path} has. {REMEDY}")
 
