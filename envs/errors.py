@@ -42,11 +42,32 @@ def unknown_task(task, known, suite, own=None):
 
 def not_finite(name, value, step, task):
     """The error for a number that would poison the replay and show up thousands of updates later as a NaN loss."""
-    what = "reward" if name == "reward" else f"observation {name!r}"
     return ValueError(
-        f"{what} is not finite at step {step} of an episode of task {task!r}: {np.asarray(value).tolist()}. The simulator "
-        "diverged or the environment has a bug; smaller actions, another seed or a fixed environment mend it."
+        f"{_entry(name)} is not finite at step {step} of an episode of task {task!r}: {np.asarray(value).tolist()}. It is "
+        "stored as float32, in which numbers above 3.4e38 are infinite. The simulator diverged or the environment has a "
+        "bug; smaller actions, another seed or a fixed environment mend it."
     )
+
+
+def fits(value, shape, dtype):
+    """Whether an array can be stored in this shape and dtype; a number may become a narrower one of its kind."""
+    if value is None or value.shape != shape:
+        return False
+    return value.dtype == dtype or np.can_cast(value.dtype, dtype, "same_kind")
+
+
+def unexpected(name, value, shape, dtype, step, task):
+    """The error for an entry that changed its shape or its kind of number in mid-run and would be broadcast or cut."""
+    found = "is missing" if value is None else f"is {value.dtype} of shape {list(value.shape)}"
+    return ValueError(
+        f"{_entry(name)} {found} at step {step} of an episode of task {task!r}. The environment's specs promise "
+        f"{np.dtype(dtype)} of shape {list(shape)}: return that at every reset and step, or change the specs."
+    )
+
+
+def _entry(name):
+    flags = ("reward", "done", "terminated", "truncated")
+    return str(name) if name in flags else f"observation {name!r}"
 
 
 def require(module, extra):

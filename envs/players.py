@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torchrl.envs.utils import step_mdp
 
+from .errors import fits, not_finite, unexpected
 from .transforms import ContractEnv, with_task
 
 FLAGS = ("done", "terminated", "truncated")
@@ -92,30 +93,36 @@ class EnvPlayer:
 
     def __init__(self, env):
         self.env = env
-        self.root = None
+        self.root, self.played = None, 0
 
     def seed(self, number):
         self.env.set_seed(number, static_seed=True)
 
     def begin(self, row):
-        self.root = self.env.reset()
+        self.root, self.played = self.env.reset(), 0
         self._write(self.root, row.began)
 
     def step(self, row):
         stepped = self.env.step(self.root.set("action", torch.from_numpy(row.action.copy())))
-        after = stepped["next"]
-        self._write(after, row.observed)
-        row.reward[...] = after["reward"].numpy(force=True)
-        self._write(after, row.flags)
+        after, self.played = stepped["next"], self.played + 1
+        self._write(after, row.observed | {"reward": row.reward} | row.flags)
         if row.flags["done"][0]:
             self.begin(row)
         else:
             self.root = step_mdp(stepped)
 
-    @staticmethod
-    def _write(tensors, row):
+    def _write(self, tensors, row):
+        """Checked as it is stored: an assignment would broadcast a wrong shape and make a large float64 infinite."""
         for key, array in row.items():
-            array[...] = tensors[key].numpy(force=True)
+            tensor, task = tensors.get(key, None), getattr(self.env, "task", type(self.env).__name__)
+            value = None if tensor is None else tensor.numpy(force=True)
+            if not fits(value, array.shape, array.dtype):
+                raise unexpected(key, value, array.shape, array.dtype, self.played, task)
+            with np.errstate(over="ignore"):
+                array[...] = value
+            # What stands below "metrics" is reported, not learned from.
+            if array.dtype.kind == "f" and isinstance(key, str) and not np.isfinite(array).all():
+                raise not_finite(key, value, self.played, task)
 
 
 class Squad:

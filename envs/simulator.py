@@ -6,7 +6,9 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
-from .errors import not_finite
+from .errors import fits, not_finite, unexpected
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Simulator(EnvBase):
@@ -37,7 +39,8 @@ class Simulator(EnvBase):
         self.observation_spec = Composite(
             {name: pixels(shape) if len(shape) == 3 else Unbounded(shape) for name, shape in observations.items()}
         )
-        self.vectors = [name for name, shape in observations.items() if len(shape) == 1]
+        kind = lambda shape: np.dtype(np.uint8 if len(shape) == 3 else np.float32)
+        self.layout = [(name, tuple(shape), kind(shape)) for name, shape in observations.items()]
         if self.metrics:
             self.observation_spec["metrics"] = Composite({name: Unbounded((1,)) for name in self.metrics})
         self.discrete, self.scale = isinstance(actions, int), None
@@ -79,12 +82,19 @@ class Simulator(EnvBase):
         return self._checked(observation, reward), float(reward), bool(terminated), bool(truncated and not terminated)
 
     def _checked(self, observation, reward=0.0):
-        for name in self.vectors:
-            if not np.isfinite(observation[name]).all():
-                raise not_finite(name, observation[name], self.played, self.task)
-        if not np.isfinite(reward):
+        """The observation in the shapes and dtypes of the specs, in which it is stored."""
+        checked = {}
+        for name, shape, dtype in self.layout:
+            value = observation.get(name)
+            value = None if value is None else np.asarray(value)
+            if not fits(value, shape, dtype):
+                raise unexpected(name, value, shape, dtype, self.played, self.task)
+            checked[name] = value.astype(dtype, copy=False)
+            if dtype.kind == "f" and not np.isfinite(checked[name]).all():
+                raise not_finite(name, value, self.played, self.task)
+        if not abs(reward) <= LARGEST:  # nor NaN
             raise not_finite("reward", reward, self.played, self.task)
-        return observation
+        return checked
 
     def _set_seed(self, seed):
         self.seed(seed)

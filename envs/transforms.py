@@ -30,7 +30,7 @@ class FiniteCheck(Transform):
 
     def _check(self, tensordict, name):
         value = tensordict.get(name, None)
-        if value is not None and not torch.isfinite(value).all():
+        if value is not None and not torch.isfinite(value.float()).all():
             raise not_finite(name, value.numpy(force=True), self.steps, self.task)
 
     def _step(self, tensordict, next_tensordict):

@@ -6,17 +6,20 @@ where needed, numbers or seeds. A worker that dies or hangs becomes a `WorkerErr
 
 import contextlib
 import faulthandler
+import fcntl
 import json
 import multiprocessing
 import os
 import pickle
 import re
 import select
+import shutil
 import signal
 import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from .players import Arrays, Squad
 
 STEP, BEGIN, SEED, CLOSE = b"s", b"b", b"n", b"c"  # what a worker is asked; numbers or seeds may follow
 DONE, FAILED = b"d", b"f"  # what it answers
+FOLDER = "r2dreamer-workers-"
 
 
 def start_fork_server():
@@ -58,8 +62,22 @@ class Post:
     gl: str | None
 
 
-def work(post, channel):
+class Gone(Exception):
+    """The trainer is; an EOFError of the environment's own is an error like any other."""
+
+
+def end_with_trainer(life):
+    """Has the system end this process, also in a step that hangs, when the trainer's end of this pipe is closed."""
+    signal.signal(signal.SIGIO, signal.SIG_DFL)  # which ends the process
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+    if life.poll():  # it had been closed before
+        os._exit(0)
+
+
+def work(post, channel, life):
     """The life of a worker."""
+    end_with_trainer(life)
     if post.gl is not None:
         os.environ["MUJOCO_GL"] = post.gl
     file = post.report.open("w", buffering=1)
@@ -72,22 +90,30 @@ def work(post, channel):
     def at(number):
         progress[0] = number
 
+    def exchange(call, *message):
+        try:
+            return call(*message)
+        except (EOFError, OSError) as error:
+            raise Gone from error
+
+    answer, ask = partial(exchange, channel.send_bytes), partial(exchange, channel.recv_bytes)
+
     try:
         squad = Squad(post.factory, post.seeds, at)
-        channel.send_bytes(DONE + pickle.dumps(squad.describe()))
-        memory, layout, count = pickle.loads(channel.recv_bytes())
+        answer(DONE + pickle.dumps(squad.describe()))
+        memory, layout, count = pickle.loads(ask())
         squad.attach(Arrays.allocate(layout, count, np.memmap(memory, np.uint8, "r+")))
-        channel.send_bytes(DONE)
-        while (asked := channel.recv_bytes()) != CLOSE:
+        answer(DONE)
+        while (asked := ask()) != CLOSE:
             if asked == STEP:
                 squad.step()
             elif asked[:1] == BEGIN:
                 squad.begin(json.loads(asked[1:]))
             else:
                 squad.seed({int(number): seed for number, seed in json.loads(asked[1:]).items()})
-            channel.send_bytes(DONE)
+            answer(DONE)
         squad.close()
-    except (EOFError, BrokenPipeError):  # whoever listened is gone
+    except Gone:
         os._exit(0)
     except BaseException:
         file.write(traceback.format_exc())
@@ -106,7 +132,9 @@ class Workers:
         start_fork_server()
         self.task = getattr(factory, "keywords", {}).get("task") or next(iter(getattr(factory, "args", ())), None)
         self.seeds, self.patience = dict(enumerate(seeds)), timeout
-        self.folder = tempfile.TemporaryDirectory(prefix="r2dreamer-workers-")
+        remove_leftovers()
+        self.folder = tempfile.TemporaryDirectory(prefix=FOLDER)
+        self.lock = lock(self.folder.name)
         numbers = [list(range(len(seeds)))[first::count] for first in range(count)]
         self.crew = [Member(factory, {number: seeds[number] for number in mine}, self.folder.name) for mine in numbers]
         self.listening = select.poll()
@@ -213,7 +241,9 @@ class Workers:
             member.process.kill()
             member.process.join()
             member.channel.close()
+            member.life.close()
         self.folder.cleanup()
+        os.close(self.lock)
 
 
 class Member:
@@ -229,9 +259,11 @@ class Member:
         context = multiprocessing.get_context("forkserver")
         self.channel, theirs = context.Pipe()
         post = Post(factory, seeds, progress, self.report, os.environ.get("MUJOCO_GL"))
-        self.process = context.Process(target=work, args=(post, theirs), daemon=True)
+        life, self.life = context.Pipe(duplex=False)
+        self.process = context.Process(target=work, args=(post, theirs, life), daemon=True)
         self.process.start()
         theirs.close()  # only then is a worker's end heard here
+        life.close()
 
     def dump_stack(self):
         if self.process.is_alive():
@@ -240,10 +272,10 @@ class Member:
 
 
 def shared_file(size, folder):
-    """A file of `size` bytes, in memory where there is room."""
-    for place in ("/dev/shm", folder):
+    """A file of `size` bytes, in memory where there is room; `remove_leftovers` finds it by the name of the folder."""
+    for path in (f"/dev/shm/{Path(folder).name}", f"{folder}/shared"):
         with contextlib.suppress(OSError):
-            descriptor, path = tempfile.mkstemp(dir=place)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 os.posix_fallocate(descriptor, 0, size)
                 return path
@@ -254,6 +286,29 @@ def shared_file(size, folder):
     raise OSError(
         f"No room for {size:,} bytes that environments and trainer share, neither in /dev/shm nor in {folder}."
     )
+
+
+def lock(folder):
+    """A descriptor that holds the folder's lock, or None where another process holds it. The system lets go of it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        os.close(descriptor)
+
+
+def remove_leftovers():
+    """Removes what killed processes left: folders of workers that nobody holds the lock of."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            if time.time() - folder.stat().st_mtime < 60:
+                continue  # its owner may be about to lock it
+            held = lock(folder)
+            if held is not None:
+                Path("/dev/shm", folder.name).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+                os.close(held)
 
 
 def _describe_exit(code):

@@ -16,6 +16,7 @@ from train import Learner
 
 from support.checkpoint import Checkpoints, LoadedCheckpoint
 from support.devices import resolve_device
+from support.evaluation import LONGEST_EPISODE
 from support.film import evaluate_seeds
 from support.script import script
 from support.setup import build
@@ -40,6 +41,7 @@ def main(cfg: DictConfig) -> None:
     episodes = run.eval.episodes if cfg.episodes is None else cfg.episodes
     if episodes < 1:
         raise ValueError(f"episodes={episodes} must be at least 1.")
+    max_steps = run.eval.get("max_steps", LONGEST_EPISODE) if cfg.max_steps is None else cfg.max_steps
     if run.threads:
         torch.set_num_threads(run.threads)
 
@@ -50,7 +52,13 @@ def main(cfg: DictConfig) -> None:
     environments = r2dreamer.envs.make_vector_env(make_environment, seeds, parallel=run.env.parallel)
     try:
         result = evaluate_seeds(
-            environments, agent, seeds, seed=seed, record=cfg.video, make_environment=make_environment
+            environments,
+            agent,
+            seeds,
+            seed=seed,
+            record=cfg.video,
+            max_steps=max_steps,
+            make_environment=make_environment,
         )
     finally:
         environments.close()

@@ -7,7 +7,6 @@ python examples/train.py experiment=quickstart algorithm=dreamer
 The process keeps freed memory, which makes updates faster on a CPU; R2DREAMER_MALLOC=system before the command prevents that.
 """
 
-import sys
 import time
 
 import support  # noqa: F401  # isort: skip  # before torch
@@ -35,6 +34,7 @@ from support.capture import PREPARING, captured
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision
+from support.disk import replace_text, warn
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
 from support.metrics import Averages, progress, rename_loss
@@ -167,7 +167,7 @@ class Trainer:
             exploration_type=ExplorationType.RANDOM,
         )
         self.stream.start(collector)
-        OmegaConf.save(cfg, self.logdir / "config.yaml", resolve=True)  # nothing refuses it any more
+        replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))  # nothing refuses it any more
         self.metrics = open_metrics(cfg, self.logdir, self.saved)
         if self.saved:
             restore(self)
@@ -248,7 +248,8 @@ class Trainer:
         cfg = self.cfg
         last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
         film = {"record": cfg.eval.video, "make_environment": self.suite["make_evaluation"] if last else None}
-        result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, seed=cfg.seed, **film)
+        how = {"seed": cfg.seed, "max_steps": cfg.eval.max_steps}
+        result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, **how, **film)
         self.metrics.write(self.frames, result.summary(self.suite["scores"]))
         if result.frames is not None:
             write_video(self.logdir / "eval.mp4", result.frames, fps=30)
@@ -280,7 +281,7 @@ class Trainer:
         except CheckpointError as error:
             if leaving or self.frames >= self.cfg.total_frames:
                 raise
-            tqdm.write(f"WARNING: {error} Training goes on; the next checkpoint tries again.", file=sys.stderr)
+            warn(f"{error} Training goes on; the next checkpoint tries again.")
 
     def close(self) -> None:
         for part in (self.stream, self.evaluation, self.metrics, self.lock):

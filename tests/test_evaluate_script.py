@@ -3,9 +3,10 @@
 import functools
 
 import pytest
-from launcher import PENDULUM, lines
+from launcher import PENDULUM, TINY, config, lines, train_here
 
 import r2dreamer.envs  # isort: skip  # before TorchRL
+import evaluate
 import torch
 
 from support import checkpoint as checkpoint_module
@@ -95,3 +96,16 @@ def test_evaluate_refuses(server, trained, tmp_path, what, says):
     run = server.run(tmp_path / "run", *arguments, script="evaluate")
     assert run.status == 1 and says in " ".join(run.stderr.split())
     assert "Traceback" not in run.stderr and "\n\n" not in run.stderr.strip()
+
+
+def test_an_environment_that_never_ends_is_cut_off_with_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fault").write_text("endless 0")
+    task = ["env=custom", "env.factory=faulty:make", *TINY, "env.parallel=false", "total_frames=40"]
+    train_here(tmp_path / "log", *task, "eval.max_steps=12")
+    assert [line["eval/length"] for line in lines(tmp_path / "log", '"eval/length"')] == [12, 12]
+    assert "2 of 2 evaluation episodes did not end within max_steps=12" in capsys.readouterr().err
+    for more, steps in ([], 12), (["max_steps=7"], 7):
+        evaluate.main(config(f"checkpoint={tmp_path}/log", "video=false", *more, name="evaluate"))
+        said = capsys.readouterr()
+        assert f"{steps} steps" in said.out and f"did not end within max_steps={steps}" in said.err

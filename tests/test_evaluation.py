@@ -112,7 +112,8 @@ def test_one_unbatched_environment_without_is_init_or_pixels():
 
 
 def test_max_steps_cuts_an_episode_off():
-    assert evaluate(SerialEnv(2, [short, long]), CountingPolicy(), episodes=2, max_steps=3).lengths == [2, 3]
+    result = evaluate(SerialEnv(2, [short, long]), CountingPolicy(), episodes=2, max_steps=3)
+    assert result.lengths == [2, 3] and [episode.cut_off for episode in result.episodes] == [False, True]
 
 
 def test_generators_and_training_modes_are_left_alone():

@@ -1,5 +1,6 @@
 """metrics.jsonl survives kills, and a resumed run neither loses nor doubles a line."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from support.disk import replace_text
 from support.metrics import Averages, MetricsWriter, TensorBoardLogger, WandbLogger, cut_after, read_metrics
 from support.video import encode_gif, write_video
 
@@ -160,16 +162,71 @@ def test_a_file_shorter_than_the_checkpoint_says_is_reported_and_continued(tmp_p
     assert writer.position()["lines"] == 3
 
 
-def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+class Board(TensorBoardLogger):
+    """Its disk can be full."""
+
+    full = False
+
+    def scalars(self, step, values):
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().scalars(step, values)
+
+
+def fill(patch):
+    """The disk has room for five bytes, and for no line."""
+    real = os.write
+    patch.setattr("support.metrics.os.write", lambda file, data: real(file, data[:5]))
+
+
+def test_lines_wait_while_the_disk_is_full_with_one_warning_and_no_half_line(tmp_path, monkeypatch, capsys):
+    board, path = Board(tmp_path), tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(tmp_path, [board])
+    writer.write(1, {"a": 1})
+    with monkeypatch.context() as patch:
+        fill(patch)
+        board.full = True
+        writer.write(2, {"a": 2})
+        writer.write(3, {"a": 3})
+        assert steps(path) == [1]
+        told = capsys.readouterr().err
+        assert told.count(f"{path} cannot be written: No space left") == 1 and "logdir=PATH" in told
+        assert told.count(f"{tmp_path / 'tensorboard'} cannot be written") == 1
+        position = writer.position()  # of a checkpoint, for which there is room again
+        assert (position["lines"], position["step"]) == (1, 3)
+    board.full = False
+    writer.write(4, {"a": 4})
+    writer.close()
+    assert steps(path) == [1, 2, 3, 4] and capsys.readouterr().err == ""
+    # Killed after that checkpoint: the lines that waited come with it.
+    MetricsWriter(tmp_path, resume_position=position).close()
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_line_that_was_never_written_is_told_at_the_end(tmp_path, monkeypatch, capsys):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"a": 1})
-    real = os.write
+    fill(monkeypatch)
+    writer.write(2, {"a": 2})
+    writer.close()
+    assert "1 lines were not written to" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_from_the_start_is_named_and_the_old_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text("old: 1")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
-        patch.setattr("support.metrics.os.write", lambda file, data: real(file, data[:5]))
-        with pytest.raises(OSError, match="No space"):
-            writer.write(2, {"a": 2})
-    writer.write(3, {"a": 3})
-    assert steps(tmp_path / "metrics.jsonl") == [1, 3]
+        patch.setattr("pathlib.Path.write_text", full)
+        with pytest.raises(OSError, match=f"^{path} cannot be written: No space left.*logdir=PATH"):
+            replace_text(path, "new: 1")
+    assert path.read_text() == "old: 1"
+    monkeypatch.setattr(TensorBoardLogger, "start", full)
+    with pytest.raises(OSError, match=f"{tmp_path}/tensorboard cannot be written: No space left.*logdir=PATH"):
+        MetricsWriter(tmp_path, [TensorBoardLogger(tmp_path)])
 
 
 def test_kill_9_leaves_whole_lines(tmp_path):

@@ -3,10 +3,14 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from faulty import Faulty
 from torchrl.collectors import Collector
 from torchrl.envs import GymEnv, RewardSum, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
@@ -15,6 +19,7 @@ from toys import FACTORIES, every_factory, same, trajectory
 
 from r2dreamer.envs import WorkerError, count_workers, env_seeds, make_custom, make_gym, make_vector_env, reseed
 from r2dreamer.envs.gl import hanging_gl
+from r2dreamer.envs.workers import FOLDER, lock
 
 
 def test_train_and_eval_seeds_never_meet():
@@ -229,3 +234,70 @@ def test_how_many_workers_a_setting_makes():
     for wrong in ("yes", 0, -1, 1.5, None):
         with pytest.raises(ValueError, match="true, false, auto or a number of workers"):
             count_workers(wrong, 3)
+
+
+KILLED = """
+import functools, os
+from faulty import Faulty
+from r2dreamer.envs import make_custom, make_vector_env
+
+def factory(seed):
+    return make_custom(functools.partial(Faulty, "hang_in_c", at=2), seed=seed)
+
+if __name__ == "__main__":
+    env = make_vector_env(factory, [1, 2], parallel=True)
+    print(env.squad.folder.name, *env.squad.pids(), flush=True)
+    env.rollout(5)
+"""
+
+
+def is_running(pid):
+    path = Path(f"/proc/{pid}/stat")
+    try:
+        return path.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_in_a_hanging_step_end_with_their_trainer_and_what_is_left_goes_at_the_next_start(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(tmp_path / "killed.py")]
+    trainer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    folder, *pids = trainer.stdout.readline().split()
+    time.sleep(0.5)  # into the step that hangs
+    assert all(is_running(pid) for pid in pids)
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in pids)
+
+    folder = Path(folder)
+    shared = Path("/dev/shm", folder.name)
+    shared.touch()  # as a trainer leaves it that is killed before its workers have mapped it
+    young = folder.with_name(f"{FOLDER}young")
+    young.mkdir(exist_ok=True)
+    mine = make_vector_env(FACTORIES["gym state"], [1], parallel=True)
+    assert folder.exists() and young.exists()  # both are young: their owners may be about to lock them
+    for old in (folder, Path(mine.squad.folder.name)):
+        os.utime(old, (0, 0))
+    other = make_vector_env(FACTORIES["gym state"], [1], parallel=True)
+    assert not folder.exists() and not shared.exists()
+    assert young.exists() and Path(mine.squad.folder.name).exists() and lock(mine.squad.folder.name) is None
+    for env in (mine, other):
+        env.close()
+    young.rmdir()
+
+
+def made_to_end(trouble, seed):
+    return make_custom(functools.partial(Faulty, trouble, at=2), seed=seed, task="mine")
+
+
+@pytest.mark.parametrize(("trouble", "said"), [("eof", "the simulator's file ended"), ("leave", "SystemExit: 3")])
+def test_an_environment_that_ends_like_a_pipe_or_a_program_is_named_with_its_traceback(trouble, said):
+    env = make_vector_env(functools.partial(made_to_end, trouble), [40], parallel=True)
+    with pytest.raises(WorkerError, match=f"(?s)environment 0 .*seed 40.*{said}"):
+        env.rollout(5)
+    env.close()

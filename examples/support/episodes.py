@@ -18,6 +18,7 @@ class Episode:
     reward: float
     length: int
     metrics: dict[str, float]
+    cut_off: bool = False  # it had not ended when no more steps were played
 
 
 def summarise(episodes: Sequence[Episode], scores: Scores | None) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from support.episodes import Episode, Scores, reported, summarise
 
 LONGEST_FILM = 1000  # frames; a game of Atari can last 27,000 steps
+LONGEST_EPISODE = 30_000  # steps; of what does not end within them nobody knows whether it ever does
 
 
 @dataclass
@@ -34,6 +35,11 @@ class EvaluationResult:
     @property
     def lengths(self) -> list[int]:
         return [episode.length for episode in self.episodes]
+
+    @property
+    def cut_off(self) -> int:
+        """How many episodes had not ended after `max_steps`."""
+        return sum(episode.cut_off for episode in self.episodes)
 
     @property
     def mean(self) -> float:
@@ -121,7 +127,10 @@ def _play_round(env, policy, max_steps, camera):
             root.set("is_init", after["done"].clone())
     return [
         Episode(
-            returns[index].item(), lengths[index].item(), {name: each[index].item() for name, each in metrics.items()}
+            returns[index].item(),
+            lengths[index].item(),
+            {name: each[index].item() for name, each in metrics.items()},
+            cut_off=playing[index].item(),
         )
         for index in range(count)
     ]

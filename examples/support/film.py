@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torchrl.envs import EnvBase
+from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent
 from r2dreamer.envs import make_gym, make_vector_env, reseed
-from support.evaluation import LONGEST_FILM, EvaluationResult, evaluate
+from support.evaluation import LONGEST_EPISODE, LONGEST_FILM, EvaluationResult, evaluate
 
 SIDE = 192  # about how many pixels the shorter side of a film gets
 
@@ -23,11 +25,13 @@ def evaluate_seeds(
     *,
     seed: int,
     record: bool,
+    max_steps: int | None = LONGEST_EPISODE,
     make_environment: Callable[..., EnvBase] | None = None,
 ) -> EvaluationResult:
     """One episode from each of `seeds` with mode actions; the first one is filmed if `record`.
 
     seed: for the sampling inside the policy.
+    max_steps: where an episode is cut off, with a warning; None plays on until it ends.
     make_environment: films the episode where the observations hold no image; None leaves such a film out.
     """
     reseed(environments, seeds)
@@ -37,10 +41,23 @@ def evaluate_seeds(
     image = next(iter(agent.observations.images), None)
     try:
         result = evaluate(
-            environments, agent.policy, episodes=len(seeds), record=record, pixels_key=image or "pixels", seed=seed
+            environments,
+            agent.policy,
+            episodes=len(seeds),
+            max_steps=max_steps,
+            record=record,
+            pixels_key=image or "pixels",
+            seed=seed,
         )
     finally:
         hook.remove()
+    if result.cut_off:
+        tqdm.write(
+            f"WARNING: {result.cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and "
+            "were cut off. Give the environment a time limit: torchrl.envs.StepCounter(max_steps=...), or "
+            "env.episode_frames=... for env=gym. Or set another eval.max_steps.",
+            file=sys.stderr,
+        )
     if record and image is None and make_environment is not None:
         result.frames = film(make_environment, seeds[0], actions[: min(result.lengths[0], LONGEST_FILM)])
     return result

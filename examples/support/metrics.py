@@ -6,6 +6,7 @@ frames. What depends on the machine's speed is named `speed/*` or `time/*`, all 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from support.disk import REMEDY, explained, warn
 from support.video import encode_gif
 
 
@@ -93,55 +95,93 @@ def rename_loss(name: str) -> str:
 class MetricsWriter:
     """Appends lines to `<logdir>/metrics.jsonl` and hands the same numbers to the loggers.
 
-    A line is one `write` to a file opened for appending: a killed process leaves whole lines. A checkpoint keeps
+    A line is one `write` to a file opened for appending: a killed process leaves whole lines. A line for which the disk
+    has no room waits, and is tried again with the next one, or with the checkpoint, which keeps it. A checkpoint keeps
     `position()`; given back as `resume_position`, what was logged after it is moved to `metrics.superseded.jsonl`,
     because the resumed run does those steps again. None is a new run: all that is there is moved.
     """
 
-    def __init__(self, logdir: str | os.PathLike, loggers=(), resume_position: Mapping[str, int] | None = None):
+    def __init__(self, logdir: str | os.PathLike, loggers=(), resume_position: Mapping | None = None):
         self.path = Path(logdir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         position = resume_position or {"bytes": 0, "lines": 0, "step": -1}
-        lost = cut_after(self.path, position["bytes"])
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with explained(self.path):
+            lost = cut_after(self.path, position["bytes"])
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._lines, self._step = position["lines"], position["step"]
+        self._waiting = [line.encode() for line in position.get("waiting", ())]
+        self._warned, self._failed = set(), set()
         if lost:
             print(f"{self.path} lacks {lost:,} bytes that it had at the checkpoint: it was cut or edited since.")
             self._lines = self.path.read_bytes().count(b"\n")
+        self._write_waiting()
         self.loggers = list(loggers)
         for logger in self.loggers:
-            logger.start(self._step)
+            with explained(getattr(logger, "directory", logdir)):
+                logger.start(self._step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         numbers = {name: _plain(value) for name, value in values.items()}
-        line = json.dumps({"step": int(step), **numbers}, allow_nan=False).encode() + b"\n"
-        end = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(f"No space left for a line of {self.path}.")
-        except OSError:
-            os.ftruncate(self._file, end)  # a full disk takes part of a line
-            raise
-        self._lines, self._step = self._lines + 1, int(step)
+        self._waiting.append(json.dumps({"step": int(step), **numbers}, allow_nan=False).encode() + b"\n")
+        self._step = int(step)
+        self._write_waiting()
+        self._tell_loggers("scalars", step, {name: value for name, value in numbers.items() if value is not None})
+
+    def _write_waiting(self) -> None:
+        """Writes the lines that wait, oldest first, until the disk has no room for one."""
+        while self._waiting:
+            line, end = self._waiting[0], os.fstat(self._file).st_size
+            try:
+                if os.write(self._file, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                os.ftruncate(self._file, end)  # a full disk takes part of a line
+                self._warn(
+                    f"{self.path} cannot be written: {error.strerror}. Training goes on, and lines wait. {REMEDY}"
+                )
+                return
+            self._waiting.pop(0)
+            self._lines += 1
+
+    def _tell_loggers(self, what: str, *arguments) -> None:
+        """A logger that cannot write lacks lines, is opened anew when there is room, and ends no run."""
         for logger in self.loggers:
-            logger.scalars(step, {name: value for name, value in numbers.items() if value is not None})
+            try:
+                if logger in self._failed:
+                    if self._waiting:
+                        continue
+                    getattr(logger, "reopen", lambda step: None)(self._step)
+                    self._failed.discard(logger)
+                getattr(logger, what)(*arguments)
+            except OSError as error:
+                self._failed.add(logger)
+                where = getattr(logger, "directory", type(logger).__name__)
+                self._warn(f"{where} cannot be written ({error}) and lacks lines, which {self.path} has. {REMEDY}")
+
+    def _warn(self, text: str) -> None:
+        """Once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warn(text)
 
     def video(self, step: int, name: str, frames, fps: int) -> None:
         """frames: uint8 [T, H, W, 3]."""
-        for logger in self.loggers:
-            logger.video(step, name, frames, fps)
+        self._tell_loggers("video", step, name, frames, fps)
 
-    def position(self) -> dict[str, int]:
+    def position(self) -> dict:
         """Where the file ends now, for a checkpoint. All of it is on disk before the checkpoint is."""
+        self._write_waiting()
         os.fsync(self._file)
-        for logger in self.loggers:
-            logger.flush()
-        return {"bytes": os.fstat(self._file).st_size, "lines": self._lines, "step": self._step}
+        self._tell_loggers("flush")
+        position = {"bytes": os.fstat(self._file).st_size, "lines": self._lines, "step": self._step}
+        return position | ({"waiting": [line.decode() for line in self._waiting]} if self._waiting else {})
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.close()
+        self._write_waiting()
+        self._tell_loggers("close")
         os.close(self._file)
+        if self._waiting:
+            warn(f"{len(self._waiting)} lines were not written to {self.path}. {REMEDY}")
 
 
 def cut_after(path: Path, end: int) -> int:
@@ -214,6 +254,10 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.directory), purge_step=step + 1)
+
+    def reopen(self, step: int) -> None:
+        """After a failed write: the writer's own thread has ended."""
+        self.start(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
