@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -107,8 +107,9 @@ def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent 
             losses = fitted(agent, run, cfg, records[:episodes], weights)
         scores = model_scores(trained or agent, records, episodes)
     result = asdict(cell) | {"minutes": round((time.time() - start) / 60, 2), "scores": scores, "losses": losses}
-    write_whole(path, lambda partial: partial.write_text(json.dumps(result | origin())))
-    return ask(cell, run, cfg, out)
+    result |= origin()
+    write_whole(path, lambda partial: partial.write_text(json.dumps(result)))
+    return result
 
 
 def fitted(agent: Agent, run: DictConfig, cfg: DictConfig, records, path: Path) -> dict[str, float]:
@@ -122,6 +123,14 @@ def fitted(agent: Agent, run: DictConfig, cfg: DictConfig, records, path: Path) 
     saved = torch.load(path, weights_only=True)
     agent.world_model.load_state_dict(saved["weights"])
     return saved["losses"]
+
+
+def results_in(out: Path, members: Sequence[str]) -> list[dict]:
+    """All results of a directory, also those of other commands: by task, size and member."""
+    results = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    place = {member: number for number, member in enumerate(members)}
+    order = lambda result: (result["task"], -result["shrink"], place.get(result["member"], len(place)), result["seed"])
+    return sorted(results, key=order)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -169,14 +178,13 @@ def main(cfg: DictConfig) -> None:
         out = Path(cfg.out or "runs/latents")
         claim(out, settings)
         parts = [(cell, composed(cell, list(cfg.overrides)), None) for cell in cells(cfg)]
-    results = []
     for number, (cell, run, trained) in enumerate(parts):
-        results.append(ask(cell, run, cfg, out, trained))
-        said = ", ".join(
-            f"{fact} {score['r2']:.2f}" for fact, score in next(iter(results[-1]["scores"].values())).items()
-        )
-        print(f"[{number + 1}/{len(parts)}] {cell.name}: {said} ({results[-1]['minutes']} minutes)", flush=True)
-    print(*write_results(results, out), sep="\n")
+        result = ask(cell, run, cfg, out, trained)
+        read, scores = next(iter(result["scores"].items()))
+        said = ", ".join(f"{fact} {score['r2']:.2f}" for fact, score in scores.items())
+        print(f"[{number + 1}/{len(parts)}] {cell.name}, {read}: {said} ({result['minutes']} minutes)", flush=True)
+        written = write_results(results_in(out, [BASELINES, UNTRAINED, *cfg.members]), out)
+    print(*written, sep="\n")
 
 
 if __name__ == "__main__":
