@@ -1,0 +1,191 @@
+"""What do latents know? World models learn from the same recorded episodes; linear probes then ask them for facts.
+
+python examples/latents.py tasks=[reacher] members=[r2dreamer,dreamer] shrinks=[1,paper] seeds=[0]
+python examples/latents.py tasks=[reacher] shrinks=[1,1/2,1/3,1/4,1/6] seeds=[0,1]
+python examples/latents.py checkpoint=runs/dmc_subtle-reacher/seed0
+
+A probe is a ridge regression to what the simulator knows (a target's place), scored by R2 on held-out episodes; a constant
+scores 0. A script plays, so that no policy matters, and with frozen physics a size changes only what is seen. Beside the
+members stand an untrained model, raw pixels, and the other facts, which show what one fact gives away about another.
+The same command goes on where it was stopped: recordings, trained models and scores that exist are not made again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from r2dreamer.dreamer import Agent
+from r2dreamer.envs.subtle import OFFICIAL
+from support.devices import resolve_device, resolve_precision
+from support.latents_report import write_results
+from support.probing import baseline_scores, model_scores
+from support.recording import record, recorded
+from support.script import script
+from support.setup import build
+from support.trained import load_trained
+from support.worldmodel import train_world_model
+
+BASELINES, UNTRAINED = "baselines", "untrained"  # stand in a member's place
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One world model, or the baselines, on one recording."""
+
+    task: str
+    shrink: float
+    member: str
+    seed: int
+
+    @property
+    def recording(self) -> str:
+        return f"{self.task}-{self.shrink:.4g}-seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.recording}-{self.member}"
+
+
+def cells(cfg: DictConfig) -> list[Cell]:
+    """In the order in which they are made: a seed after the other, a recording's baselines before its members."""
+    if unknown := [task for task in cfg.tasks if task not in OFFICIAL]:
+        raise ValueError(f"tasks: {unknown[0]} is not a task of DMC-Subtle. There are {', '.join(OFFICIAL)}.")
+    size = lambda task, shrink: OFFICIAL[task].shrink if shrink == "paper" else float(Fraction(str(shrink)))
+    return [
+        Cell(task, shrink, member, seed)
+        for seed, task in itertools.product(cfg.seeds, cfg.tasks)
+        for shrink in dict.fromkeys(size(task, each) for each in cfg.shrinks)
+        for member in (BASELINES, UNTRAINED, *cfg.members)
+    ]
+
+
+def composed(cell: Cell, overrides: list[str]) -> DictConfig:
+    """The trainer's configuration of a cell."""
+    algorithm = "none" if cell.member in (BASELINES, UNTRAINED) else cell.member
+    where = [f"env.task={cell.task}", f"env.shrink={cell.shrink}", "env.physics=frozen", f"seed={cell.seed}"]
+    chosen = ["experiment=latents", "env=dmc_subtle", f"algorithm={algorithm}", *where, *overrides]
+    return hydra.compose("config", chosen)
+
+
+def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent | None = None) -> dict:
+    """The result of a cell, from its file if there is one. trained: the agent of a checkpoint."""
+    path = out / "cells" / f"{cell.name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    start, losses, episodes = time.time(), {}, cfg.record.episodes
+    make_environment = hydra.utils.instantiate(run.env.make_evaluation)
+    agent, keys = build(make_environment, run, resolve_device(cfg.device))
+
+    def play():
+        options = {key: value for key, value in cfg.record.items() if key != "heldout"}
+        options["episodes"] += cfg.record.heldout
+        with closing(make_environment(seed=cell.seed)) as env:
+            return record(env, keys, cell.seed, progress=cfg.progress, **options)
+
+    records = recorded(out / "records" / cell.recording, play)
+    if cell.member == BASELINES:
+        scores = baseline_scores(records, keys, episodes)
+    else:
+        if trained is None and cell.member != UNTRAINED:
+            weights = out / "weights" / f"{cell.name}.pt"
+            losses = fitted(agent, run, cfg, records[:episodes], weights)
+        scores = model_scores(trained or agent, records, episodes)
+    result = asdict(cell) | {"minutes": round((time.time() - start) / 60, 2), "scores": scores, "losses": losses}
+    result |= origin()
+    write_whole(path, lambda partial: partial.write_text(json.dumps(result)))
+    return result
+
+
+def fitted(agent: Agent, run: DictConfig, cfg: DictConfig, records, path: Path) -> dict[str, float]:
+    """Trains the agent's world model, or loads what was trained; the last losses."""
+    if not path.exists():
+        precision = resolve_precision(cfg.precision, resolve_device(cfg.device))
+        amount = {"updates": cfg.updates, "batch_size": run.batch_size, "progress": cfg.progress}
+        losses = train_world_model(agent, run.algorithm, records, run.seed, precision=precision, **amount)
+        saved = {"weights": agent.world_model.state_dict(), "losses": losses}
+        write_whole(path, lambda partial: torch.save(saved, partial))
+    saved = torch.load(path, weights_only=True)
+    agent.world_model.load_state_dict(saved["weights"])
+    return saved["losses"]
+
+
+def results_in(out: Path, members: Sequence[str]) -> list[dict]:
+    """All results of a directory, also those of other commands: by task, size and member."""
+    results = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    place = {member: number for number, member in enumerate(members)}
+    order = lambda result: (result["task"], -result["shrink"], place.get(result["member"], len(place)), result["seed"])
+    return sorted(results, key=order)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file that a kill leaves whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(partial := path.with_name(path.name + ".partial"))
+    partial.replace(path)
+
+
+def origin() -> dict[str, str]:
+    """The command and the version that made a result."""
+    commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
+    return {"command": shlex.join(["python", *sys.argv]), "commit": found or "unknown"}
+
+
+def claim(out: Path, settings: dict) -> None:
+    """A directory holds results of one setting; whatever else is asked for goes elsewhere."""
+    path = out / "settings.json"
+    if path.exists() and (before := json.loads(path.read_text())) != settings:
+        name = next(name for name in {**before, **settings} if before.get(name) != settings.get(name))
+        raise ValueError(
+            f"{out} holds results with {name}={before.get(name)}, and this command says {settings.get(name)}. Repeat the "
+            "former, or give another directory with out=DIR."
+        )
+    write_whole(path, lambda partial: partial.write_text(json.dumps(settings)))
+
+
+@script("latents")
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.threads)
+    given = OmegaConf.to_container(cfg)
+    settings = {name: given[name] for name in ("record", "updates", "overrides", "precision")}
+    if cfg.checkpoint:
+        trained = load_trained(cfg.checkpoint, resolve_device(cfg.device))
+        run = trained.run
+        out = Path(cfg.out or trained.directory / "latents")
+        claim(out, settings | {"checkpoint": str(trained.path)})
+        shrink = run.env.get("shrink") or (OFFICIAL[run.env.task].shrink if run.env.suite == "dmc_subtle" else 1)
+        whose = [(BASELINES, None), (UNTRAINED, None), (run.name, trained.agent)]
+        parts = [
+            (Cell(run.env.task, float(Fraction(str(shrink))), name, run.seed), run, agent) for name, agent in whose
+        ]
+    else:
+        out = Path(cfg.out or "runs/latents")
+        claim(out, settings)
+        parts = [(cell, composed(cell, list(cfg.overrides)), None) for cell in cells(cfg)]
+    for number, (cell, run, trained) in enumerate(parts):
+        result = ask(cell, run, cfg, out, trained)
+        read, scores = next(iter(result["scores"].items()))
+        said = ", ".join(f"{fact} {score['r2']:.2f}" for fact, score in scores.items())
+        print(f"[{number + 1}/{len(parts)}] {cell.name}, {read}: {said} ({result['minutes']} minutes)", flush=True)
+        written = write_results(results_in(out, [BASELINES, UNTRAINED, *cfg.members]), out)
+    print(*written, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

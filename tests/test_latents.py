@@ -1,0 +1,215 @@
+"""examples/latents.py: probes score what features hold and no more, on a toy whose image shows one fact and hides another."""
+
+import json
+
+import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
+import latents
+import numpy as np
+import pytest
+import torch
+from launcher import TINY, config, train_here
+
+from r2dreamer.envs import make_dmc, make_dmc_subtle
+from r2dreamer.envs.simulator import Simulator
+from r2dreamer.envs.transforms import finish
+from support.facts import facts
+from support.latents_report import markdown
+from support.probing import baseline_scores, model_scores
+from support.recording import record
+from support.ridge import heldout_r2
+from support.setup import build
+from support.worldmodel import train_world_model
+
+SIZE = 16
+RECORD = dict(episodes=120, steps=6, lead=2, keep=0.5)
+
+
+class Square(Simulator):
+    """A bright square that stands still in an episode: its place is shown; a number is hidden; `acted` is the last action."""
+
+    def __init__(self, ends=100):
+        super().__init__(observations={"pixels": (3, SIZE, SIZE)}, actions=(np.full(2, -1), np.full(2, 1)))
+        self.ends = ends
+        self.set_seed(0, static_seed=True)
+
+    def seed(self, number):
+        self.random = np.random.default_rng(number)
+
+    def begin(self):
+        self.place, self.hidden = self.random.integers(SIZE - 3, size=2), self.random.normal(size=1)
+        self.acted = np.zeros(2)
+        return self.observe()
+
+    def advance(self, action):
+        self.acted = action
+        return self.observe(), float(action[0]), False, self.played >= self.ends
+
+    def observe(self):
+        pixels = np.zeros((3, SIZE, SIZE), np.uint8)
+        x, y = self.place
+        pixels[:, y : y + 4, x : x + 4] = 255
+        return {"pixels": pixels}
+
+    def facts(self):
+        return {"shown": self.place, "hidden": self.hidden, "acted": self.acted}
+
+
+def square(ends=100):
+    return Square(ends)
+
+
+TOY = ["experiment=latents", "env=custom", "env.factory=test_latents:square", "model.belief=32", "model.hidden=12",
+       "model.classes=4", "model.categoricals=8", "model.depth=2", "model.encoder_multipliers=[2,4]", "env.parallel=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recording():
+    return record(finish(square(), "square", 0), ["pixels"], 0, **RECORD)
+
+
+def agent_of(member):
+    run = config(*TOY, f"algorithm={member}")
+    return build(lambda seed: finish(square(), "square", seed), run, torch.device("cpu"))[0], run
+
+
+def test_a_probe_finds_what_is_linear_and_scores_nothing_for_noise():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 4, 9, generator=generator)
+    weights = torch.nn.functional.normalize(torch.randn(9, 2, generator=generator), dim=0)
+    linear = features @ weights + 3  # of variance 1, as the noise
+    noise = torch.randn(200, 4, 2, generator=generator)
+    wide = torch.cat([features, torch.zeros(200, 4, 800)], -1)  # more features than samples
+    for given in (features, wide):
+        assert heldout_r2(given, linear, 160)["r2"] > 0.999
+    half = heldout_r2(features, linear + noise, 160)
+    assert 0.35 < half["low"] < half["r2"] < half["high"] < 0.65
+    assert -0.1 < heldout_r2(features, noise, 160)["r2"] < 0.1
+    with pytest.raises(ValueError, match="never changes"):
+        heldout_r2(features, torch.ones(200, 4, 1), 160)
+
+
+def test_what_stands_still_in_an_episode_is_scored_on_other_episodes():
+    generator = torch.Generator().manual_seed(0)
+    names = torch.randn(30, 1, 200, generator=generator).expand(30, 8, 200)  # tells episodes apart and nothing else
+    fact = torch.randn(30, 1, 1, generator=generator).expand(30, 8, 1)
+    assert heldout_r2(names, fact, 20)["r2"] < 0.3
+
+
+def test_records_hold_the_action_that_led_to_them_and_rows_begin_anew():
+    records = record(finish(square(ends=5), "square", 0), ["pixels"], 3, episodes=20, steps=9, lead=4)
+    begins = records["is_init"].squeeze(-1)
+    assert begins[:, 0].all() and begins[:, 1:].any() and records["next", "done"][:, -1].all()
+    arrived = records["action"][~begins]
+    assert torch.equal(arrived, records["facts", "acted"][~begins]) and arrived.abs().min() > 0
+    assert torch.equal(records["next", "reward"][~begins], arrived[:, :1])
+    assert not records["action"][begins].any() and not records["next", "reward"][begins].any()
+    assert torch.equal(begins[:, 1:], records["next", "done"][:, :-1].squeeze(-1))
+    again = record(finish(square(ends=5), "square", 9), ["pixels"], 3, episodes=20, steps=9, lead=4)
+    assert all(torch.equal(records[key], again[key]) for key in records.keys(True, True))
+
+
+def test_a_decoder_teaches_latents_what_is_shown_and_nothing_what_is_hidden(recording):
+    untrained, _ = agent_of("dreamer")
+    agent, run = agent_of("dreamer")
+    before = model_scores(untrained, recording, 90)
+    train_world_model(agent, run.algorithm, recording[:90], 0, updates=250, batch_size=16, precision=torch.float32)
+    after = model_scores(agent, recording, 90)
+    assert after["latents"]["shown"]["r2"] > max(0.85, before["latents"]["shown"]["r2"] + 0.2)
+    assert all(scores["hidden"]["r2"] < 0.1 for scores in (*before.values(), *after.values()))
+    baselines = baseline_scores(recording, ["pixels"], 90)
+    assert baselines["pixels"]["shown"]["r2"] > 0.95 and baselines["pixels"]["hidden"]["r2"] < 0.1
+    assert max(score["r2"] for score in baselines["other facts"].values()) < 0.1
+
+
+def test_facts_are_the_simulators_own():
+    env = make_dmc_subtle("reacher", seed=3, from_pixels=False)
+    for _ in range(3):
+        seen, known = env.reset(), facts(env)
+        assert np.allclose(known["target"] - known["finger"], seen["to_target"], atol=1e-5)
+    env = make_dmc_subtle("cartpole_swingup", seed=3, from_pixels=False)
+    seen, known = env.reset(), facts(env)
+    assert np.allclose(np.concatenate([known["cart"], known["pole"]]), seen["position"], atol=1e-5)
+    env = make_dmc_subtle("finger_turn", seed=3, from_pixels=False)
+    env.reset()
+    known, physics = facts(env), env.base_env._env.physics
+    assert np.allclose(known["target"] - known["fingertip"], physics.to_target(), atol=1e-5)
+    assert facts(make_dmc("walker_walk", seed=0, from_pixels=False)).keys() == {"orientations", "height", "velocity"}
+
+
+def test_with_frozen_physics_sizes_differ_in_sight_alone():
+    stock, small = (
+        record(make_dmc_subtle("reacher", seed=0, shrink=s, physics="frozen"), ["pixels"], 0, episodes=2, steps=3)
+        for s in (1, 1 / 3)
+    )
+    differ = [key for key in stock.keys(True, True) if not torch.equal(stock[key], small[key])]
+    assert differ == [("next", "pixels")]
+
+
+def test_an_environment_that_says_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"method facts\(\)"):
+        facts(r2dreamer.envs.make_probe("small_target", seed=0))
+
+
+TOO = {"record.episodes": 12, "record.heldout": 6, "record.steps": 4, "record.lead": 0, "updates": 2}
+SMALL = [f"{key}={value}" for key, value in TOO.items()] + ["progress=false", "device=cpu", "precision=fp32"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs latents.main on the toy in the place of DMC-Subtle."""
+    place = lambda cell, overrides: config(*TOY, f"algorithm={cell.member if cell.member in MEMBERS else 'none'}")
+    monkeypatch.setattr(latents, "composed", place)
+
+    def run(*overrides):
+        latents.main.__wrapped__(config(*SMALL, f"out={tmp_path}", *overrides, name="latents"))
+        return tmp_path
+
+    return run
+
+
+MEMBERS = ("r2dreamer", "dreamer")
+GRID = ["tasks=[reacher]", "shrinks=[1]", "seeds=[0]", "members=[r2dreamer,dreamer]"]
+
+
+def test_the_command_writes_lines_table_and_figure_and_repeats_nothing(command, monkeypatch):
+    out = command(*GRID)
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [line["member"] for line in lines] == ["baselines", "untrained", *MEMBERS]
+    assert all(line["commit"] and line["command"] and line["seed"] == 0 for line in lines)
+    assert "dreamer, embedding" in (out / "table.md").read_text() and (out / "latents.png").exists()
+    (out / "cells" / "reacher-1-seed0-dreamer.json").unlink()
+    for name in ("train_world_model", "record"):
+        monkeypatch.setattr(latents, name, lambda *args, **kwargs: pytest.fail("made again"))
+    command(*GRID)
+    again = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [line["scores"] for line in again] == [line["scores"] for line in lines]
+    with pytest.raises(ValueError, match="updates=2"):
+        command(*GRID, "updates=3")
+    with pytest.raises(ValueError, match="reacherr"):
+        command("tasks=[reacherr]")
+
+
+def test_a_checkpoint_is_asked_the_same(tmp_path):
+    logdir = tmp_path / "run"
+    train_here(logdir, "env=custom", "env.factory=test_latents:square", *TINY, "model.encoder_multipliers=[2,4]", "env.parallel=false", "env.total_frames=60", "total_frames=60", "checkpoint.every=60")  # fmt: skip
+    latents.main.__wrapped__(config(*SMALL, f"checkpoint={logdir}", name="latents"))
+    lines = [json.loads(line) for line in (logdir / "latents" / "results.jsonl").read_text().splitlines()]
+    assert [line["member"] for line in lines] == ["baselines", "untrained", "tiny"]
+    assert lines[2]["scores"] != lines[1]["scores"] and lines[2]["scores"]["latents"].keys() == {
+        "shown",
+        "hidden",
+        "acted",
+    }
+
+
+def test_the_table_shows_the_mean_of_seeds_and_their_range():
+    line = lambda seed, r2: {"task": "reacher", "shrink": 1 / 3, "member": "dreamer", "seed": seed,
+                             "scores": {"latents": {"target": {"r2": r2}}}}  # fmt: skip
+    assert "| dreamer, latents | 0.50 (0.25 to 0.75) |" in markdown([line(0, 0.25), line(1, 0.75)])
+
+
+def test_sizes_and_members_make_the_grid():
+    cfg = config(*GRID[2:], "tasks=[reacher,cartpole_swingup]", "shrinks=[1,1/2,paper]", name="latents")
+    made = latents.cells(cfg)
+    assert len(made) == len(set(made)) == 2 * 3 * 4
+    assert sorted({cell.shrink for cell in made if cell.task == "cartpole_swingup"}) == [1 / 20, 1 / 2, 1]
