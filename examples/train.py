@@ -211,7 +211,7 @@ class Trainer:
         if interrupt.requested:
             self.save(leaving=True)
         curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
-        state = "interrupted (resume with the same command)" if interrupt.requested else "finished"
+        state = "interrupted, resume with the same command" if interrupt.requested else "finished"
         print(f"{cfg.name} seed {cfg.seed}: {state} at {self.frames} frames, eval return {score}, curve {curve}")
 
     def collect(self, transitions: TensorDict) -> None:

@@ -94,7 +94,7 @@ def test_a_run_cut_short_says_when_its_evaluation_was(tmp_path, monkeypatch, cap
     rare = ["eval.every=1000", "checkpoint.every=1000"]
     trainer = train_here(tmp_path, *CARTPOLE, *rare)
     (said,) = re.findall(
-        r"interrupted .* at (\d+) frames, eval return [\d.]+ \+- [\d.]+ at (\d+) frames", capsys.readouterr().out
+        r"interrupted, .* at (\d+) frames, eval return [\d.]+ \+- [\d.]+ at (\d+) frames", capsys.readouterr().out
     )
     assert said == (str(trainer.frames), "0") and trainer.frames > 0
     train_here(tmp_path, *CARTPOLE, *rare)
