@@ -23,6 +23,7 @@ import warnings
 import zipfile
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,19 +59,25 @@ def construct(recipe: Any, trust: Sequence[str] = ()) -> Any:
     if "_target_" not in recipe:
         return arguments
     target = recipe["_target_"]
-    check_target(target, BUILDERS, trust, "a saved agent")
+    check_target(target, BUILDERS, trust)
     function = pkgutil.resolve_name(target)
     return functools.partial(function, **arguments) if recipe.get("_partial_") else function(**arguments)
 
 
-def check_target(target: Any, allowed: Container[str], trust: Sequence[str], who: str) -> None:
-    """Refuses a dotted name, or ``"module:name"``, that is not ``allowed`` and does not lie in a trusted module.
+def check_target(
+    target: Any,
+    allowed: Container[str],
+    trust: Sequence[str],
+    where: str = "_target_",
+    remedy: str = "trust=[{!r}]",
+) -> None:
+    """Refuses ``"module.name"`` or ``"module:name"`` that is neither ``allowed`` nor lies in a trusted module.
 
-    What a trusted module has only imported from elsewhere is not trusted by that, and this package is never trusted whole.
+    What a trusted module has only imported from elsewhere is not trusted by that, and this package never is as a whole.
     """
     if isinstance(target, str) and target in allowed:
         return
-    wrong = f"_target_: {target} is not part of what {who} may call"
+    wrong = f"{where}={target} is not part of what a saved run may call"
     if not isinstance(target, str) or _inside(target, [PACKAGE]):
         raise ValueError(f"{wrong}.")
     module = target.partition(":")[0] if ":" in target else target.rpartition(".")[0]
@@ -80,12 +87,16 @@ def check_target(target: Any, allowed: Container[str], trust: Sequence[str], who
         try:
             found = pkgutil.resolve_name(target)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"_target_: {target} cannot be found: {error}.") from error
-        module = getattr(found, "__module__", None) or type(found).__module__
+            raise ValueError(f"{where}={target} cannot be found: {error}.") from error
+        if isinstance(found, ModuleType):
+            module = found.__name__
+        else:
+            module = getattr(found, "__module__", None) or type(found).__module__
         if _inside(module, [PACKAGE]):
             raise ValueError(f"{wrong}: it lies in {module}.")
     if not _inside(module, trust):
-        raise ValueError(f"{wrong}. If {module or target} is yours, or you have read it: trust=[{module!r}].")
+        ask = f": if {module} is yours, or you have read it, add {remedy.format(module)}" if module else ""
+        raise ValueError(f"{wrong}{ask}.")
 
 
 def _inside(module: str, packages: Sequence[str]) -> bool:
@@ -143,6 +154,9 @@ def save_pretrained(agent: Agent, recipe: Mapping[str, Any] | None, directory: s
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for file in (directory / STATE, directory / "agent.json"):
+        if file.is_symlink():
+            raise ValueError(f"{file} is a link to {os.readlink(file)}, which would be overwritten: remove the link.")
     packed = pack(agent, recipe)
     torch.save({"agent": packed}, directory / STATE)
     readable = {name: packed[name] for name in ("observations", "actions", "recipe")}
