@@ -2,23 +2,27 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
+import attack
+import evaluate
+import saliency
 import torch
 from agents import tiny_agent
 from launcher import CARTPOLE, TINY, config, train_here
 from omegaconf import OmegaConf
-from test_attack_script import SEEING
 from test_suites import MAKE_ENV
 
 import r2dreamer.configs
-from r2dreamer.dreamer import load_pretrained, save_pretrained
+from r2dreamer.dreamer import load_pretrained
 from r2dreamer.dreamer.pretrained import BUILDERS, check_target, pack
 from support.checkpoint import Checkpoints
-from support.files import refuse_links
+from support.script import script
 from support.stored import UNUSED, plain_config, runnable_config
 from support.trained import load_trained
 
@@ -53,9 +57,17 @@ def whole(folder):
     return {"_target_": "r2dreamer.dreamer.load_pretrained", "directory": save(folder / "whole")}
 
 
-def as_pairs(folder, marker):
-    """`pack` makes the dict with a `_target_` of them, after the check."""
-    return {"_target_": f"{OWN}pack", "agent": whole(folder), "recipe": [[*pair] for pair in touch(marker).items()]}
+def pairs(marker):
+    """`pack` makes a dict with a `_target_` of them, after the check."""
+    return [[*pair] for pair in touch(marker).items()]
+
+
+def packed(folder, **more):
+    return {"_target_": f"{OWN}pack", "agent": whole(folder), **more}
+
+
+def trusting(recipe):
+    return mine({"_target_": f"{OWN}construct", "recipe": recipe, "trust": ["os"]})
 
 
 def mine(head):
@@ -63,14 +75,18 @@ def mine(head):
 
 
 RECIPES = {
-    "construct": lambda folder, marker: mine(
-        {"_target_": f"{OWN}construct", "recipe": as_pairs(folder, marker), "trust": ["os"]}
+    "construct": lambda folder, marker: trusting(
+        packed(
+            folder,
+            recipe=[],
+            more_heads={
+                "mine": [pairs(marker), {"_target_": "r2dreamer.dreamer.Linear", "in_features": 1, "out_features": 1}]
+            },
+        )
     ),
-    "pack": lambda folder, marker: mine(
-        {"_target_": f"{OWN}unpack", "packed": as_pairs(folder, marker), "trust": ["os"]}
-    ),
+    "pack": lambda folder, marker: trusting(packed(folder, recipe=pairs(marker))),
     "load_pretrained": lambda folder, marker: mine(
-        whole(folder) | {"directory": save(folder / "other", recipe=touch(marker)), "trust": ["os"]}
+        whole(folder) | {"directory": save(folder / "other", **mine(touch(marker))), "trust": ["os"]}
     ),
     "save_pretrained": lambda folder, marker: mine(
         {"_target_": f"{OWN}save_pretrained", "agent": whole(folder), "recipe": None, "directory": str(marker)}
@@ -142,18 +158,6 @@ def test_trust_is_for_what_a_module_defines_and_not_for_what_it_imports(tmp_path
         check_target("r2dreamer.dreamer.load_pretrained", BUILDERS, ["r2dreamer", "r2dreamer.dreamer"])
 
 
-def test_a_saved_agent_does_not_overwrite_what_a_link_leads_to(tmp_path):
-    precious = tmp_path / "precious"
-    precious.write_text("mine")
-    folder = tmp_path / "foreign"
-    save(folder)
-    agent = load_pretrained(folder)
-    (folder / "agent.json").symlink_to(precious)
-    with pytest.raises(ValueError, match="agent.json is a link"):
-        save_pretrained(agent, None, folder)
-    assert precious.read_text() == "mine"
-
-
 # -- evaluate.py, saliency.py, attack.py ------------------------------------------------------------------------------
 
 
@@ -164,13 +168,6 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("seeing")
-    train_here(folder, *SEEING, "total_frames=60", "eval.every=1000")
-    return folder
-
-
 def edited(run, folder, change):
     """The run's checkpoint with a changed configuration, every checksum right."""
     state = copy.deepcopy(Checkpoints(run).load(run, replay=False).state)
@@ -178,14 +175,24 @@ def edited(run, folder, change):
     return Checkpoints(folder / "checkpoints").save(52, state)
 
 
+def tool(script, checkpoint, *overrides):
+    """The script in this process, as if it began and ended there."""
+    with pytest.MonkeyPatch.context() as before:
+        before.setenv("PYTHONSAFEPATH", "")
+        before.setattr(sys, "path", list(sys.path))
+        script.main(config(f"checkpoint={checkpoint}", *overrides, name=script.__name__))
+
+
+def refusal(script, checkpoint, capsys, *overrides):
+    with pytest.raises(SystemExit) as left:
+        tool(script, checkpoint, *overrides)
+    assert left.value.code == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
 def custom(marker, **changes):
-    return {
-        "_target_": "r2dreamer.envs.make_custom",
-        "_partial_": True,
-        "factory": "os:system",
-        "command": f"touch {marker}",
-        **changes,
-    }
+    made = {"_target_": "r2dreamer.envs.make_custom", "_partial_": True, **changes}
+    return made if "factory" in made else {**made, "factory": "os:system", "command": f"touch {marker}"}
 
 
 def file_handler(marker):
@@ -195,11 +202,15 @@ def file_handler(marker):
 
 ROUTES = {
     "an environment's factory": ("env.make_evaluation", custom),
-    "a path to a factory": ("env.make_evaluation", lambda marker: custom(marker, factory="json:codecs.os.system")),
+    "a path to a factory": (
+        "env.make_evaluation",
+        lambda marker: custom(marker, factory="json:codecs.builtins.open", file=str(marker), mode="w"),
+    ),
     "a positional factory": (
         "env.make_evaluation",
         lambda marker: {
             "_target_": "r2dreamer.envs.make_custom",
+            "_partial_": True,
             "_args_": ["os:system"],
             "command": f"touch {marker}",
         },
@@ -222,7 +233,12 @@ ROUTES = {
     "attributes of our modules": ("algorithm.augmentation", touch_by_attributes),
     "a function of ours": (
         "algorithm.augmentation",
-        lambda marker: {"_target_": f"{OWN}save_pretrained", "directory": str(marker)},
+        lambda marker: {
+            "_target_": f"{OWN}save_pretrained",
+            "agent": {"_target_": f"{OWN}load_pretrained", "directory": str(marker.parent / "foreign")},
+            "recipe": None,
+            "directory": str(marker),
+        },
     ),
 }
 
@@ -245,14 +261,14 @@ def test_a_stored_configuration_calls_our_own_parts_alone(run, tmp_path, monkeyp
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("script", ["evaluate", "saliency", "attack"])
-def test_every_tool_refuses_and_says_what_to_add(server, run, tmp_path, script):
-    path = edited(run, tmp_path / "foreign", lambda config: config["env"].update(make_evaluation=custom("ran")))
-    opened = server.run(tmp_path, f"checkpoint={path}", script=script)
-    said = " ".join(opened.stderr.split())
-    assert opened.status == 1 and "env.make_evaluation.factory=os:system is not part of what a saved run" in said
-    assert "if os is yours, or you have read it, add trust=os." in said and "Traceback" not in said
-    assert not list(tmp_path.rglob("ran"))
+@pytest.mark.parametrize("script", [evaluate, saliency, attack])
+def test_every_tool_refuses_and_says_what_to_add(run, tmp_path, script, capsys):
+    marker = tmp_path / "ran"
+    change = lambda config: config["env"].update(make_evaluation=custom(marker))
+    said = refusal(script, edited(run, tmp_path / "foreign", change), capsys)
+    assert "env.make_evaluation.factory=os:system is not part of what a saved run may call" in said
+    assert "if os is yours, or you have read it, add trust=os. (" in said
+    assert not marker.exists()
 
 
 def test_nothing_is_looked_up_while_a_configuration_is_read(run, tmp_path, monkeypatch):
@@ -279,84 +295,28 @@ def test_every_call_in_our_own_configurations_is_known(group):
             assert runnable_config(complete, "here") == {k: v for k, v in complete.items() if k not in UNUSED}
 
 
-def test_a_run_in_an_environment_of_ones_own_opens_where_that_is_trusted(server, tmp_path, monkeypatch):
+def test_a_run_in_an_environment_of_ones_own_opens_where_that_is_trusted(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_envs.py").write_text(MAKE_ENV)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     mine = ["env=custom", "env.factory=my_envs:make_env", "env.parallel=false", *TINY]
-    train_here(tmp_path / "log", *mine, "total_frames=52", "eval.every=1000")
-    refused = server.run(tmp_path, f"checkpoint={tmp_path}/log", script="evaluate")
-    assert refused.status == 1 and "add trust=my_envs." in " ".join(refused.stderr.split())
+    train_here("log", *mine, "total_frames=52", "eval.every=1000")
+    sys.path.remove(str(tmp_path))
+    del sys.modules["my_envs"]
+    assert "add trust=my_envs." in refusal(evaluate, "log", capsys)
     for trust in ("trust=my_envs", "trust=[other,my_envs]"):
-        opened = server.run(tmp_path, f"checkpoint={tmp_path}/log", trust, "episodes=1", script="evaluate")
-        assert opened.status == 0 and "episode 0: return" in opened.stdout, opened.stderr
+        tool(evaluate, "log", trust, "episodes=1", "video=false")
+        assert "episode 0: return" in capsys.readouterr().out
 
 
-def test_no_module_is_searched_for_where_a_tool_is_started(server, run, tmp_path):
-    """One may have gone into the directory of the run; hydra's plugins and the workers' first imports lie in wait."""
-    marker, folder = tmp_path / "ran", tmp_path / "foreign"
-    edited(run, folder, lambda config: config["env"].update(parallel=1))
-    (folder / "hydra_plugins").mkdir()
-    for name in ("hydra_plugins/plugin.py", "selectors.py", "socket.py"):
-        (folder / name).write_text(f"open({str(marker)!r}, 'a').write({name!r})")
-    opened = server.run(folder, "checkpoint=.", "episodes=1", "video=false", script="evaluate")
-    assert opened.status == 0 and "episode 0: return" in opened.stdout, opened.stderr
-    assert not marker.exists(), marker.read_text()
-
-
-# -- links ------------------------------------------------------------------------------------------------------------
-
-WRITTEN = [
-    ".lock",
-    "metrics.jsonl",
-    "metrics.superseded.jsonl",
-    "config.yaml",
-    "wandb_run.json",
-    "curve.png",
-    "eval.mp4",
-]
-WRITTEN += ["tensorboard", "checkpoints", "checkpoints/journal", "checkpoints/journal/00000009-records.bin", "wandb"]
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_a_run_writes_through_no_link_that_leads_out_of_its_directory(tmp_path, name):
-    outside, logdir = tmp_path / "outside", tmp_path / "log"
-    link = logdir / name
-    link.parent.mkdir(parents=True)
-    if "." in name:
-        outside.write_text("mine")
-    else:
-        outside.mkdir()
-    for target in (outside, "../" * name.count("/") + "../outside"):
-        link.symlink_to(target)
-        with pytest.raises(ValueError, match=f"{link.name} is a link to .*outside, and a run writes"):
-            train_here(logdir, *CARTPOLE)
-        link.unlink()
-    link.symlink_to(tmp_path / "nothing")  # which opening would make
-    with pytest.raises(ValueError, match="is a link to .*nothing"):
-        train_here(logdir, *CARTPOLE)
-    assert not (tmp_path / "nothing").exists()
-    assert outside.read_text() == "mine" if outside.is_file() else not list(outside.iterdir())
-    assert not (logdir / ".lock").exists()
-
-
-def test_links_that_stay_inside_and_those_of_wandb_are_none_of_its_business(tmp_path):
-    logdir = tmp_path / "log"
-    (logdir / "checkpoints" / "step_000000052").mkdir(parents=True)
-    (logdir / "checkpoints" / "best").symlink_to("step_000000052")
-    (logdir / "wandb").mkdir()
-    (logdir / "wandb" / "debug.log").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "linked").symlink_to(logdir)
-    assert refuse_links(tmp_path / "linked") == tmp_path / "linked"
-    assert refuse_links(tmp_path / "nowhere") == tmp_path / "nowhere"
-
-
-@pytest.mark.parametrize(
-    "script, name", [("evaluate", "eval.mp4"), ("evaluate", ".eval.mp4"), ("saliency", "saliency")]
-)
-def test_the_tools_write_into_the_run_alone(server, seeing, tmp_path, script, name):
-    folder, outside = tmp_path / "foreign", tmp_path / "outside"
-    edited(seeing, folder, lambda config: None)
-    (folder / name).symlink_to(outside)
-    opened = server.run(tmp_path, f"checkpoint={folder}", script=script)
-    assert opened.status == 1 and f"{name} is a link to" in " ".join(opened.stderr.split()), opened.stderr
-    assert not outside.exists()
+@pytest.mark.parametrize("foreign", [True, False])
+def test_no_module_is_searched_for_in_the_run_that_a_tool_is_started_in(tmp_path, monkeypatch, foreign):
+    """Such as hydra's plugins, or what Python imports first in a worker; a trainer's directory is the user's own."""
+    (tmp_path / "socket.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    searched = []
+    script("evaluate", foreign=foreign)(lambda cfg: searched.extend(sys.path))(config(name="evaluate"))
+    assert searched and (str(tmp_path) in searched) is not foreign
+    subprocess.run([sys.executable, "-c", "import socket"])  # as multiprocessing begins a worker
+    assert (tmp_path / "ran").exists() is not foreign
