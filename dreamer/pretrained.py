@@ -186,6 +186,7 @@ def load_pretrained(
         >>> bool((same.actor.module[0].module.layers[0].weight == agent.actor.module[0].module.layers[0].weight).all())
         True
     """
+    trust = [trust] if isinstance(trust, str) else trust
     path = Path(directory)
     files = [path / STATE] if (path / STATE).exists() else []
     if not files:
