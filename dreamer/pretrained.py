@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
 import os
 import pickle
+import pkgutil
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,17 +32,26 @@ from torch import nn
 from .builder import ActionSpace, Agent, ObservationSpace
 
 STATE = "state.pt"  # the file of a checkpoint that holds the entry "agent"
-PACKAGE = "r2dreamer.dreamer."
+PACKAGE = "r2dreamer"
+# What a recipe may call. Nothing here imports, opens or calls what a string names.
+BUILDERS = """
+    build_agent build_classic_agent projection_head classic_decoder ObservationDecoder CategoricalLatent GaussianLatent
+    GRUCell NormGRUCell
+""".split()  # noqa: SIM905
+BUILDERS = frozenset(f"{PACKAGE}.dreamer.{name}" for name in BUILDERS)
+PLAIN = (str, int, float, bool, type(None))
 
 
 def construct(recipe: Any, trust: Sequence[str] = ()) -> Any:
-    """Builds what nested dicts with ``_target_`` (and ``_partial_``) describe, as hydra does, from this package alone.
+    """Builds what nested dicts with ``_target_`` (and ``_partial_``) describe, as hydra does, from ``BUILDERS`` alone.
 
-    trust: other packages and modules whose functions it may call.
+    trust: packages and modules outside of this one whose functions it may call, too.
     """
-    if isinstance(recipe, list):
+    if isinstance(recipe, list | tuple):
         return [construct(entry, trust) for entry in recipe]
     if not isinstance(recipe, Mapping):
+        if not isinstance(recipe, PLAIN):
+            raise ValueError(f"A recipe holds text, numbers, lists and dicts, and this one a {type(recipe).__name__}.")
         return recipe
     arguments = {
         name: construct(entry, trust) for name, entry in recipe.items() if name not in ("_target_", "_partial_")
@@ -49,14 +59,48 @@ def construct(recipe: Any, trust: Sequence[str] = ()) -> Any:
     if "_target_" not in recipe:
         return arguments
     target = recipe["_target_"]
-    module, _, name = target.rpartition(".")
-    if not target.startswith((PACKAGE, *(f"{each}." for each in trust))):
-        raise ValueError(
-            f"_target_: {target} is not part of {PACKAGE[:-1]}, and a saved agent calls nothing else unless you say so; "
-            f"if it is yours: trust=[{module!r}]."
-        )
-    function = getattr(importlib.import_module(module), name)
+    check_target(target, BUILDERS, trust)
+    function = pkgutil.resolve_name(target)
     return functools.partial(function, **arguments) if recipe.get("_partial_") else function(**arguments)
+
+
+def check_target(
+    target: Any,
+    allowed: Container[str],
+    trust: Sequence[str],
+    where: str = "_target_",
+    remedy: str = "trust=[{!r}]",
+) -> None:
+    """Refuses ``"module.name"`` or ``"module:name"`` that is neither ``allowed`` nor lies in a trusted module.
+
+    What a trusted module has only imported from elsewhere is not trusted by that, and this package never is as a whole.
+    """
+    if isinstance(target, str) and target in allowed:
+        return
+    wrong = f"{where}={target} is not part of what a saved run may call"
+    if not isinstance(target, str) or _inside(target, [PACKAGE]):
+        raise ValueError(f"{wrong}.")
+    module = target.partition(":")[0] if ":" in target else target.rpartition(".")[0]
+    if module.rpartition(".")[2][:1].isupper():  # a method, whose class lies in the module
+        module = module.rpartition(".")[0]
+    if _inside(module, trust):
+        try:
+            found = pkgutil.resolve_name(target)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{where}={target} cannot be found: {error}.") from error
+        if isinstance(found, ModuleType):
+            module = found.__name__
+        else:
+            module = getattr(found, "__module__", None) or type(found).__module__
+        if _inside(module, [PACKAGE]):
+            raise ValueError(f"{wrong}: it lies in {module}.")
+    if not _inside(module, trust):
+        ask = f": if {module} is yours, or you have read it, add {remedy.format(module)}" if module else ""
+        raise ValueError(f"{wrong}{ask}.")
+
+
+def _inside(module: str, packages: Sequence[str]) -> bool:
+    return any(f"{module}.".startswith(f"{package}.") for package in packages)
 
 
 def pack(
@@ -110,6 +154,9 @@ def save_pretrained(agent: Agent, recipe: Mapping[str, Any] | None, directory: s
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for file in (directory / STATE, directory / "agent.json"):
+        if file.is_symlink():
+            raise ValueError(f"{file} is a link to {os.readlink(file)}, which would be overwritten: remove the link.")
     packed = pack(agent, recipe)
     torch.save({"agent": packed}, directory / STATE)
     readable = {name: packed[name] for name in ("observations", "actions", "recipe")}
@@ -126,10 +173,11 @@ def load_pretrained(
 ) -> Agent:
     """The agent of a run's newest checkpoint, of one particular checkpoint, or of :func:`save_pretrained`'s directory.
 
-    In evaluation mode and without gradients, unless ``trainable``. Nothing pickled is executed.
+    In evaluation mode and without gradients, unless ``trainable``. Nothing pickled is executed, and the file's recipe calls
+    ``BUILDERS`` alone.
 
     Args:
-        trust: packages or modules beside this one whose functions may build the agent, such as heads of your own.
+        trust: packages or modules outside of this one whose functions may build the agent, such as heads of your own.
         trainable: leave it in training mode and with gradients, to train it on.
 
     Example:
@@ -144,6 +192,7 @@ def load_pretrained(
         >>> bool((same.actor.module[0].module.layers[0].weight == agent.actor.module[0].module.layers[0].weight).all())
         True
     """
+    trust = [trust] if isinstance(trust, str) else trust
     path = Path(directory)
     files = [path / STATE] if (path / STATE).exists() else []
     if not files:

@@ -24,6 +24,7 @@ from r2dreamer.losses import PlanningAttackLoss
 from support.attack_report import BELIEFS, compare, markdown, percent_drop, verdict
 from support.devices import resolve_device, resolve_precision
 from support.evaluation import EvaluationResult, evaluate
+from support.files import output
 from support.gallery import contact_sheet, draw_patch, draw_search, side_by_side
 from support.script import Interrupt, script
 from support.search import Search, measure, optimize
@@ -149,7 +150,7 @@ def prepare_other(cfg: DictConfig, attack: Attack) -> Callable[[Interrupt], tupl
         if (other.delta.shape, other.mode) != (wanted.delta.shape, wanted.mode):
             raise ValueError(f"other={cfg.other} holds {other}, which cannot be compared with {wanted}.")
         return lambda interrupt: (other.delta.detach(), {"file": cfg.other})
-    trained = load_trained(cfg.other, attack.device)
+    trained = load_trained(cfg.other, attack.device, cfg.trust)
     rival = Attack(trained, cfg, attack.device)
     if rival.image != attack.image:
         raise ValueError(f"other={cfg.other} sees images of {rival.image}, this agent sees {attack.image}.")
@@ -181,14 +182,14 @@ def keep(out: Path, searches: dict[str, Search], record: dict) -> None:
     (out / "metrics.json").write_text(json.dumps(record, indent=1))
 
 
-@script("attack")
+@script("attack", foreign=True)
 def main(cfg: DictConfig) -> None:
     check(cfg)
     device = resolve_device(cfg.device)
-    trained = load_trained(cfg.checkpoint, device)
+    trained = load_trained(cfg.checkpoint, device, cfg.trust)
     if trained.run.threads:
         torch.set_num_threads(trained.run.threads)
-    out = Path(cfg.out or trained.directory / "attack")
+    out = output(cfg.out, trained.directory, "attack")
     attack = Attack(trained, cfg, device)
     other = None if cfg.other is None else prepare_other(cfg, attack)
     record = {"agent": trained.identity, "config": OmegaConf.to_container(cfg, resolve=True)}

@@ -7,7 +7,6 @@ python examples/saliency.py checkpoint=DIR occlusion.fill=grey occlusion.window=
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import support  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
@@ -20,6 +19,7 @@ from r2dreamer.envs import env_seeds
 from r2dreamer.envs.errors import require_positive
 from support.devices import resolve_device
 from support.evaluation import LONGEST_FILM, evaluate
+from support.files import output
 from support.gallery import contact_sheet, overlay, side_by_side
 from support.occlusion import OcclusionSaliency, inside_fraction
 from support.script import script
@@ -66,19 +66,19 @@ def watch(trained: Trained, cfg: DictConfig, key: str, seed: int) -> dict[str, l
     return seen
 
 
-@script("saliency")
+@script("saliency", foreign=True)
 def main(cfg: DictConfig) -> None:
     require_positive(episodes=cfg.episodes, max_steps=cfg.max_steps)
     if cfg.max_steps > LONGEST_FILM:
         raise ValueError(f"max_steps={cfg.max_steps} is more than a film holds: at most {LONGEST_FILM}.")
-    trained = load_trained(cfg.checkpoint, resolve_device(cfg.device))
+    trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
     if trained.run.threads:
         torch.set_num_threads(trained.run.threads)
     key = trained.pixels_key(cfg.pixels_key)
+    out = output(cfg.out, trained.directory, "saliency")
     seen = watch(trained, cfg, key, trained.run.seed if cfg.seed is None else cfg.seed)
     masks = torch.stack(seen["masks"]) if seen["masks"] else None
 
-    out = Path(cfg.out or trained.directory / "saliency")
     out.mkdir(parents=True, exist_ok=True)
     films = {"seen": np.stack(seen["frames"])}
     record = {

@@ -11,7 +11,9 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from .files import refuse_links
 from .setup import TRAINING, first_difference
+from .stored import plain_config
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def check_finished(run: Run, cfg: DictConfig) -> None:
     saved = run.logdir / "config.yaml"
     if not run.finished or not saved.exists():
         return
-    if found := first_difference(OmegaConf.load(saved), cfg, TRAINING):
+    if found := first_difference(plain_config(OmegaConf.to_container(OmegaConf.load(saved)), saved), cfg, TRAINING):
         key, old, new = found
         raise ValueError(
             f"{run.logdir} holds a finished run with {key}={old}, and {' '.join(run.overrides)} asks for {key}={new}: "
@@ -71,7 +73,9 @@ def plan(arguments: Sequence[str]) -> list[Run]:
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         for overrides in expand(arguments):
             cfg = hydra.compose("config", list(overrides))
-            run = Run(overrides, cfg.name, Path(cfg.logdir), cfg.total_frames, f"{cfg.env.suite}-{cfg.env.task}")
+            run = Run(
+                overrides, cfg.name, refuse_links(cfg.logdir), cfg.total_frames, f"{cfg.env.suite}-{cfg.env.task}"
+            )
             if run.logdir in runs:
                 raise ValueError(
                     f"{' '.join(runs[run.logdir].overrides)} and {' '.join(overrides)} share logdir={run.logdir}: vary "

@@ -24,15 +24,20 @@ from .checkpoint import CheckpointError
 USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
 
 
-def script(config_name: str) -> Callable:
-    """Makes `main(cfg)` a command line: hydra's overrides of this configuration, errors as paragraphs."""
+def script(config_name: str, foreign: bool = False) -> Callable:
+    """Makes `main(cfg)` a command line: hydra's overrides of this configuration, errors as paragraphs.
+
+    foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
+    """
 
     def decorate(main: Callable) -> Callable:
         run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
 
         @functools.wraps(main)
         def command(cfg: DictConfig | None = None) -> None:
-            if os.getcwd() not in sys.path:
+            if foreign:
+                os.environ["PYTHONSAFEPATH"] = "1"  # for the workers, too
+            elif os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())  # a _target_ may be a module of the user's
             try:
                 run(friendly_errors(main))(cfg)

@@ -28,7 +28,9 @@ except ImportError as error:
     ) from error
 
 from .checkpoint import Checkpoints, LoadedCheckpoint
+from .files import refuse_links
 from .metrics import MetricsWriter
+from .stored import plain_config
 
 POSITIVE = (
     "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
@@ -73,7 +75,7 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
                 "collector=async steps the environments while the learner learns, which needs workers of their own: "
                 "add env.parallel=true, or use collector=sync."
             )
-    logdir = Path(cfg.logdir)
+    logdir = refuse_links(cfg.logdir)
     try:
         logdir.mkdir(parents=True, exist_ok=True)
         lock = (logdir / ".lock").open("w")
@@ -102,7 +104,7 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
             "resume=auto, choose another directory with logdir=PATH, or delete it."
         )
     if saved is not None:
-        check_same_run(OmegaConf.create(saved.state["config"]), cfg, saved.path)
+        check_same_run(plain_config(saved.state["config"], saved.path), cfg, saved.path)
         if cfg.checkpoint.exact and not saved.has_replay:
             raise ValueError(
                 f"{saved.path} has no replay that can be read, and checkpoint.exact=true promises that a resumed run repeats "

@@ -1,14 +1,13 @@
-"""A trained agent from its checkpoint alone, for the tools that look at one through its images."""
+"""A trained agent and its environment from a checkpoint alone, for every tool that plays one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
 import torch
-from evaluate import load
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -19,7 +18,9 @@ from train import Learner
 from r2dreamer.dreamer import Agent, CategoricalLatent, TwoHotMLP, latent_head
 from r2dreamer.losses import PlanningAttackLoss
 
+from .checkpoint import Checkpoints
 from .setup import build
+from .stored import runnable_config
 
 LATENTS = [("next", "state"), ("next", "belief"), ("next", "posterior_logits")]
 
@@ -78,9 +79,20 @@ class Trained:
         return loss.to(next(agent.value.parameters()).device)
 
 
-def load_trained(path: str | None, device: torch.device) -> Trained:
-    """The agent in a run's newest checkpoint, or in one particular checkpoint; its images are required."""
-    loaded, run = load(path)
+def load_trained(
+    path: str | None, device: torch.device, trust: str | Sequence[str] | None = None, *, images: bool = True
+) -> Trained:
+    """The agent in a run's newest checkpoint, or in one particular checkpoint.
+
+    trust: modules beside this package whose functions may make the environment or the agent.
+    images: whether an agent that sees none is refused.
+    """
+    if path is None:
+        raise ValueError("checkpoint=DIR is missing: give a run's directory, or one of its checkpoints.")
+    loaded = Checkpoints(path).load(path, replay=False)
+    if not {"config", "learner"} <= loaded.state.keys():
+        raise ValueError(f"{loaded.path} holds {sorted(loaded.state)}; it was not saved by examples/train.py.")
+    run = runnable_config(loaded.state["config"], loaded.path, trust)
     try:
         make_environment = hydra.utils.instantiate(run.env.make_evaluation)
         agent, _ = build(make_environment, run, device)
@@ -91,7 +103,7 @@ def load_trained(path: str | None, device: torch.device) -> Trained:
             f"{loaded.path} holds no world model, actor and critic of the family that examples/train.py of this version "
             f"trains ({first}). Give a checkpoint of such a run, or use the version that saved this one."
         ) from error
-    if not agent.observations.images:
+    if images and not agent.observations.images:
         raise ValueError(
             f"{loaded.path} is of an agent that sees no images ({', '.join(agent.observations.vectors)}), and this is "
             "about pixels. Give a checkpoint of a run that does, for example env=dmc_vision or env.from_pixels=true."
