@@ -107,7 +107,8 @@ class RSSMStateEstimator(TensorDictModuleBase):
     """Acting-time filter: previous latents, previous action and the embedding of what is seen now -> latents now.
 
     Reads and overwrites ``state`` and ``belief``; ``action`` still holds the previous action when it is called. Entries
-    a fresh environment does not have yet count as zeros, and ``is_init`` zeroes them per environment.
+    a fresh environment does not have yet count as zeros, and ``is_init`` zeroes them per environment. Latents that are
+    absent in mid-episode were lost on the way: an error.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class RSSMStateEstimator(TensorDictModuleBase):
         """What a collector appends to the environment (``auto_register_policy_transforms=True``).
 
         A batched environment hands back only entries of its own specs; without this a ``ParallelEnv`` would drop the
-        latents after every step and the policy would begin each one from zeros, silently.
+        latents after every step.
 
         What a reset writes is never read (``is_init``), so it is -1, a value no latent takes: a TorchRL 0.14 collector
         with a ``policy_device`` carries on only those outputs of which, at its first step, no element equals the input,
@@ -149,6 +150,7 @@ class RSSMStateEstimator(TensorDictModuleBase):
                 "environment, or set it yourself, True at an episode's first observation and False after it."
             )
         keep = _reset_mask(is_init, embedding)
+        self._check_memory(tensordict, is_init)
         previous = []
         for key, size in zip(self.keys[:3], self.sizes, strict=True):
             value = tensordict.get(key, None)
@@ -165,3 +167,16 @@ class RSSMStateEstimator(TensorDictModuleBase):
         _, state = self.posterior(belief, embedding)
         tensordict.set(self.out_keys[0], state.float())
         return tensordict.set(self.out_keys[1], belief.float())
+
+    def _check_memory(self, tensordict: TensorDictBase, is_init: torch.Tensor) -> None:
+        """Refuses a policy without memory; looks at the values of ``is_init`` only where latents are absent."""
+        lost = [key for key in self.keys[:2] if tensordict.get(key, None) is None]
+        if not lost or torch.compiler.is_compiling() or (is_init.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if not is_init.all():
+            raise ValueError(
+                f"The policy has no memory: {' and '.join(map(repr, lost))} of the step before are absent, and is_init is "
+                "false. A batched environment hands back only entries of its own.\n"
+                "In a collector pass auto_register_policy_transforms=True. Elsewhere use "
+                "TransformedEnv(env, agent.primer()), or pass on the TensorDict that the policy returned."
+            )
