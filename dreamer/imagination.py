@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
@@ -37,8 +39,22 @@ class Imagination(nn.Module):
         return tensordict
 
     def rollout(
-        self, max_steps: int, policy: ProbabilisticTensorDictSequential, *, tensordict: TensorDictBase, **_: object
+        self,
+        max_steps: int,
+        policy: ProbabilisticTensorDictSequential,
+        *,
+        tensordict: TensorDictBase,
+        **options: object,
     ) -> TensorDict:
+        # As a loss calls it; where somebody only looks at a dream, gradients may be on by oversight.
+        for_a_loss = options.get("auto_reset") is False and not torch.compiler.is_compiling()
+        if for_a_loss and torch.is_grad_enabled() and not self.differentiable:
+            warnings.warn(
+                "This imagination passes no gradients, which only REINFORCE can do without: DreamerActorLoss of "
+                "r2dreamer.losses, or TorchRL's DreamerV3ActorLoss(use_reinforce=True). For TorchRL's DreamerActorLoss "
+                "(Dreamer V1), and others that differentiate it, build Imagination(..., differentiable=True).",
+                stacklevel=2,
+            )
         gradients = torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
         with gradients, cast_once(self.prior, policy):
             return self._rollout(max_steps, policy, tensordict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,23 @@ def _sequence(steps: Sequence[torch.Tensor], time: int) -> torch.Tensor:
     return stacked.movedim(0, time).contiguous()
 
 
+def _check_wrapped(name: str, module: TensorDictModule, reads: Sequence[str], writes: Sequence[str]) -> None:
+    """Refuses bare networks, classes, and the modules of TorchRL's Dreamer V1, which write a mean and a deviation."""
+    if isinstance(module, type) or not isinstance(module, TensorDictModuleBase):
+        what = module.__name__ if isinstance(module, type) else type(module).__name__
+        raise ValueError(
+            f"{name} is {'the class ' if isinstance(module, type) else 'a bare '}{what}. Wrap an instance: "
+            f"TensorDictModule({what}(...), in_keys=[...], out_keys=[...]).\n"
+            f"In order it reads {', '.join(reads)} and writes {', '.join(writes)}, those below 'next'."
+        )
+    if len(module.in_keys) < len(reads) or len(module.out_keys) != len(writes):
+        raise ValueError(
+            f"{name} reads {len(module.in_keys)} and writes {len(module.out_keys)} entries, {module.out_keys}; RSSMRollout takes "
+            f"one that reads {', '.join(reads)} and writes {', '.join(writes)}.\n"
+            "A Gaussian prior of TorchRL's Dreamer V1 belongs to its rollout: from torchrl.modules import RSSMRollout."
+        )
+
+
 class RSSMRollout(TensorDictModuleBase):
     """Filters [B, T] records: prior and posterior at every step, latents zeroed where ``is_init``.
 
@@ -48,6 +66,8 @@ class RSSMRollout(TensorDictModuleBase):
         self, rssm_prior: TensorDictModule, rssm_posterior: TensorDictModule, reset_key: NestedKey = "is_init"
     ):
         super().__init__()
+        _check_wrapped("rssm_prior", rssm_prior, ("state", "belief", "action"), ("prior_logits", "state", "belief"))
+        _check_wrapped("rssm_posterior", rssm_posterior, ("belief", "encoded_latents"), ("posterior_logits", "state"))
         self.rssm_prior, self.rssm_posterior, self.reset_key = rssm_prior, rssm_posterior, reset_key
         self.state_key, self.belief_key, self.action_key = rssm_prior.in_keys
         self.embedding_key = rssm_posterior.in_keys[-1]
@@ -57,8 +77,24 @@ class RSSMRollout(TensorDictModuleBase):
         self.out_keys = [self.prior_logits_key, self.posterior_logits_key, self.next_state_key, self.next_belief_key]
         ours = isinstance(rssm_prior.module, RSSMPrior) and isinstance(rssm_posterior.module, RSSMPosterior)
         self.general = None if ours else RSSMRolloutV3(rssm_prior, rssm_posterior, reset_key=reset_key)
+        if not ours:
+            names = f"{type(rssm_prior.module).__name__} and {type(rssm_posterior.module).__name__}"
+            warnings.warn(
+                f"RSSMRollout of {names} steps one by one, which is slower: the fast pass takes RSSMPrior and RSSMPosterior of "
+                "r2dreamer.dreamer, and subclasses of them.",
+                stacklevel=2,
+            )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        lost = [key for key in self.in_keys if tensordict.get(key, None) is None]
+        if lost:
+            present = sorted(str(key) for key in tensordict.keys(True, True))
+            raise ValueError(
+                f"RSSMRollout reads {', '.join(map(repr, lost))}, which {'is' if len(lost) == 1 else 'are'} missing.\n"
+                f"There is {', '.join(present[:12])}{' and more' if len(present) > 12 else ''}.\n"
+                "Records hold state, belief, action and is_init at the root; RecordBuilder of r2dreamer.envs.records makes them. "
+                "The encoder writes the embedding."
+            )
         if self.general is not None:
             return self.general(tensordict)
         prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
