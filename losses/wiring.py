@@ -25,7 +25,8 @@ def read_key(default: NestedKey, writer: str, *, model: str | None = None, prefi
 
 
 def _about(keys: Any, name: str) -> Mapping[str, Any]:
-    return getattr(type(keys), "__dataclass_fields__", {})[name].metadata
+    about = getattr(type(keys), "__dataclass_fields__", {}).get(name)
+    return {} if about is None else about.metadata
 
 
 def entry(tensordict: TensorDictBase, keys: Any, name: str, prefix: tuple[str, ...] = ()) -> torch.Tensor:
