@@ -186,10 +186,11 @@ class RSSMStateEstimator(TensorDictModuleBase):
                 "environment, or set it yourself, True at an episode's first observation and False after it."
             )
         keep = _reset_mask(is_init, embedding)
-        self._check_memory(tensordict, is_init)
+        found = [tensordict.get(key, None) for key in self.keys[:3]]
+        if found[0] is None or found[1] is None:
+            self._check_memory(is_init)
         previous = []
-        for key, size in zip(self.keys[:3], self.sizes, strict=True):
-            value = tensordict.get(key, None)
+        for value, size in zip(found, self.sizes, strict=True):
             if value is None:
                 value = embedding.new_zeros(*embedding.shape[:-1], size, dtype=torch.float32)
             # where, not a product: a fresh buffer may hold anything, NaN included.
@@ -204,15 +205,14 @@ class RSSMStateEstimator(TensorDictModuleBase):
         tensordict.set(self.out_keys[0], state.float())
         return tensordict.set(self.out_keys[1], belief.float())
 
-    def _check_memory(self, tensordict: TensorDictBase, is_init: torch.Tensor) -> None:
-        """Refuses a policy without memory; looks at the values of ``is_init`` only where latents are absent."""
-        lost = [key for key in self.keys[:2] if tensordict.get(key, None) is None]
-        if not lost or torch.compiler.is_compiling() or (is_init.is_cuda and torch.cuda.is_current_stream_capturing()):
+    def _check_memory(self, is_init: torch.Tensor) -> None:
+        """Refuses absent latents in mid-episode: the policy has lost its memory."""
+        if torch.compiler.is_compiling() or (is_init.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if not is_init.all():
             raise ValueError(
-                f"The policy has no memory: {' and '.join(map(repr, lost))} of the step before are absent, and is_init is "
-                "false. A batched environment hands back only entries of its own.\n"
+                f"The policy has no memory: {self.keys[0]!r} and {self.keys[1]!r} of the step before are absent, and "
+                f"{self.keys[4]!r} is false. A batched environment hands back only entries of its own.\n"
                 "In a collector pass auto_register_policy_transforms=True. Elsewhere use "
                 "TransformedEnv(env, agent.primer()), or pass on the TensorDict that the policy returned."
             )
