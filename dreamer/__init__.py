@@ -1,6 +1,10 @@
 """The networks of R2-Dreamer: TensorDictModules on TorchRL's DreamerV3 keys.
 
 ``belief`` is h_t, the deterministic latent; ``state`` is z_t, the stochastic one.
+
+TorchRL has classes of the same names with another meaning: ``RSSMPrior``, ``RSSMPosterior`` and ``RSSMRollout`` of
+``torchrl.modules`` are Dreamer V1's, with a Gaussian state. What is interchangeable with ours ends in V3 there:
+``RSSMPriorV3``, ``RSSMPosteriorV3``, ``RSSMRolloutV3``.
 """
 
 from .builder import ActionSpace, Agent, ObservationSpace, assemble, build_agent

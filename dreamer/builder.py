@@ -16,6 +16,7 @@ from tensordict.nn import (
 )
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
+from torchrl.envs.transforms import TensorDictPrimer
 
 from .encoders import ObservationEncoder
 from .heads import FeatureMLP, TwoHotMLP, actor_head, latent_head, projection_head
@@ -99,6 +100,14 @@ class Agent:
     @property
     def latent_sizes(self) -> dict[str, int]:
         return {"state": self.sizes.state, "belief": self.sizes.belief}
+
+    def primer(self) -> TensorDictPrimer:
+        """Makes the policy's latents entries of an environment: ``TransformedEnv(env, agent.primer())``.
+
+        A collector does it by itself with ``auto_register_policy_transforms=True``.
+        """
+        (estimator,) = (module for module in self.policy.modules() if isinstance(module, RSSMStateEstimator))
+        return estimator.make_tensordict_primer()
 
     def parts(self) -> dict[str, nn.Module]:
         parts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -75,6 +76,15 @@ class Imagination(nn.Module):
             )
         if max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
+        # As a loss calls it; where somebody only looks at a dream, gradients may be on by oversight.
+        for_a_loss = not auto_reset and not torch.compiler.is_compiling()
+        if for_a_loss and torch.is_grad_enabled() and not self.differentiable:
+            warnings.warn(
+                "This imagination passes no gradients, which only REINFORCE can do without: DreamerActorLoss of "
+                "r2dreamer.losses, or TorchRL's DreamerV3ActorLoss(use_reinforce=True). For TorchRL's DreamerActorLoss "
+                "(Dreamer V1), and others that differentiate it, build Imagination(..., differentiable=True).",
+                stacklevel=2,
+            )
         gradients = torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
         with gradients, cast_once(self.prior, policy):
             return self._rollout(max_steps, policy, tensordict)

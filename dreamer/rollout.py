@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,23 @@ def _sequence(steps: Sequence[torch.Tensor], time: int) -> torch.Tensor:
     if stacked.requires_grad and not torch.compiler.is_compiling():
         stacked.register_hook(torch.Tensor.contiguous)
     return stacked.movedim(0, time).contiguous()
+
+
+def _check_wrapped(name: str, module: TensorDictModule, reads: Sequence[str], writes: Sequence[str]) -> None:
+    """Refuses bare networks, classes, and the modules of TorchRL's Dreamer V1, which write a mean and a deviation."""
+    if isinstance(module, type) or not isinstance(module, TensorDictModuleBase):
+        what = module.__name__ if isinstance(module, type) else type(module).__name__
+        raise ValueError(
+            f"{name} is {'the class ' if isinstance(module, type) else 'a bare '}{what}. Wrap an instance: "
+            f"TensorDictModule({what}(...), in_keys=[...], out_keys=[...]).\n"
+            f"In order it reads {', '.join(reads)} and writes {', '.join(writes)}, those below 'next'."
+        )
+    if len(module.in_keys) < len(reads) or len(module.out_keys) != len(writes):
+        raise ValueError(
+            f"{name} reads {len(module.in_keys)} and writes {len(module.out_keys)} entries, {module.out_keys}; RSSMRollout takes "
+            f"one that reads {', '.join(reads)} and writes {', '.join(writes)}.\n"
+            "A Gaussian prior of TorchRL's Dreamer V1 belongs to its rollout: from torchrl.modules import RSSMRollout."
+        )
 
 
 class RSSMRollout(TensorDictModuleBase):
@@ -64,6 +82,8 @@ class RSSMRollout(TensorDictModuleBase):
         self, rssm_prior: TensorDictModule, rssm_posterior: TensorDictModule, reset_key: NestedKey = "is_init"
     ):
         super().__init__()
+        _check_wrapped("rssm_prior", rssm_prior, ("state", "belief", "action"), ("prior_logits", "state", "belief"))
+        _check_wrapped("rssm_posterior", rssm_posterior, ("belief", "encoded_latents"), ("posterior_logits", "state"))
         self.rssm_prior, self.rssm_posterior, self.reset_key = rssm_prior, rssm_posterior, reset_key
         self.state_key, self.belief_key, self.action_key = rssm_prior.in_keys
         self.embedding_key = rssm_posterior.in_keys[-1]
@@ -73,8 +93,24 @@ class RSSMRollout(TensorDictModuleBase):
         self.out_keys = [self.prior_logits_key, self.posterior_logits_key, self.next_state_key, self.next_belief_key]
         ours = isinstance(rssm_prior.module, RSSMPrior) and isinstance(rssm_posterior.module, RSSMPosterior)
         self.general = None if ours else RSSMRolloutV3(rssm_prior, rssm_posterior, reset_key=reset_key)
+        if not ours:
+            names = f"{type(rssm_prior.module).__name__} and {type(rssm_posterior.module).__name__}"
+            warnings.warn(
+                f"RSSMRollout of {names} steps one by one, which is slower: the fast pass takes RSSMPrior and RSSMPosterior of "
+                "r2dreamer.dreamer, and subclasses of them.",
+                stacklevel=2,
+            )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        lost = [key for key in self.in_keys if tensordict.get(key, None) is None]
+        if lost:
+            present = sorted(str(key) for key in tensordict.keys(True, True))
+            raise ValueError(
+                f"RSSMRollout reads {', '.join(map(repr, lost))}, which {'is' if len(lost) == 1 else 'are'} missing.\n"
+                f"There is {', '.join(present[:12])}{' and more' if len(present) > 12 else ''}.\n"
+                "Records hold state, belief, action and is_init at the root; RecordBuilder of r2dreamer.envs.records makes them. "
+                "The encoder writes the embedding."
+            )
         if self.general is not None:
             return self.general(tensordict)
         prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
@@ -123,7 +159,8 @@ class RSSMStateEstimator(TensorDictModuleBase):
     """Acting-time filter: previous latents, previous action and the embedding of what is seen now -> latents now.
 
     Reads and overwrites ``state`` and ``belief``; ``action`` still holds the previous action when it is called. Entries
-    a fresh environment does not have yet count as zeros, and ``is_init`` zeroes them per environment.
+    a fresh environment does not have yet count as zeros, and ``is_init`` zeroes them per environment. Latents that are
+    absent in mid-episode were lost on the way: an error.
     """
 
     def __init__(
@@ -148,7 +185,7 @@ class RSSMStateEstimator(TensorDictModuleBase):
         """What a collector appends to the environment (``auto_register_policy_transforms=True``).
 
         A batched environment hands back only entries of its own specs; without this a ``ParallelEnv`` would drop the
-        latents after every step and the policy would begin each one from zeros, silently.
+        latents after every step.
 
         What a reset writes is never read (``is_init``), so it is -1, a value no latent takes: a TorchRL 0.14 collector
         with a ``policy_device`` carries on only those outputs of which, at its first step, no element equals the input,
@@ -165,9 +202,11 @@ class RSSMStateEstimator(TensorDictModuleBase):
                 "environment, or set it yourself, True at an episode's first observation and False after it."
             )
         keep = _reset_mask(is_init, embedding)
+        found = [tensordict.get(key, None) for key in self.keys[:3]]
+        if found[0] is None or found[1] is None:
+            self._check_memory(is_init)
         previous = []
-        for key, size in zip(self.keys[:3], self.sizes, strict=True):
-            value = tensordict.get(key, None)
+        for value, size in zip(found, self.sizes, strict=True):
             if value is None:
                 value = embedding.new_zeros(*embedding.shape[:-1], size, dtype=torch.float32)
             # where, not a product: a fresh buffer may hold anything, NaN included.
@@ -181,3 +220,15 @@ class RSSMStateEstimator(TensorDictModuleBase):
         _, state = self.posterior(belief, embedding)
         tensordict.set(self.out_keys[0], state.float())
         return tensordict.set(self.out_keys[1], belief.float())
+
+    def _check_memory(self, is_init: torch.Tensor) -> None:
+        """Refuses absent latents in mid-episode: the policy has lost its memory."""
+        if torch.compiler.is_compiling() or (is_init.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if not is_init.all():
+            raise ValueError(
+                f"The policy has no memory: {self.keys[0]!r} and {self.keys[1]!r} of the step before are absent, and "
+                f"{self.keys[4]!r} is false. A batched environment hands back only entries of its own.\n"
+                "In a collector pass auto_register_policy_transforms=True. Elsewhere use "
+                "TransformedEnv(env, agent.primer()), or pass on the TensorDict that the policy returned."
+            )

@@ -11,6 +11,8 @@ once for a whole sequence (projections of actions and embeddings, prior logits).
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -18,6 +20,26 @@ from torch import nn
 
 from .latents import CategoricalLatent
 from .layers import BlockLinear, Linear, NormSiLU, bounded, mlp, normed_linear
+
+
+def namesake(init: Callable[..., None]) -> Callable[..., None]:
+    """Of a class that TorchRL has one of the same name of, for Dreamer V1: wrong arguments name the right import."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(self: nn.Module, *args: object, **kwargs: object) -> None:
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            name, mine = type(self).__name__, [*signature.parameters][1:]
+            unknown = f" (got {', '.join(kwargs.keys() - set(mine))})" if kwargs.keys() - set(mine) else ""
+            raise TypeError(
+                f"{error}: r2dreamer.dreamer.{name} takes {', '.join(mine)}{unknown}.\n"
+                f"TorchRL's {name} is another class (Dreamer V1): from torchrl.modules import {name}."
+            ) from None
+        init(self, *args, **kwargs)
+
+    return checked
 
 
 class BlockGRU(nn.Module):
@@ -74,6 +96,7 @@ class RSSMPrior(nn.Module):
 
     compiles = ("predict", "logits")
 
+    @namesake
     def __init__(
         self,
         core: nn.Module,
@@ -112,6 +135,7 @@ class RSSMPosterior(nn.Module):
 
     compiles = ("logits",)
 
+    @namesake
     def __init__(
         self,
         belief_size: int,

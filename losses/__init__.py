@@ -1,4 +1,11 @@
-"""The objectives of R2-Dreamer: LossModules on TorchRL's DreamerV3 keys, and their maths as pure functions."""
+"""The objectives of R2-Dreamer: LossModules on TorchRL's DreamerV3 keys, and their maths as pure functions.
+
+TorchRL has two losses of the same names with another meaning: ``torchrl.objectives.DreamerActorLoss`` and
+``torchrl.objectives.DreamerValueLoss`` are Dreamer V1's. Import from one of the two packages, or give one another name::
+
+    from torchrl.objectives import DreamerActorLoss as DreamerV1ActorLoss
+    from r2dreamer.losses import DreamerActorLoss
+"""
 
 from .actor import DreamerActorLoss
 from .attack import PlanningAttackLoss

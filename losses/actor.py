@@ -5,18 +5,35 @@ L = -mean[ w_t ( ln pi(a_t | z_t) sg((R_t - v_t) / S) + eta H[pi(. | z_t)] ) ]
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import PercentileValueNorm
 from torchrl.modules.distributions.utils import has_analytic_entropy, rsample_and_log_prob
-from torchrl.objectives.common import LossModule
 
 from .functional import imagination_weight, lambda_return
+from .wiring import (
+    NEXT,
+    DreamerLoss,
+    check_logit,
+    check_probability,
+    check_scalar,
+    entry,
+    holds_probability,
+    read_key,
+    refuse_probability,
+    refuse_two_names,
+    require_instances,
+    require_modules,
+)
+
+DISCOUNT = 1 - 1 / 333
+SETTLED = 10  # updates, after which every head that is trained has changed
 
 
 def _scalar(value: torch.Tensor) -> torch.Tensor:
@@ -24,18 +41,23 @@ def _scalar(value: torch.Tensor) -> torch.Tensor:
     return value.unsqueeze(-1) if value.ndim == 2 else value.sum(-1, keepdim=True)
 
 
-class DreamerActorLoss(LossModule):
+class DreamerActorLoss(DreamerLoss):
     """Imagines from every latent it is given and makes actions that beat the value more likely.
 
     Returns the pair (losses, imagined): ``loss_actor`` and diagnostics; and the rollout [N, H] with ``lambda_target`` and
     ``discount_weight``, which :class:`DreamerValueLoss` trains on. Start latents are detached and the rollout carries no
     gradients, for continuous and discrete actions alike; only the actor's parameters belong to this loss.
 
+    TorchRL's ``torchrl.objectives.DreamerActorLoss`` is another one: Dreamer V1's.
+
     Args:
         actor_model: probabilistic module from latents to actions.
         value_model: the critic; read, never trained here.
         model_based_env: anything with TorchRL's ``reset`` and ``rollout``: our ``Imagination`` or a ``DreamerEnv``.
-        continue_model: writes the logit ``continue_pred``; None means imagined episodes never end.
+        continue_model: writes ``continue_pred``, a logit, or ``continuation``, a probability (TorchRL's name for one); None
+            means imagined episodes never end.
+        discount: of a step. ``gamma`` is TorchRL's name for it, and accepted. Say 1 where the continue head is trained with
+            ``continue_target_scale``, which holds the discount then.
 
     Keys: reads ``state`` [N, S*K], ``belief`` [N, D].
 
@@ -56,17 +78,28 @@ class DreamerActorLoss(LossModule):
     class _AcceptedKeys:
         """Entries at the root, except ``reward``, which is read below ``"next"``."""
 
-        state: NestedKey = "state"
-        belief: NestedKey = "belief"
-        reward: NestedKey = "reward"
-        value: NestedKey = "state_value"
-        action: NestedKey = "action"
-        continue_pred: NestedKey = "continue_pred"
+        state: NestedKey = read_key("state", "the world model (its posterior latents, at the root)")
+        belief: NestedKey = read_key("belief", "the world model (its posterior latents, at the root)")
+        reward: NestedKey = read_key("reward", "the reward head of model_based_env", prefix=NEXT)
+        value: NestedKey = read_key("state_value", "value_model", model="value_model")
+        action: NestedKey = read_key("action", "actor_model", model="actor_model")
+        continue_pred: NestedKey = read_key("continue_pred", "continue_model", model="continue_model")
+        continuation: NestedKey = read_key("continuation", "continue_model", model="continue_model")
         lambda_target: NestedKey = "lambda_target"
         discount_weight: NestedKey = "discount_weight"
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
 
+    twin = "TorchRL's actor loss of Dreamer V1 has the same name: from torchrl.objectives import DreamerActorLoss."
+    renamed = {
+        "continuation_model": "say continue_model=...",
+        "discount_loss": "steps are always weighted by how probable they are; leave it out",
+        "use_reinforce": "this loss is REINFORCE; through the dynamics goes DynamicsActorLoss(..., dynamics=1.0)",
+        "return_normalization": "returns are always normalised here; DynamicsActorLoss leaves them as they are",
+        "return_normalization_rate": "say return_rate=...",
+        "return_normalization_quantiles": "say return_quantiles=...",
+        "return_normalization_min_scale": "it is 1; leave it out",
+    }
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     out_keys = ["loss_actor"]
@@ -82,12 +115,33 @@ class DreamerActorLoss(LossModule):
         *,
         continue_model: TensorDictModuleBase | None = None,
         imagination_horizon: int = 15,
-        discount: float = 1 - 1 / 333,
+        discount: float = DISCOUNT,
         lmbda: float = 0.95,
         entropy_bonus: float = 3e-4,
         return_quantiles: tuple[float, float] = (0.05, 0.95),
         return_rate: float = 0.01,
+        gamma: float | None = None,
+        **renamed: object,
     ):
+        self._refuse(renamed)
+        require_modules(actor_model=actor_model, value_model=value_model)
+        require_instances(model_based_env=model_based_env, continue_model=continue_model)
+        if not hasattr(actor_model, "get_dist"):
+            raise ValueError(
+                f"actor_model is a {type(actor_model).__name__} without get_dist; the order is actor_model, value_model, "
+                "model_based_env. Build the actor with ProbabilisticTensorDictSequential."
+            )
+        if not hasattr(model_based_env, "rollout"):
+            raise ValueError(
+                f"model_based_env is a {type(model_based_env).__name__}, which has no rollout. Pass agent.imagination, or a "
+                "DreamerEnv of TorchRL's."
+            )
+        if gamma is not None:
+            if discount not in (DISCOUNT, gamma):
+                raise ValueError(
+                    f"gamma={gamma} and discount={discount} are two names of one thing; give discount alone."
+                )
+            discount = gamma
         super().__init__()
         if imagination_horizon < 1:
             raise ValueError(f"imagination_horizon must be at least 1, got {imagination_horizon}.")
@@ -98,9 +152,22 @@ class DreamerActorLoss(LossModule):
         self.entropy_bonus = entropy_bonus
         self.return_norm = PercentileValueNorm(quantiles=return_quantiles, rate=return_rate)
         self._in_keys = None
+        self._untrained = UntrainedHead(continue_model, getattr(model_based_env, "reads", (model_based_env,)))
+        self._read_continue()
 
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        pass
+    def set_keys(self, **kwargs) -> None:
+        super().set_keys(**kwargs)
+        self._read_continue()
+
+    def _read_continue(self) -> None:
+        """Which of its two keys the continue model writes."""
+        keys, model = self.tensor_keys, self.continue_model
+        written = [] if model is None else [unravel_key(key) for key in model.out_keys]
+        is_probability = keys.continue_pred not in written and keys.continuation in written
+        self.continue_name = "continuation" if is_probability else "continue_pred"
+        refuse_two_names(keys)
+        if model is not None and keys.continue_pred in written and holds_probability(model, keys.continue_pred):
+            refuse_probability("continue_pred", keys.continue_pred)
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -112,8 +179,8 @@ class DreamerActorLoss(LossModule):
 
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         keys = self.tensor_keys
-        start = tensordict.select(keys.state, keys.belief).detach()
-        imagined = self._imagine(start)
+        self._untrained.check(self.training)
+        imagined = self._imagine(self._start(tensordict))
         returns, advantage, weight = self._score(imagined)
 
         latents = imagined.select(*self.actor_model.in_keys, strict=False)
@@ -137,6 +204,12 @@ class DreamerActorLoss(LossModule):
         self._clear_weakrefs(tensordict, losses)
         return losses, imagined
 
+    def _start(self, tensordict: TensorDictBase) -> TensorDictBase:
+        keys = self.tensor_keys
+        for name in ("state", "belief"):
+            entry(tensordict, keys, name)
+        return tensordict.select(keys.state, keys.belief).detach()
+
     @staticmethod
     def _entropy(policy: torch.distributions.Distribution) -> torch.Tensor:
         """In closed form, or by one sample where the distribution has none (a squashed Normal)."""
@@ -158,13 +231,7 @@ class DreamerActorLoss(LossModule):
     def _score(self, imagined: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Lambda-returns, normalised advantages and weights of the H imagined steps, all [N, H, 1]."""
         keys = self.tensor_keys
-        value = self._along(imagined, self.value_model, keys.value)  # [N, H+1, 1]
-        reward = imagined.get(("next", keys.reward)).float()  # [N, H, 1]
-        reward = torch.cat([torch.zeros_like(reward[:, :1]), reward], 1)
-        if self.continue_model is None:
-            continuation = torch.ones_like(value)
-        else:
-            continuation = self._along(imagined, self.continue_model, keys.continue_pred).sigmoid()
+        value, reward, continuation = self._predictions(imagined)
         returns = lambda_return(reward, value, terminal=1 - continuation, discount=self.discount, lmbda=self.lmbda)
         if self.training:
             self.return_norm.update(returns)
@@ -174,8 +241,58 @@ class DreamerActorLoss(LossModule):
         imagined.set(keys.discount_weight, weight)
         return returns, advantage, weight
 
-    def _along(self, imagined: TensorDictBase, model: TensorDictModuleBase, key: NestedKey) -> torch.Tensor:
+    def _predictions(self, imagined: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values, rewards and probabilities that episodes go on, at all imagined states [N, H+1, 1]."""
+        value = self._along(imagined, self.value_model, "value")
+        reward = entry(imagined, self.tensor_keys, "reward", NEXT).float()  # [N, H, 1]
+        check_scalar(reward.shape, value[:, 1:].shape, "reward")
+        reward = torch.cat([torch.zeros_like(reward[:, :1]), reward], 1)
+        if self.continue_model is None:
+            return value, reward, torch.ones_like(value)
+        continuation = self._along(imagined, self.continue_model, self.continue_name)
+        if self.continue_name == "continue_pred":
+            return value, reward, continuation.sigmoid()
+        check_probability(continuation, "continuation")
+        return value, reward, continuation
+
+    def _along(self, imagined: TensorDictBase, model: TensorDictModuleBase, name: str) -> torch.Tensor:
         """A head's prediction at all H+1 imagined states [N, H+1, 1]: the first at the root, the others after it."""
-        first = model(imagined[:, :1].select(*model.in_keys)).get(key)
-        following = model(imagined.get("next").select(*model.in_keys)).get(key)
+        first = entry(model(imagined[:, :1].select(*model.in_keys)), self.tensor_keys, name)
+        following = entry(model(imagined.get("next").select(*model.in_keys)), self.tensor_keys, name)
+        check_scalar(following.shape, (*imagined.shape, 1), str(getattr(self.tensor_keys, name)))
+        if name == "continue_pred":
+            check_logit(following, name, self.tensor_keys.continue_pred)
         return torch.cat([first, following], 1).float()
+
+
+class UntrainedHead:
+    """Finds a continue head that nobody trains while the world it judges learns: its key was not given to the model loss."""
+
+    def __init__(self, head: torch.nn.Module | None, world: Iterable[object]):
+        modules = [module for module in world if isinstance(module, torch.nn.Module)]
+        of_world = {id(p): p for module in modules for p in module.parameters()}
+        of_head = [] if head is None else [p for p in head.parameters() if id(p) not in of_world]
+        self.world, self.head = (
+            [p for p in of_world.values() if not p.is_inference()],
+            [p for p in of_head if not p.is_inference()],
+        )
+        self.seen, self.updates = None, 0
+
+    def check(self, training: bool) -> None:
+        """Compares how often the parameters were written to: no value is read, and no device waited for."""
+        if torch.compiler.is_compiling() or not training or not self.head:
+            return
+        world, head = (sum(p._version for p in parameters) for parameters in (self.world, self.head))
+        if self.seen is None:
+            self.seen = world, head
+        elif head != self.seen[1]:
+            self.head = []  # it is trained: nothing to look for any more
+        elif world != self.seen[0]:
+            self.seen, self.updates = (world, head), self.updates + 1
+            if self.updates >= SETTLED and any(p.requires_grad for p in self.head):
+                raise ValueError(
+                    f"The continue head is not trained: {self.updates} updates changed the world model and left "
+                    "continue_model as it was, while imagination ends by what it says.\n"
+                    'Call set_keys(continue_pred="its key") on the world-model loss, give TorchRL\'s lambda_continue=1.0, or '
+                    "freeze the head with requires_grad_(False)."
+                )

@@ -18,14 +18,14 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules import SymExpTwoHot
-from torchrl.objectives.common import LossModule
 
 from .functional import categorical_kl, lambda_return
+from .wiring import DreamerLoss
 
 View = tuple[torch.Tensor, torch.Tensor | None]
 
 
-class PlanningAttackLoss(LossModule):
+class PlanningAttackLoss(DreamerLoss):
     """What an adversarial patch minimises: the return that the agent imagines after seeing it in every frame.
 
     With ``belief="clean"`` actions come from the patched belief, and what they lead to is rolled and scored from the clean
@@ -134,9 +134,6 @@ class PlanningAttackLoss(LossModule):
         self.imagination_horizon, self.discount, self.unimix = imagination_horizon, discount, unimix
         self.reward_two_hot, self.value_two_hot = SymExpTwoHot(num_reward_bins), SymExpTwoHot(num_value_bins)
         self._in_keys = None
-
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        pass
 
     @property
     def in_keys(self) -> list[NestedKey]:

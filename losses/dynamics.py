@@ -43,16 +43,12 @@ class DynamicsActorLoss(DreamerActorLoss):
 
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         keys = self.tensor_keys
-        start = tensordict.select(keys.state, keys.belief).detach()
+        self._untrained.check(self.training)
+        start = self._start(tensordict)
         env = self.model_based_env
         with _frozen(*getattr(env, "reads", (env,)), self.value_model, self.continue_model):
             imagined = self._imagine_differentiably(start)
-            value = self._along(imagined, self.value_model, keys.value)  # [N, H+1, 1]
-            reward = imagined.get(("next", keys.reward)).float()
-            reward = torch.cat([torch.zeros_like(reward[:, :1]), reward], 1)
-            continuation = torch.ones_like(value)
-            if self.continue_model is not None:
-                continuation = self._along(imagined, self.continue_model, keys.continue_pred).sigmoid()
+            value, reward, continuation = self._predictions(imagined)
             returns = lambda_return(reward, value, terminal=1 - continuation, discount=self.discount, lmbda=self.lmbda)
         weight = imagination_weight(continuation.detach(), self.discount)[:, :-1]
 

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 
 from .functional import info_nce_loss
 from .ranks import gather_ranks
-from .representation import Objective, Terms, two_views
+from .representation import TWO_VIEWS, Objective, Terms, two_views
 
 
 class InfoNCE(Objective):
@@ -34,6 +34,7 @@ class InfoNCE(Objective):
     """
 
     terms = ("infonce",)
+    reads = TWO_VIEWS
 
     def __init__(self, weight: float = 1.0, cosine: bool = False, temperature: float = 1.0):
         super().__init__(weight)

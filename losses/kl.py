@@ -9,6 +9,9 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from .functional import categorical_entropy, categorical_kl
+from .wiring import NEXT, entry
+
+READS = ("prior_logits", "posterior_logits")
 
 
 class CategoricalKL(nn.Module):
@@ -28,6 +31,7 @@ class CategoricalKL(nn.Module):
     compiles = ("compare",)
 
     terms = ("dynamics", "representation")
+    reads = READS
 
     def __init__(
         self,
@@ -42,8 +46,8 @@ class CategoricalKL(nn.Module):
         self.free_nats, self.unimix, self.average_first = free_nats, unimix, average_first
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        posterior = tensordict.get(("next", keys.posterior_logits)).float()
-        prior = tensordict.get(("next", keys.prior_logits)).float()
+        posterior = entry(tensordict, keys, "posterior_logits", NEXT).float()
+        prior = entry(tensordict, keys, "prior_logits", NEXT).float()
         return self.compare(posterior, prior)
 
     def compare(
@@ -78,14 +82,15 @@ class GaussianKL(nn.Module):
     """
 
     terms = ("kl",)
+    reads = READS
 
     def __init__(self, weight: float = 1.0, free_nats: float = 3.0):
         super().__init__()
         self.weight, self.free_nats = weight, free_nats
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        posterior, posterior_std = tensordict.get(("next", keys.posterior_logits)).float().unbind(-1)
-        prior, prior_std = tensordict.get(("next", keys.prior_logits)).float().unbind(-1)
+        posterior, posterior_std = entry(tensordict, keys, "posterior_logits", NEXT).float().unbind(-1)
+        prior, prior_std = entry(tensordict, keys, "prior_logits", NEXT).float().unbind(-1)
         ratio = (posterior_std / prior_std).square()
         distance = ((posterior - prior) / prior_std).square()
         kl = 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1).mean()

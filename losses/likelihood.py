@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -10,6 +12,7 @@ from torchrl.modules import SymExpTwoHot
 from torchrl.modules.functional import symlog
 
 from .functional import two_hot_nll
+from .wiring import check_scalar, entry
 
 
 class TwoHotLikelihood(nn.Module):
@@ -54,6 +57,18 @@ class ScalarPrediction(nn.Module):
         self.likelihood = TwoHotLikelihood(num_bins) if self.reads_logits else scalar
 
     def forward(
-        self, tensordict: TensorDictBase, logits_key: NestedKey, value_key: NestedKey, targets: torch.Tensor
+        self,
+        tensordict: TensorDictBase,
+        keys: Any,
+        value: str,
+        targets: torch.Tensor,
+        prefix: tuple[str, ...] = (),
     ) -> torch.Tensor:
-        return self.likelihood(tensordict.get(logits_key if self.reads_logits else value_key), targets)
+        """value: which accepted key is predicted; its logits are ``<value>_logits``."""
+        name = f"{value}_logits" if self.reads_logits else value
+        prediction = entry(tensordict, keys, name, prefix)
+        if not self.reads_logits:
+            check_scalar(prediction.shape, prediction.shape, value)
+        if targets.shape[:-1] != prediction.shape[:-1]:
+            check_scalar(targets.shape, prediction.shape, f"the target of {value}")
+        return self.likelihood(prediction, targets)

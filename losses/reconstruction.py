@@ -39,6 +39,12 @@ class Reconstruction(Objective):
                 'The world model wrote no ("next", "reconstruction"): this objective needs a decoder, for example '
                 'build_agent(..., heads={"decoder": ObservationDecoder}).'
             )
+        unseen = [key for key in decoded.keys() if after.get(key, None) is None]
+        if unseen:
+            raise ValueError(
+                f"The decoder draws {unseen}, and the records hold no observation of that name below 'next'. Give the "
+                "decoder the names of the observations."
+            )
         errors = {
             key: (predicted.float() - _target(after.get(key), dims)).square().flatten(dims).sum(-1).mean()
             for key, predicted in decoded.items()

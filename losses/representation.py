@@ -14,8 +14,10 @@ from torch import nn
 
 from .functional import barlow_twins_loss
 from .ranks import gather_ranks
+from .wiring import NEXT, entry
 
 Terms = dict[str, torch.Tensor]
+TWO_VIEWS = ("projected_latents", "encoded_latents")
 
 
 class Objective(nn.Module):
@@ -27,6 +29,7 @@ class Objective(nn.Module):
     """
 
     terms: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()  # accepted keys that the world model must write, checked at construction of the loss
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
@@ -44,8 +47,8 @@ class Objective(nn.Module):
 
 def two_views(tensordict: TensorDictBase, keys: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The projected latents and the embedding as rows of samples, both [B*T, E] and attached."""
-    projected = tensordict.get(("next", keys.projected_latents)).flatten(0, -2)
-    target = tensordict.get(("next", keys.encoded_latents)).flatten(0, -2)
+    projected = entry(tensordict, keys, "projected_latents", NEXT).flatten(0, -2)
+    target = entry(tensordict, keys, "encoded_latents", NEXT).flatten(0, -2)
     if projected.shape != target.shape:
         raise ValueError(
             f"{keys.projected_latents!r} has {projected.shape[-1]} features and {keys.encoded_latents!r} has "
@@ -67,6 +70,7 @@ class BarlowTwins(Objective):
     """
 
     terms = ("barlow",)
+    reads = TWO_VIEWS
 
     def __init__(
         self,

@@ -12,10 +12,12 @@ from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import nn
-from torchrl.objectives.common import LossModule
 
 from .functional import lambda_return
 from .likelihood import ScalarPrediction
+from .wiring import NEXT, DreamerLoss, check_finite, check_scalar, entry, read_key, require_instances, require_modules
+
+ENVIRONMENT = "the environment, by way of the replay,"
 
 
 class TargetValue(TensorDictModuleBase):
@@ -31,12 +33,14 @@ class TargetValue(TensorDictModuleBase):
             return self.loss.value_model(tensordict)
 
 
-class DreamerValueLoss(LossModule):
+class DreamerValueLoss(DreamerLoss):
     """Regresses the critic on lambda-returns and, as a regulariser, on its own slow copy.
 
     :meth:`forward` takes what :class:`DreamerActorLoss` imagined, :meth:`replay_value_loss` a replayed sequence. The slow
     critic is a target network: attach ``torchrl.objectives.SoftUpdate(loss, tau=0.02)`` and step it with every update.
     A head that writes ``state_value_logits`` is trained two-hot, one that writes only ``state_value`` in symlog space.
+
+    TorchRL's ``torchrl.objectives.DreamerValueLoss`` is another one: Dreamer V1's.
 
     Args:
         value_model: the critic, latents -> ``state_value`` [..., 1] (and ``state_value_logits`` [..., bins]).
@@ -62,15 +66,23 @@ class DreamerValueLoss(LossModule):
     class _AcceptedKeys:
         """Entries at the root; ``reward``, ``done`` and ``terminated`` of a replayed sequence below ``"next"``."""
 
-        value: NestedKey = "state_value"
-        value_logits: NestedKey = "state_value_logits"
-        lambda_target: NestedKey = "lambda_target"
-        discount_weight: NestedKey = "discount_weight"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        bootstrap: NestedKey = "bootstrap"
+        value: NestedKey = read_key("state_value", "value_model", model="value_model")
+        value_logits: NestedKey = read_key("state_value_logits", "value_model", model="value_model")
+        lambda_target: NestedKey = read_key("lambda_target", "the actor loss, into what it imagined,")
+        discount_weight: NestedKey = read_key("discount_weight", "the actor loss, into what it imagined,")
+        reward: NestedKey = read_key("reward", ENVIRONMENT, prefix=NEXT)
+        done: NestedKey = read_key("done", ENVIRONMENT, prefix=NEXT)
+        terminated: NestedKey = read_key("terminated", ENVIRONMENT, prefix=NEXT)
+        bootstrap: NestedKey = read_key("bootstrap", "you, from the first lambda_target of each imagined state,")
 
+    twin = "TorchRL's value loss of Dreamer V1 has the same name: from torchrl.objectives import DreamerValueLoss."
+    renamed = {
+        "value_loss": "a head that writes state_value_logits is trained two-hot, one that writes state_value as a scalar",
+        "discount_loss": "the weights come with what the actor loss imagined; leave it out",
+        "gamma": "the weights come with what the actor loss imagined: DreamerActorLoss(..., discount=...)",
+        "actor_loss": "the weights come with what the actor loss imagined; leave it out",
+        "reduction": "the loss is a mean; leave it out",
+    }
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     out_keys = ["loss_value"]
@@ -86,7 +98,11 @@ class DreamerValueLoss(LossModule):
         num_value_bins: int = 255,
         bootstrap_target: bool = False,
         scalar_likelihood: nn.Module | None = None,
+        **renamed: object,
     ):
+        self._refuse(renamed)
+        require_modules(value_model=value_model)
+        require_instances(scalar_likelihood=scalar_likelihood)
         super().__init__()
         if slow_critic_regularization < 0:
             raise ValueError(f"slow_critic_regularization must not be negative, got {slow_critic_regularization}.")
@@ -111,9 +127,6 @@ class DreamerValueLoss(LossModule):
         super().set_keys(**kwargs)
         self._read_head()
 
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        pass
-
     @property
     def in_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys
@@ -127,8 +140,10 @@ class DreamerValueLoss(LossModule):
         """The loss on imagined transitions [N, H], weighted by the probability that they happen."""
         keys = self.tensor_keys
         latents = imagined.select(*self.value_model.in_keys).detach()
-        target = imagined.get(keys.lambda_target).detach()
+        target = entry(imagined, keys, "lambda_target").detach()
         weight = imagined.get(keys.discount_weight, None)
+        if weight is None and keys.discount_weight != self.default_keys.discount_weight:
+            weight = entry(imagined, keys, "discount_weight")  # named, so meant: raises
         loss, value = self._loss(latents, target)
         if weight is not None:
             loss = loss * weight.detach().reshape(loss.shape)
@@ -147,10 +162,11 @@ class DreamerValueLoss(LossModule):
         """
         keys = self.tensor_keys
         reward, done, terminated = (
-            tensordict.get(("next", key)).reshape(*tensordict.batch_size, 1).float()
-            for key in (keys.reward, keys.done, keys.terminated)
+            entry(tensordict, keys, name, NEXT).reshape(*tensordict.batch_size, 1).float()
+            for name in ("reward", "done", "terminated")
         )
-        bootstrap = tensordict.get(keys.bootstrap).reshape(reward.shape).float()
+        check_finite(reward, "reward")
+        bootstrap = entry(tensordict, keys, "bootstrap").reshape(reward.shape).float()
         with torch.no_grad():
             target = lambda_return(reward, bootstrap, done, terminated, discount=1 - 1 / horizon, lmbda=lmbda)
         latents = tensordict.select(*self.value_model.in_keys)[:, :-1]
@@ -167,8 +183,10 @@ class DreamerValueLoss(LossModule):
             slow = latents.detach()
             with torch.no_grad(), self.target_value_model_params.to_module(self.value_model):
                 self.value_model(slow)
-            target = torch.cat([target, slow.get(keys.value)], -1)
-        losses = self.prediction(predicted, keys.value_logits, keys.value, target)  # [N, H, 1 or 2]
+            slow_value = entry(slow, keys, "value")
+            check_scalar(slow_value.shape, slow_value.shape, "state_value")
+            target = torch.cat([target, slow_value], -1)
+        losses = self.prediction(predicted, keys, "value", target)  # [N, H, 1 or 2]
         loss = losses[..., 0]
         if self.slow_critic_regularization:
             loss = loss + self.slow_critic_regularization * losses[..., 1]

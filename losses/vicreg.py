@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 
 from .ranks import gather_ranks
-from .representation import Objective, Terms, two_views
+from .representation import TWO_VIEWS, Objective, Terms, two_views
 
 
 class VICReg(Objective):
@@ -27,6 +27,7 @@ class VICReg(Objective):
     """
 
     terms = ("vicreg",)
+    reads = TWO_VIEWS
 
     def __init__(self, weight: float = 1.0, variance: float = 1.0, covariance: float = 0.04):
         super().__init__(weight)

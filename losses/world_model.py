@@ -13,14 +13,30 @@ from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
-from torchrl.objectives.common import LossModule
+from torchrl.modules import RSSMRollout as GaussianRollout  # Dreamer V1's
 
 from .kl import CategoricalKL
 from .likelihood import ScalarPrediction
 from .representation import BarlowTwins
+from .wiring import (
+    NEXT,
+    DreamerLoss,
+    _listed,
+    check_finite,
+    check_logit,
+    entry,
+    holds_probability,
+    read_key,
+    refuse_probability,
+    refuse_two_names,
+    require_instances,
+    require_modules,
+)
+
+ENVIRONMENT = "the environment, by way of the replay,"
 
 
-class R2DreamerWorldModelLoss(LossModule):
+class R2DreamerWorldModelLoss(DreamerLoss):
     """Trains a world model on records [B, T]; takes the place of TorchRL's ``DreamerV3ModelLoss``, without a decoder.
 
     Runs ``world_model`` (TorchRL's or ours, anything on the key contract) and returns the pair (losses, posterior):
@@ -29,12 +45,15 @@ class R2DreamerWorldModelLoss(LossModule):
     still attached to the graph (``detach_output=False``) so that a replay-value loss can train the representation.
 
     A head that writes ``reward_logits`` is trained two-hot, one that writes only a scalar ``reward`` by
-    ``scalar_likelihood``, by default in symlog space.
+    ``scalar_likelihood``, by default in symlog space. The continue head writes ``continue_pred``, a logit, or
+    ``continuation``, a probability (TorchRL's name for one).
 
     Args:
         world_model: encoder, RSSM rollout, projection head, reward head and, optionally, continue head.
         representation: the objective that replaces reconstruction; default :class:`BarlowTwins`.
         kl: the divergence between posterior and prior; default :class:`CategoricalKL`.
+        continue_target_scale: of the continue head's targets. At ``1 - 1/333`` the head learns the discount as well: the
+            actor then takes ``discount=1``.
 
     Example:
         >>> from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -54,19 +73,53 @@ class R2DreamerWorldModelLoss(LossModule):
     class _AcceptedKeys:
         """Entries read below ``"next"``, by the name they have in the key contract."""
 
-        reward: NestedKey = "reward"
-        reward_logits: NestedKey = "reward_logits"
+        reward: NestedKey = read_key("reward", ENVIRONMENT, prefix=NEXT)
+        reward_logits: NestedKey = read_key(
+            "reward_logits", "the reward head in the world model", model="world_model", prefix=NEXT
+        )
         true_reward: NestedKey = "true_reward"
-        prior_logits: NestedKey = "prior_logits"
-        posterior_logits: NestedKey = "posterior_logits"
-        encoded_latents: NestedKey = "encoded_latents"
-        projected_latents: NestedKey = "projected_latents"
-        continue_pred: NestedKey = "continue_pred"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
+        prior_logits: NestedKey = read_key(
+            "prior_logits", "the RSSM rollout in the world model", model="world_model", prefix=NEXT
+        )
+        posterior_logits: NestedKey = read_key(
+            "posterior_logits", "the RSSM rollout in the world model", model="world_model", prefix=NEXT
+        )
+        encoded_latents: NestedKey = read_key(
+            "encoded_latents", "the encoder in the world model", model="world_model", prefix=NEXT
+        )
+        projected_latents: NestedKey = read_key(
+            "projected_latents",
+            "a projection head in the world model (r2dreamer.dreamer.ProjectionHead)",
+            model="world_model",
+            prefix=NEXT,
+        )
+        continue_pred: NestedKey = read_key(
+            "continue_pred", "the continue head in the world model", model="world_model", prefix=NEXT
+        )
+        continuation: NestedKey = read_key(
+            "continuation", "the continue head in the world model", model="world_model", prefix=NEXT
+        )
+        done: NestedKey = read_key("done", ENVIRONMENT, prefix=NEXT)
+        terminated: NestedKey = read_key("terminated", ENVIRONMENT, prefix=NEXT)
         # The observation; only TorchRL's DreamerV3Loss asks for it, to list what it needs.
         pixels: NestedKey | list[NestedKey] = "pixels"
 
+    renamed = {
+        "lambda_kl": "weigh the two terms, kl=CategoricalKL(dynamics=..., representation=...)",
+        "lambda_dynamic": "say kl=CategoricalKL(dynamics=...)",
+        "lambda_representation": "say kl=CategoricalKL(representation=...)",
+        "kl_mode": "the two terms are always separate; leave it out",
+        "kl_alpha": "say kl=CategoricalKL(dynamics=alpha, representation=1 - alpha)",
+        "free_bits": "say kl=CategoricalKL(free_nats=...)",
+        "unimix": "say kl=CategoricalKL(unimix=...)",
+        "lambda_reward": "say reward_weight=...",
+        "lambda_continue": "say continue_weight=...",
+        "lambda_reco": "no decoder is needed; the objective has a weight, representation=BarlowTwins(weight=...)",
+        "reco_loss": "no decoder is needed; with one, representation=Reconstruction()",
+        "reco_symlog": "no decoder is needed; with one, representation=Reconstruction()",
+        "reward_two_hot": "a head that writes reward_logits is trained two-hot, one that writes reward as a scalar",
+        "global_average": "losses are sums over features and means over batch and time; leave it out",
+    }
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     world_model: TensorDictModuleBase
@@ -83,24 +136,83 @@ class R2DreamerWorldModelLoss(LossModule):
         continue_weight: float = 1.0,
         num_reward_bins: int = 255,
         scalar_likelihood: nn.Module | None = None,
+        continue_target_scale: float = 1.0,
         detach_output: bool = False,
+        **renamed: object,
     ):
+        self._refuse(renamed)
+        require_modules(world_model=world_model)
+        require_instances(representation=representation, kl=kl, scalar_likelihood=scalar_likelihood)
+        if not 0 < continue_target_scale <= 1:
+            raise ValueError(
+                f"continue_target_scale={continue_target_scale} must be in (0, 1]; 1 leaves targets alone."
+            )
         super().__init__()
         self._in_keys = self._out_keys = None
         self.convert_to_functional(world_model, "world_model")
         self.representation = BarlowTwins() if representation is None else representation
         self.kl = CategoricalKL() if kl is None else kl
         self.reward_weight, self.continue_weight = reward_weight, continue_weight
+        self.continue_target_scale = continue_target_scale
         self.num_reward_bins, self.detach_output = num_reward_bins, detach_output
         self.scalar_likelihood = scalar_likelihood
+        self._check_parts()
         self._read_heads()
 
+    def _check_parts(self) -> None:
+        both = {*getattr(self.kl, "terms", ())} & {*getattr(self.representation, "terms", ())}
+        if both:
+            raise ValueError(
+                f"kl={type(self.kl).__name__} and representation={type(self.representation).__name__} both write "
+                f"{sorted(both)}. Pass an objective as representation, BarlowTwins() for example, and a divergence as kl."
+            )
+        categorical = self._next(self.tensor_keys.prior_logits)
+        for module in self.world_model.modules():
+            if isinstance(module, GaussianRollout) and categorical in module.out_keys:
+                raise ValueError(
+                    "The world model's rollout is TorchRL's RSSMRollout, which is Dreamer V1's and runs on across the ends of "
+                    "episodes (it reads no is_init).\n"
+                    "Use: from r2dreamer.dreamer import RSSMRollout, or TorchRL's RSSMRolloutV3."
+                )
+
     def _read_heads(self) -> None:
+        keys, at = self.tensor_keys, self._next
         written = [unravel_key(key) for key in self.world_model.out_keys]
-        self.predicts_continue = self._next(self.tensor_keys.continue_pred) in written
-        self.reward_prediction = ScalarPrediction(
-            written, self._next(self.tensor_keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
+        read = {*written, *(unravel_key(key) for key in self.world_model.in_keys)}
+        self.continue_name = next(
+            (n for n in ("continue_pred", "continuation") if at(getattr(keys, n)) in written), None
         )
+        self.predicts_continue = self.continue_name is not None
+        self.reward_prediction = ScalarPrediction(
+            written, at(keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
+        )
+        needed = [*getattr(self.kl, "reads", ()), *getattr(self.representation, "reads", ())]
+        self.unwritten = [name for name in needed if at(getattr(keys, name)) not in written]
+        if at(keys.encoded_latents) in read and "encoded_latents" in self.unwritten:
+            self.unwritten.remove("encoded_latents")  # features that come with the batch
+        missing = list(self.unwritten)
+        if at(keys.reward) not in written and not self.reward_prediction.reads_logits:
+            missing.append("reward_logits")
+        self._check_written(missing, written)
+        refuse_two_names(keys)
+        if self.continue_name == "continue_pred" and holds_probability(self.world_model, at(keys.continue_pred)):
+            refuse_probability("continue_pred", keys.continue_pred)
+
+    def _check_written(self, missing: list[str], written: list[NestedKey]) -> None:
+        """Refuses at construction what no ``set_keys`` afterwards could mend: more is missing than has an unknown name."""
+        known = {self._next(key) for key in vars(self.tensor_keys).values() if not isinstance(key, list)}
+        known |= {self._next("state"), self._next("belief")}
+        unknown = [key for key in written if isinstance(key, tuple) and key[0] == "next" and key not in known]
+        if len(missing) > len(unknown):
+            about = type(self.tensor_keys).__dataclass_fields__
+            raise ValueError(
+                "The world model lacks "
+                + "; ".join(
+                    f"{self._next(getattr(self.tensor_keys, n))!r}, from {about[n].metadata['writer']}" for n in missing
+                )
+                + f".\nBelow 'next' it writes {_listed(key for key in written if key[0] == 'next')}.\n"
+                "Add the head to the world model; for another name call set_keys(...) on the loss."
+            )
 
     @staticmethod
     def _next(key: NestedKey) -> NestedKey:
@@ -109,9 +221,6 @@ class R2DreamerWorldModelLoss(LossModule):
     def set_keys(self, **kwargs) -> None:
         super().set_keys(**kwargs)
         self._read_heads()
-
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        pass
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -141,7 +250,9 @@ class R2DreamerWorldModelLoss(LossModule):
 
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         keys, at = self.tensor_keys, self._next
-        reward = tensordict.get(at(keys.reward))
+        reward = entry(tensordict, keys, "reward", NEXT)
+        check_finite(reward, "reward")
+        self._check_fresh(tensordict)
         # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it.
         records = tensordict.select(*tensordict.keys(True, True)).exclude(at(keys.reward))
         with self.world_model_params.to_module(self.world_model):
@@ -153,17 +264,36 @@ class R2DreamerWorldModelLoss(LossModule):
         terms |= objective_terms
         diagnostics |= objective_diagnostics
 
-        reward_loss = self.reward_prediction(posterior, at(keys.reward_logits), at(keys.reward), reward)
+        reward_loss = self.reward_prediction(posterior, keys, "reward", reward, NEXT)
         terms["reward"] = self.reward_weight * reward_loss.mean()
         if self.predicts_continue:
-            logit = posterior.get(at(keys.continue_pred)).float()
-            alive = 1 - tensordict.get(at(keys.terminated)).float().reshape(logit.shape)
-            terms["continue"] = self.continue_weight * F.binary_cross_entropy_with_logits(logit, alive)
+            terms["continue"] = self.continue_weight * self._continue_loss(posterior, tensordict)
 
         losses = TensorDict({f"loss_{name}": term for name, term in terms.items()}, [])
         losses.update({name: value.detach() for name, value in diagnostics.items()})
         self._clear_weakrefs(tensordict, losses)
         return losses, posterior.detach() if self.detach_output else posterior
+
+    def _check_fresh(self, tensordict: TensorDictBase) -> None:
+        """Refuses what is in the batch but written by no head: it is of an earlier pass, and nothing trains it."""
+        for name in self.unwritten:
+            key = self._next(getattr(self.tensor_keys, name))
+            if tensordict.get(key, None) is not None:
+                raise ValueError(
+                    f"The batch holds {key!r}, of an earlier pass, and the world model writes none: no head would be trained.\n"
+                    f"It has to be written by {type(self.tensor_keys).__dataclass_fields__[name].metadata['writer']}; "
+                    "and keep it out of the replay."
+                )
+
+    def _continue_loss(self, posterior: TensorDictBase, records: TensorDictBase) -> torch.Tensor:
+        prediction = entry(posterior, self.tensor_keys, self.continue_name, NEXT)
+        logit = prediction.float()
+        if self.continue_name == "continuation":
+            logit = torch.logit(logit, eps=1e-6)
+        else:
+            check_logit(prediction, "continue_pred", self.tensor_keys.continue_pred)
+        alive = 1 - entry(records, self.tensor_keys, "terminated", NEXT).float().reshape(logit.shape)
+        return F.binary_cross_entropy_with_logits(logit, self.continue_target_scale * alive)
 
 
 def total_loss(losses: TensorDictBase) -> torch.Tensor:
