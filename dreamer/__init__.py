@@ -9,7 +9,7 @@ from .classic_networks import GRUCell, NormGRUCell
 from .compiling import compile_parts
 from .decoders import ImageDecoder, ObservationDecoder
 from .distributions import BoundedNormal, OneHotAction
-from .encoders import ImageEncoder, ObservationEncoder, VectorEncoder
+from .encoders import ImageEncoder, ObservationEncoder, StridedEncoder, VectorEncoder
 from .heads import (
     FeatureMLP,
     NormalParameters,
@@ -58,6 +58,7 @@ __all__ = [
     "RSSMStateEstimator",
     "RandomShift",
     "Sizes",
+    "StridedEncoder",
     "TwoHotMLP",
     "VectorEncoder",
     "actor_head",
