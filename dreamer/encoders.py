@@ -60,9 +60,15 @@ def by_squares(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def centred(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """uint8 (or float in [0, 1]) images [..., C, H, W], stacked on channels and moved to [-0.5, 0.5]."""
-    scaled = [image / 255 if not image.is_floating_point() else image for image in images]
-    return (scaled[0] if len(scaled) == 1 else torch.cat(scaled, -3)) - 0.5
+    """uint8 (or float in [0, 1]) images [..., C, H, W] stacked on channels and moved to [-0.5, 0.5]: [N, C, H, W].
+
+    Channels last: the norms then run over contiguous channels, and convolutions are 2x faster on CPUs. uint8 is laid out
+    so before it grows fourfold.
+    """
+    if len(images) > 1:
+        images = [torch.cat([image if image.is_floating_point() else image / 255 for image in images], -3)]
+    image = images[0].reshape(-1, *images[0].shape[-3:]).contiguous(memory_format=torch.channels_last)
+    return image - 0.5 if image.is_floating_point() else image.float().div_(255).sub_(0.5)
 
 
 class ImageEncoder(nn.Module):
@@ -101,12 +107,9 @@ class ImageEncoder(nn.Module):
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         value = centred(images)
-        batch_shape = value.shape[:-3]
-        # Channels last: the norm then runs over contiguous channels and convolutions are 2x faster on CPUs.
-        value = value.reshape(-1, *value.shape[-3:]).contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             value = norm(pooled(convolution, value)).permute(0, 3, 1, 2)
-        return value.reshape(*batch_shape, self.out_features)
+        return value.reshape(*images[0].shape[:-3], self.out_features)
 
 
 class StridedEncoder(nn.Module):
@@ -161,11 +164,9 @@ class StridedEncoder(nn.Module):
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         value = centred(images)
-        batch_shape = value.shape[:-3]
-        value = value.reshape(-1, *value.shape[-3:]).contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             value = norm(convolution(value).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return value.reshape(*batch_shape, self.out_features)
+        return value.reshape(*images[0].shape[:-3], self.out_features)
 
 
 class VectorEncoder(nn.Module):

@@ -110,7 +110,9 @@ def check_sizes(cfg: DictConfig) -> None:
     for name, sizes in cfg.model.items():
         if OmegaConf.is_list(sizes) and not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"model.{name}={list(sizes)} must hold whole numbers of at least 1.")
-    widths = [f"model.{name}" for name, value in cfg.model.items() if name != "unimix" and not OmegaConf.is_config(value)]
+    widths = [
+        f"model.{name}" for name, value in cfg.model.items() if name != "unimix" and not OmegaConf.is_config(value)
+    ]
     layers = [key for key in widths if key.endswith("_layers")]
     for key in (*POSITIVE, *(key for key in widths if key not in layers)):
         value = OmegaConf.select(cfg, key)
