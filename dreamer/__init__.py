@@ -13,7 +13,7 @@ from .classic_networks import GRUCell, NormGRUCell
 from .compiling import compile_parts
 from .decoders import ImageDecoder, ObservationDecoder
 from .distributions import BoundedNormal, OneHotAction
-from .encoders import ImageEncoder, ObservationEncoder, VectorEncoder
+from .encoders import ImageEncoder, ObservationEncoder, StridedEncoder, VectorEncoder
 from .heads import (
     FeatureMLP,
     NormalParameters,
@@ -62,6 +62,7 @@ __all__ = [
     "RSSMStateEstimator",
     "RandomShift",
     "Sizes",
+    "StridedEncoder",
     "TwoHotMLP",
     "VectorEncoder",
     "actor_head",

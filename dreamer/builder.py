@@ -158,6 +158,7 @@ def build_agent(
     blocks: int = 8,
     unimix: float = 0.01,
     encoder_multipliers: tuple[int, ...] = (2, 3, 4, 4),
+    image_encoder: Callable[[tuple[int, int, int]], nn.Module] | None = None,
     vector_layers: int = 3,
     reward_layers: int = 1,
     continue_layers: int | None = 1,
@@ -169,7 +170,8 @@ def build_agent(
     """Builds a whole agent; the keyword arguments are the keys of ``configs/model/size*.yaml``.
 
     ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
-    ``{"projection": projection_head}``. ``continue_layers=None`` makes no continue head: imagined episodes never end.
+    ``{"projection": projection_head}``. ``image_encoder`` is called with an image's shape in the place of the paper's
+    convolutions, for example :class:`StridedEncoder`. ``continue_layers=None`` makes no continue head: imagined episodes never end.
 
     Example:
         >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
@@ -193,6 +195,7 @@ def build_agent(
         units=units,
         multipliers=tuple(encoder_multipliers),
         vector_layers=vector_layers,
+        make_image=image_encoder,
     )
     latent = CategoricalLatent(categoricals, classes, unimix)
     prior = RSSMPrior(BlockGRU(latent.size, actions.size, belief, hidden, blocks), latent, hidden)

@@ -34,6 +34,7 @@ from support.capture import PREPARING, captured
 from support.checkpoint import CheckpointError
 from support.curves import draw_curve
 from support.devices import resolve_device, resolve_precision
+from support.diagnosis import Diagnosis, largest_entropy
 from support.disk import replace_text, warn
 from support.episodes import EpisodeReturns
 from support.film import evaluate_seeds
@@ -149,6 +150,7 @@ class Trainer:
         self.records = RecordBuilder(streams, keys, latent_sizes=sizes)
         self.ratio = DreamerV3UpdateRatio(cfg.train_ratio / (cfg.batch_size * cfg.batch_length))
         self.returns, self.averages = EpisodeReturns(streams, suite["train_scores"]), Averages()
+        self.diagnosis = Diagnosis(largest_entropy(self.agent.actions))
         self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0}
         self.first_update = cfg.warmup_steps  # in policy steps
         self.unprepared = PREPARING  # updates of this process that may compile or capture
@@ -240,6 +242,8 @@ class Trainer:
         line = {rename_loss(name): value for name, value in self.averages.pop().items()} | self.returns.pop()
         line |= progress(before, self.clock, self.cfg.env.action_repeat) | {"count/policy_lag": self.stream.lag}
         self.metrics.write(self.frames, line)
+        for sign in self.diagnosis.look(line):
+            tqdm.write(f"WARNING at {self.frames} frames: {sign}", file=sys.stderr)
         return {"updates/s": f"{line['speed/updates_per_second']:.1f}", "return": f"{self.returns.latest:.4g}"}
 
     def evaluate(self) -> str:

@@ -36,7 +36,7 @@ POSITIVE = (
     "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
     "checkpoint.every", "checkpoint.keep", "replay.capacity", "env.num_envs", "env.action_repeat",
 )  # fmt: skip
-OPTIONAL = ("model.units", "model.continue_layers")  # null: as wide as hidden; no continue head
+OPTIONAL = ("model.image_encoder", "model.units", "model.continue_layers")  # null: as wide as hidden; no continue head
 NOT_NEGATIVE = ("train_ratio", "warmup_steps", "seed")
 # What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
 FIXED = (
@@ -122,7 +122,9 @@ def check_sizes(cfg: DictConfig) -> None:
     for name, sizes in cfg.model.items():
         if OmegaConf.is_list(sizes) and not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"model.{name}={list(sizes)} must hold whole numbers of at least 1.")
-    widths = [f"model.{name}" for name, value in cfg.model.items() if name != "unimix" and not OmegaConf.is_list(value)]
+    widths = [
+        f"model.{name}" for name, value in cfg.model.items() if name != "unimix" and not OmegaConf.is_config(value)
+    ]
     layers = [key for key in widths if key.endswith("_layers")]
     for key in (*POSITIVE, *(key for key in widths if key not in layers)):
         value = OmegaConf.select(cfg, key)
@@ -191,7 +193,7 @@ def make_agent(algorithm: DictConfig, model: DictConfig, observations: Observati
                 "with: leave model=... out, or take the algorithm's own (model=size12M and its like for R2-Dreamer and "
                 "Dreamer V3, model=dreamerv1, model=dreamerv2)."
             )
-    return builder(observations, actions, **model)
+    return builder(observations, actions, **hydra.utils.instantiate(model))
 
 
 def objective(section: DictConfig, agent: Agent) -> nn.Module:
