@@ -160,10 +160,10 @@ class Trainer:
             exploration_type=ExplorationType.RANDOM,
         )
         self.stream.start(collector)
-        OmegaConf.save(cfg, self.logdir / "config.yaml", resolve=True)  # nothing refuses it any more
-        self.metrics = open_metrics(cfg, self.logdir, self.saved)
         if self.saved:
             restore(self)
+        OmegaConf.save(cfg, self.logdir / "config.yaml", resolve=True)  # nothing refuses it any more
+        self.metrics = open_metrics(cfg, self.logdir, self.saved)
         self.restart_environments()
         if self.saved:
             self.saved.restore_rng()

@@ -158,3 +158,10 @@ def test_a_misspelt_key_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare.py", "model.believe=3"])
     with pytest.raises(SystemExit, match="model.believe"):
         compare.main()
+
+
+def test_a_copy_of_a_users_is_no_checkpoint(tmp_path):
+    (run,) = plan([*CARTPOLE, f"logdir={tmp_path}"])
+    for name in ("step_best", "step_000000200.bak", "step_000000150"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert not run.finished

@@ -11,6 +11,7 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from .manifest import own_directories
 from .setup import TRAINING, first_difference
 
 
@@ -32,7 +33,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether a checkpoint of its last frame is there; earlier ones are resumed."""
-        steps = [int(path.name.split("_")[1]) for path in (self.logdir / "checkpoints").glob("step_*")]
+        steps = [int(path.name.split("_")[1]) for path in own_directories(self.logdir / "checkpoints")]
         return max(steps, default=-1) >= self.total_frames
 
 

@@ -21,6 +21,7 @@ from r2dreamer.envs.gl import watch
 
 from .checkpoint import Checkpoints, LoadedCheckpoint
 from .metrics import MetricsWriter
+from .snapshot import check_exact, check_state
 
 POSITIVE = (
     "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
@@ -79,9 +80,9 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
 
     checkpoints, saved = Checkpoints(logdir / "checkpoints", keep=cfg.checkpoint.keep), None
     if cfg.resume in ("auto", True):
-        saved = checkpoints.load()
+        saved = checkpoints.load(check_state=check_state)
     elif cfg.resume is not False:
-        saved = checkpoints.load(cfg.resume)
+        saved = checkpoints.load(cfg.resume, check_state=check_state)
         if saved is None:
             raise ValueError(
                 f"resume={cfg.resume} holds no checkpoint; give a run's directory or one checkpoint of it."
@@ -93,11 +94,7 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
         )
     if saved is not None:
         check_same_run(OmegaConf.create(saved.state["config"]), cfg, saved.path)
-        if cfg.checkpoint.exact and not saved.has_replay:
-            raise ValueError(
-                f"{saved.path} has no replay that can be read, and checkpoint.exact=true promises that a resumed run repeats "
-                "the uninterrupted one. Go on without that promise with checkpoint.exact=false."
-            )
+        check_exact(cfg, saved)
         if saved.step >= cfg.total_frames:
             raise ValueError(
                 f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on "
