@@ -58,7 +58,7 @@ def check_finished(run: Run, cfg: DictConfig) -> None:
     saved = run.logdir / "config.yaml"
     if not run.finished or not saved.exists():
         return
-    if found := first_difference(OmegaConf.load(saved), cfg, TRAINING):
+    if found := first_difference(OmegaConf.load(saved), cfg, TRAINING, run.overrides):
         key, old, new = found
         raise ValueError(
             f"{run.logdir} holds a finished run with {key}={old}, and {' '.join(run.overrides)} asks for {key}={new}: "
