@@ -182,9 +182,19 @@ def test_ctrl_c_leaves_an_exact_run_where_it_will_repeat_from(server, uninterrup
     assert lines(tmp_path / "log") == uninterrupted
 
 
-def test_another_seed_does_not_continue_a_run(server, tmp_path):
-    command = [*CARTPOLE, "logdir=log", "total_frames=60"]
+def test_a_run_killed_between_its_last_save_and_its_curve_finishes_when_repeated_and_with_its_own_seed_only(
+    server, tmp_path
+):
+    command, logdir = [*CARTPOLE, "logdir=log", "total_frames=60"], tmp_path / "log"
     assert server.run(tmp_path, *command).status == 0
+    logged = lines(logdir)
+    (logdir / "curve.png").unlink()
+    again = server.run(tmp_path, *command)
+    assert again.status == 0 and "finished at 60 frames" in again.stdout, again.stderr
+    assert (logdir / "curve.png").exists() and lines(logdir) == logged
+    once_more = server.run(tmp_path, *command)
+    assert once_more.status == 1 and "has already reached 60" in once_more.stderr
+    # Nor does another seed continue it.
     other = server.run(tmp_path, *command, "seed=5", "total_frames=100")
     assert other.status == 1 and "trained with seed=0, this command says seed=5" in " ".join(other.stderr.split())
 

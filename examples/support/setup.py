@@ -98,12 +98,20 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
     if saved is not None:
         check_same_run(OmegaConf.create(saved.state["config"]), cfg, saved.path)
         check_exact(cfg, saved)
-        if saved.step >= cfg.total_frames:
+        if saved.step >= cfg.total_frames and not lacks_curve(logdir, saved, cfg):
             raise ValueError(
                 f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on "
                 "with a larger total_frames, or begin a new run with another seed or logdir."
             )
     return logdir, lock, checkpoints, saved
+
+
+def lacks_curve(logdir: Path, saved: LoadedCheckpoint, cfg: DictConfig) -> bool:
+    """Whether this very run ended between its last checkpoint and its learning curve."""
+    metrics, curve = logdir / "metrics.jsonl", logdir / "curve.png"
+    if saved.state["config"].get("total_frames") != cfg.total_frames or not metrics.exists():
+        return False
+    return not curve.exists() or curve.stat().st_mtime < metrics.stat().st_mtime
 
 
 def check_sizes(cfg: DictConfig) -> None:
