@@ -201,8 +201,8 @@ class Trainer:
                 if due(cfg.checkpoint.every) or self.frames >= total:
                     self.save()
                 bar.update(self.frames - before)
-        if interrupt.requested:
-            self.save(leaving=True)
+            if interrupt.requested:
+                self.save(leaving=True)
         curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
         state = "interrupted, resume with the same command" if interrupt.requested else "finished"
         print(f"{cfg.name} seed {cfg.seed}: {state} at {self.frames} frames, eval return {score}, curve {curve}")

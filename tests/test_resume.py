@@ -1,5 +1,6 @@
 """A run that was killed or left goes on as if nothing had happened; real processes where that is the point."""
 
+import os
 import signal
 import time
 
@@ -44,11 +45,11 @@ def while_saving(run, logdir):
     wait_for(run, lambda: any(directory.glob("step_*")))
     while True:
         wait_for(run, lambda: any(directory.glob(".saving-*")))
-        run.send(signal.SIGSTOP)
+        os.kill(run.pid, signal.SIGSTOP)
         time.sleep(0.01)
         if any(directory.glob(".saving-*")):
             return
-        run.send(signal.SIGCONT)
+        os.kill(run.pid, signal.SIGCONT)
 
 
 def after_the_last_regular_checkpoint(run, logdir):
