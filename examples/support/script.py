@@ -23,6 +23,7 @@ from r2dreamer.envs import WorkerError
 from r2dreamer.envs.workers import hang_up_ignored
 
 from .checkpoint import CheckpointError
+from .children import leave_with_parent
 from .output import guarded_output
 
 USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
@@ -38,6 +39,7 @@ def script(config_name: str) -> Callable:
         def command(cfg: DictConfig | None = None) -> None:
             if os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())  # a _target_ may be a module of the user's
+            leave_with_parent()
             with hang_up_ignored():  # Python's own helper process, which TorchRL starts
                 resource_tracker.ensure_running()
             try:
