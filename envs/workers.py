@@ -16,6 +16,7 @@ import select
 import shutil
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -42,10 +43,24 @@ def start_fork_server():
     # being forked. The server therefore does not know of MUJOCO_GL; each worker is told.
     gl = os.environ.pop("MUJOCO_GL", None)
     try:
-        forkserver.ensure_running()
+        with hang_up_ignored():
+            forkserver.ensure_running()
     finally:
         if gl is not None:
             os.environ["MUJOCO_GL"] = gl
+
+
+@contextlib.contextmanager
+def hang_up_ignored():
+    """Processes started in here, and theirs, ignore what a closed terminal sends to all: that is for the trainer."""
+    if threading.current_thread() is not threading.main_thread():  # which alone can set signals
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # -- in the worker ----------------------------------------------------------------------------------------------------

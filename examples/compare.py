@@ -24,21 +24,21 @@ import numpy as np
 from hydra.errors import HydraException
 
 from support.bootstrap import bootstrap_band, bootstrap_difference
+from support.children import Children
 from support.curves import draw_runs, known_keys, read_curve
 from support.grid import Run, plan
 
 TRAIN = Path(__file__).parent / "train.py"
 
 
-def train(run: Run, quiet: bool) -> bool:
+def train(run: Run, children: Children, quiet: bool) -> bool:
     """Whether the run has finished; what it prints is in its directory if several run at once."""
     command = [sys.executable, str(TRAIN), *run.overrides]
     if not quiet:
-        return subprocess.run(command).returncode == 0 and run.finished
+        return children.run(command) == 0 and run.finished
     run.logdir.mkdir(parents=True, exist_ok=True)
     with open(run.logdir / "output.txt", "a") as output:
-        done = subprocess.run([*command, "progress=false"], stdout=output, stderr=subprocess.STDOUT)
-    return done.returncode == 0 and run.finished
+        return children.run([*command, "progress=false"], stdout=output, stderr=subprocess.STDOUT) == 0 and run.finished
 
 
 def summarise(runs: Sequence[Run], key: str) -> dict[str, dict]:
@@ -104,10 +104,9 @@ def main() -> None:
 
     waiting = [run for run in runs if not run.finished]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before.")
-    try:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            done = list(pool.map(lambda run: train(run, quiet=arguments.jobs > 1), waiting))
-    except KeyboardInterrupt:
+    with Children() as children, ThreadPoolExecutor(arguments.jobs) as pool:
+        done = list(pool.map(lambda run: train(run, children, quiet=arguments.jobs > 1), waiting))
+    if children.stopped:
         sys.exit("Stopped; the same command goes on.")
     failed = [run for run, finished in zip(waiting, done, strict=True) if not finished]
     complete = [run for run in runs if run not in failed]

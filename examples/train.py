@@ -169,10 +169,10 @@ class Trainer:
             exploration_type=ExplorationType.RANDOM,
         )
         self.stream.start(collector)
-        replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))  # nothing refuses it any more
-        self.metrics = open_metrics(cfg, self.logdir, self.saved)
         if self.saved:
             restore(self)
+        replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))  # nothing refuses it any more
+        self.metrics = open_metrics(cfg, self.logdir, self.saved)
         self.restart_environments()
         if self.saved:
             self.saved.restore_rng()
@@ -210,8 +210,8 @@ class Trainer:
                 if due(cfg.checkpoint.every) or self.frames >= total:
                     self.save()
                 bar.update(self.frames - before)
-        if interrupt.requested:
-            self.save(leaving=True)
+            if interrupt.requested:
+                self.save(leaving=True)
         curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
         state = "interrupted, resume with the same command" if interrupt.requested else "finished"
         print(f"{cfg.name} seed {cfg.seed}: {state} at {self.frames} frames, eval return {score}, curve {curve}")
@@ -243,7 +243,7 @@ class Trainer:
         line |= progress(before, self.clock, self.cfg.env.action_repeat) | {"count/policy_lag": self.stream.lag}
         self.metrics.write(self.frames, line)
         for sign in self.diagnosis.look(line):
-            tqdm.write(f"WARNING at {self.frames} frames: {sign}", file=sys.stderr)
+            warn(f"At {self.frames} frames {sign}")
         return {"updates/s": f"{line['speed/updates_per_second']:.1f}", "return": f"{self.returns.latest:.4g}"}
 
     def evaluate(self) -> str:

@@ -3,16 +3,21 @@
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import compare
 import numpy as np
 import pytest
 from hydra.utils import instantiate
-from launcher import CARTPOLE, EXAMPLES, config
+from launcher import CARTPOLE, EXAMPLES, config, count_lines
 
 from support.bootstrap import bootstrap_band, bootstrap_difference
+from support.checkpoint import Checkpoints
+from support.children import Children
 from support.curves import draw_runs
 from support.grid import Run, expand, plan
 
@@ -97,7 +102,7 @@ def test_one_command_trains_draws_and_goes_on(tmp_path):
     assert f"{names[0]}: {numbers[names[0]]['mean']:.4g} of one seed" in done.stdout
     for wrong, reason in (
         ([*command[2:], "--key", "eval/retrun"], "No finished run has eval/retrun. Did you mean eval/return"),
-        ([*command[2:], "algorithm.optimizer.lr=1e-9"], "finished run with algorithm.optimizer="),
+        ([*command[2:], "algorithm.optimizer.lr=1e-9"], "finished run with algorithm.optimizer.lr="),
         ([*command[2:], "batch_size=2"], "finished run with batch_size=3, and .* asks for batch_size=2"),
     ):
         refused = subprocess.run([*command[:2], *wrong], cwd=tmp_path, capture_output=True, text=True)
@@ -158,3 +163,67 @@ def test_a_misspelt_key_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare.py", "model.believe=3"])
     with pytest.raises(SystemExit, match="model.believe"):
         compare.main()
+
+
+def test_a_copy_of_a_users_is_no_checkpoint(tmp_path):
+    (run,) = plan([*CARTPOLE, f"logdir={tmp_path}"])
+    for name in ("step_best", "step_000000200.bak", "step_000000150"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert not run.finished
+
+
+CHILD = """
+import signal, sys
+def leave(number, frame):
+    print(signal.Signals(number).name, flush=True)
+    if number == signal.SIGINT:
+        sys.exit(130)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, leave)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_a_signal_reaches_every_training_once_and_no_other_one_begins(tmp_path):
+    out = tmp_path / "out"
+    with Children() as children, out.open("w") as file, ThreadPoolExecutor(2) as pool:
+        before = [pool.submit(children.run, [sys.executable, "-c", CHILD], stdout=file) for _ in range(2)]
+        wait_until(lambda: out.read_text().count("ready") == 2)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # asked already
+        wait_until(lambda: out.read_text().count("SIGTERM") == 2)
+        signal.raise_signal(signal.SIGINT)
+        assert [each.result(timeout=30) for each in before] == [130, 130]
+        assert children.run([sys.executable, "-c", "print('late')"], stdout=file) is None
+    assert sorted(out.read_text().split()) == ["SIGINT"] * 2 + ["SIGTERM"] * 2 + ["ready"] * 2
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_trainings_save_and_leave_when_their_comparison_is_stopped_or_killed(tmp_path):
+    endless = ["total_frames=1000000", "checkpoint.every=1000000", "replay.capacity=100000", "env.parallel=false"]
+    command = [sys.executable, str(EXAMPLES / "compare.py"), *CARTPOLE, *endless, "seed=0,1", "--jobs", "2"]
+    started = {}
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        started[number] = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    for number, comparison in started.items():
+        logdirs = [tmp_path / number.name / "runs/tiny" / f"seed{seed}" for seed in (0, 1)]
+        wait_until(lambda logdirs=logdirs: all(count_lines(logdir) >= 2 for logdir in logdirs))
+        comparison.send_signal(number)
+        _, errors = comparison.communicate(timeout=120)
+        assert comparison.returncode == (1 if number == signal.SIGTERM else -number), errors
+        wait_until(lambda logdirs=logdirs: all("interrupted" in (each / "output.txt").read_text() for each in logdirs))
+        for logdir in logdirs:
+            assert 0 < Checkpoints(logdir / "checkpoints").load().step < 1000000
+    assert "the same command goes on" not in errors and "Traceback" not in errors

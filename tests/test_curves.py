@@ -109,3 +109,14 @@ def test_the_command_draws_the_seeds_of_a_folder_together(tmp_path, drawn, monke
     monkeypatch.setattr(sys, "argv", ["curves.py", runs[0], str(tmp_path)])
     with pytest.raises(SystemExit, match="No metrics.jsonl in"):
         curves.main()
+
+
+def test_the_command_draws_what_can_be_read_and_names_the_rest(tmp_path, drawn, monkeypatch, capsys):
+    run = make_run(tmp_path / "mine" / "seed0", range(90, 991, 90))
+    content = bytearray((run / "metrics.jsonl").read_bytes())
+    content[content.index(b"\n") + 30] = 0xFF
+    (run / "metrics.jsonl").write_bytes(content + b'{"step": 2000, "eval/return": "many"}\n')
+    monkeypatch.setattr(sys, "argv", ["curves.py", str(run), "--out", str(tmp_path / "runs.png")])
+    curves.main()
+    assert "line 2." in capsys.readouterr().err
+    assert drawn[0].axes[0].get_lines()[0].get_xdata().tolist() == [0, *range(180, 991, 90)]

@@ -1,26 +1,30 @@
-"""How a run ends before its time: Ctrl-C, a loss that is no number, a full disk, workers that die."""
+"""How a run ends before its time: Ctrl-C, a closed terminal, a loss that is no number, a full disk, workers that die."""
 
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
-from launcher import CARTPOLE, TINY, config, count_lines, steps, train_here, wait_for
+from launcher import CARTPOLE, EXAMPLES, TINY, config, count_lines, steps, train_here, wait_for
 
 import r2dreamer.envs  # isort: skip  # before TorchRL
 import train
 
 from support import checkpoint as checkpoint_module
 from support.checkpoint import Checkpoints
+from support.output import Output
+from support.script import Interrupt
 
 
-def test_ctrl_c_saves_and_leaves_with_status_0(server, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["ctrl_c", "closed_terminal"])
+def test_ctrl_c_and_a_closed_terminal_save_and_leave_with_status_0(server, tmp_path, number):
     logdir, command = tmp_path / "log", [*CARTPOLE, "env.parallel=true", "logdir=log", "checkpoint.every=1000000"]
     run = server.start(tmp_path, *command)
     wait_for(run, lambda: count_lines(logdir) >= 2)
-    run.send(signal.SIGINT)
+    run.send(number)  # to its workers, too
     assert run.wait() == 0, run.stderr
     assert "interrupted, resume with the same command" in run.stdout and "Traceback" not in run.stderr
     saved = Checkpoints(logdir / "checkpoints").load()
@@ -28,6 +32,51 @@ def test_ctrl_c_saves_and_leaves_with_status_0(server, tmp_path):
     resumed = server.run(tmp_path, *command)
     assert resumed.status == 0 and "finished at 200 frames" in resumed.stdout
     assert steps(logdir, "count/updates") == [40, 80, 120, 160, 200]
+
+
+def test_output_that_nobody_reads_any_more_ends_the_run_as_ctrl_c_does(tmp_path):
+    overrides = [*CARTPOLE, "env.parallel=false", "progress=true", "total_frames=1000000", "checkpoint.every=1000000"]
+    command = [sys.executable, EXAMPLES / "train.py", *overrides, "replay.capacity=100000"]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while b"/1000000" not in run.stdout.readline():  # the progress bar
+        assert run.poll() is None
+        if count_lines(tmp_path / "runs/tiny/seed0"):
+            break
+    run.stdout.close()
+    assert run.wait(120) == 0
+    assert 0 < Checkpoints(tmp_path / "runs/tiny/seed0/checkpoints").load().step < 1000000
+
+
+def test_a_stream_whose_reader_has_gone_drops_what_is_written():
+    read, write = os.pipe()
+    called = []
+    with open(write, "w") as stream:
+        output = Output(stream, lambda: called.append(1))
+        output.write("one\n")
+        output.flush()
+        os.close(read)
+        for _ in range(3):
+            assert output.write("two\n") == 4
+            output.flush()
+        assert called == [1] and output.fileno() == write
+
+
+def test_only_ctrl_c_after_another_signal_leaves_at_once():
+    before = signal.getsignal(signal.SIGHUP)
+    with Interrupt() as interrupt:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):  # as when a session is closed
+            signal.raise_signal(number)
+            assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGHUP) is before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:  # under nohup
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("how", [[], ["collector=async", "env.parallel=true"]], ids=["sync", "async"])

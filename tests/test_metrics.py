@@ -248,6 +248,20 @@ def test_kill_9_leaves_whole_lines(tmp_path):
     assert logged == list(range(len(logged))) and len(logged) > 100
 
 
+def test_lines_that_cannot_be_read_are_named_once_and_skipped(tmp_path, capsys):
+    good = [b'{"step": %d, "a": 1, "name": "\\u00e9"}\n' % step for step in range(7)]
+    bad = [b"\xff" + good[1][1:], good[2][:10] + b"\xff" + good[2][11:], b"[1]\n", b'{"a": 1}\n', b"\n"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([good[0], *bad, *good[1:3]]))
+    for containing in ("", '"a"', '"nothing"'):
+        assert [line["step"] for line in read_metrics(tmp_path, containing=containing)] == (
+            [0, 1, 2] if containing[1:2] != "n" else []
+        )
+    warning = capsys.readouterr().err
+    assert "metrics.jsonl: what cannot be read is skipped, 5 in all: line 2, 3, 4, 5, 6." in warning
+    list(read_metrics(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
 def test_reading_without_timings(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"a": 1, "speed/fps": 3.0, "time/eval": 2.0})

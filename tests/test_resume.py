@@ -1,5 +1,6 @@
 """A run that was killed or left goes on as if nothing had happened; real processes where that is the point."""
 
+import os
 import signal
 import time
 
@@ -9,8 +10,10 @@ from launcher import CARTPOLE, config, count_lines, lines, steps, train_here, wa
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
 import train
+from omegaconf import OmegaConf
 
 from support.checkpoint import Checkpoints
+from support.setup import FIXED, first_difference
 
 EXACT = [*CARTPOLE, "checkpoint.exact=true", "algorithm.optimizer.lr=1e-2", "algorithm.optimizer.warmup_steps=1"]
 
@@ -42,11 +45,11 @@ def while_saving(run, logdir):
     wait_for(run, lambda: any(directory.glob("step_*")))
     while True:
         wait_for(run, lambda: any(directory.glob(".saving-*")))
-        run.send(signal.SIGSTOP)
+        os.kill(run.pid, signal.SIGSTOP)
         time.sleep(0.01)
         if any(directory.glob(".saving-*")):
             return
-        run.send(signal.SIGCONT)
+        os.kill(run.pid, signal.SIGCONT)
 
 
 def after_the_last_regular_checkpoint(run, logdir):
@@ -178,3 +181,50 @@ def test_ctrl_c_leaves_an_exact_run_where_it_will_repeat_from(server, uninterrup
     assert run.wait() == 0, run.stderr
     assert server.run(tmp_path, *EXACT, "logdir=log").status == 0
     assert lines(tmp_path / "log") == uninterrupted
+
+
+def test_a_run_killed_between_its_last_save_and_its_curve_finishes_when_repeated_and_with_its_own_seed_only(
+    server, tmp_path
+):
+    command, logdir = [*CARTPOLE, "logdir=log", "total_frames=60"], tmp_path / "log"
+    assert server.run(tmp_path, *command).status == 0
+    logged = lines(logdir)
+    (logdir / "curve.png").unlink()
+    again = server.run(tmp_path, *command)
+    assert again.status == 0 and "finished at 60 frames" in again.stdout, again.stderr
+    assert (logdir / "curve.png").exists() and lines(logdir) == logged
+    once_more = server.run(tmp_path, *command)
+    assert once_more.status == 1 and "has already reached 60" in once_more.stderr
+    # Nor does another seed continue it.
+    other = server.run(tmp_path, *command, "seed=5", "total_frames=100")
+    assert other.status == 1 and "trained with seed=0, this command says seed=5" in " ".join(other.stderr.split())
+
+
+def test_a_refusal_names_the_key_that_differs():
+    before = config(*CARTPOLE)
+    for override, found in (
+        ("algorithm.optimizer.lr=1e-3", ("algorithm.optimizer.lr", 4e-5, 1e-3)),
+        ("algorithm.kl.free_nats=2", ("algorithm.kl.free_nats", 1.0, 2)),
+        ("augmentation=random_shift", ("algorithm.augmentation._target_", "torch.nn.Identity", None)),
+        ("seed=5", ("seed", 0, 5)),
+        ("batch_size=2", None),
+    ):
+        difference = first_difference(before, config(*CARTPOLE, override), FIXED)
+        assert (difference or (None,))[0] == (found or (None,))[0], difference
+        if found and found[2]:
+            assert difference == found
+
+
+def test_a_key_that_an_earlier_version_lacked_had_its_default():
+    overrides = [*CARTPOLE, "algorithm.kl.free_nats=2"]
+    now = config(*overrides)
+    for key in ("algorithm.optimizer.eps", "model.depth", "algorithm.kl", "algorithm.kl.free_nats"):
+        before = config(*overrides)
+        section, _, name = key.rpartition(".")
+        OmegaConf.set_struct(before, False)
+        del OmegaConf.select(before, section)[name]
+        given = next((each.partition("=")[2] for each in overrides if each.startswith(key)), None)
+        assert first_difference(before, now, FIXED) is None  # without a command
+        difference = first_difference(before, now, FIXED, overrides)
+        assert (difference is None) == (given is None), difference
+        assert given is None or difference[0].startswith(key)

@@ -9,13 +9,12 @@ A checkpoint is written beside the others under a temporary name, forced to the 
 not at all. Nothing that an older one needs is deleted before. Loading never executes pickled code.
 """
 
-import json
+import functools
 import os
 import shutil
 import sys
-import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,22 +25,22 @@ from torchrl.checkpoint import CheckpointError, GlobalRNGState
 
 from r2dreamer.envs.replay import RecordReplay
 
-from .journal import CheckedFile, Journal, Segment, check_file, is_disk_full
+from .journal import CheckedFile, Journal, Segment, check_segment, is_disk_full
+from .manifest import MANIFEST, check_files, copies, name_of, read_manifest, survey, write_manifest
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 PLAIN = (bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device)
 
 
 class LoadedCheckpoint:
     """A checkpoint found whole: `.step`, `.state`, and what restores the rest."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], owner: "Checkpoints"):
+    def __init__(self, path: Path, manifest: dict[str, Any], owner: "Checkpoints", next_older: Callable[[], Any]):
         self.path = path
         self.step: int = manifest["step"]
         self.state: dict[str, Any] = _load_tensors(path / "state.pt")
         self._manifest = manifest
         self._owner = owner
+        self._next_older = next_older
 
     @property
     def has_replay(self) -> bool:
@@ -68,6 +67,16 @@ class LoadedCheckpoint:
         GlobalRNGState().load_state_dict(state)
         return True
 
+    def next_older(self, error: Exception, *, replay: bool = False) -> "LoadedCheckpoint":
+        """The checkpoint to take in place of this one, which cannot be restored; CheckpointError where none is left.
+
+        Args:
+            error: why it cannot be.
+            replay: only its replay is at fault; without that it may still do.
+        """
+        self._owner.reject(self, error, replay)
+        return self._next_older()
+
 
 class Checkpoints:
     """The checkpoints of one run, the newest ``keep`` of them.
@@ -86,6 +95,8 @@ class Checkpoints:
         self.keep = keep
         self.journal = Journal(self.directory / "journal")
         self._damaged: set[Path] = set()
+        self._rejected: dict[Path, tuple] = {}  # what could not be restored: why, and why its replay could not be
+        self._spared: set[str] | None = None  # segments that a checkpoint of another format may need
 
     def save(self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None, rng: bool = True) -> Path:
         """Saves a checkpoint; on failure raises CheckpointError, older ones whole and no change forgotten.
@@ -97,10 +108,10 @@ class Checkpoints:
         """
         check_plain(state)
         known = self._manifests()
-        serial = 1 + max((manifest["serial"] for manifest in known.values()), default=0)
-        final = self.directory / f"step_{step:09d}"
+        serial = 1 + survey(self.directory).newest_serial
+        final = self.directory / name_of(step)
         if final.exists():
-            final = self.directory / f"step_{step:09d}_{serial}"
+            final = self.directory / name_of(step, serial)
         temporary = self.directory / f".saving-{serial}"
         published = False
         try:
@@ -114,9 +125,8 @@ class Checkpoints:
             if replay is not None:
                 saved = {"rings": replay.writer.state_dict(), "segments": [asdict(segment) for segment in segments]}
                 _sync_directory(self.journal.directory)
-            manifest = {"format": FORMAT, "step": step, "serial": serial, "files": files, "replay": saved}
             with CheckedFile(temporary / MANIFEST) as file:
-                file.write(json.dumps({"crc32": _json_crc32(manifest), "manifest": manifest}).encode())
+                write_manifest(file, {"step": step, "serial": serial, "files": files, "replay": saved})
             _sync_directory(temporary)
             os.rename(temporary, final)
             published = True
@@ -138,73 +148,106 @@ class Checkpoints:
         self._rotate()
         return final
 
-    def load(self, path: str | os.PathLike | None = None, *, replay: bool = True) -> LoadedCheckpoint | None:
+    def load(
+        self,
+        path: str | os.PathLike | None = None,
+        *,
+        replay: bool = True,
+        check_state: Callable[[dict[str, Any], Path], None] = lambda state, path: None,
+    ) -> LoadedCheckpoint | None:
         """The newest whole checkpoint; None where this run has none yet; CheckpointError where all are damaged.
 
         Args:
             path: a run's directory, its ``checkpoints`` directory, or one particular checkpoint. Default: this run's.
             replay: whether the replay is wanted too; without it the journal is not read.
+            check_state: raises CheckpointError for a state that is not as expected; an older one is then tried.
         """
+        again = functools.partial(self.load, path, replay=replay, check_state=check_state)
         root = self.directory if path is None else Path(path)
         if (root / MANIFEST).exists():
-            manifest = _read_manifest(root)
-            _check_files(root, manifest, replay)
-            return LoadedCheckpoint(root, manifest, self)
+            manifest, damaged = read_manifest(root), {}
+            loaded = self._newest_whole({root: manifest}, replay, check_state, again, damaged)
+            if loaded is None:
+                raise damaged[root]
+            return loaded
         if (root / "checkpoints").is_dir():
             root = root / "checkpoints"
-        found = sorted(root.glob("step_*"))
-        if path is not None and not found:
+        found = survey(root)
+        directories = [*found.readable, *found.damaged, *found.foreign]
+        if path is not None and not directories:
             raise CheckpointError(f"there is no checkpoint at {root}.")
-        damaged: list[Path] = []
-        readable: dict[Path, dict[str, Any]] = {}
-        for directory in found:
-            try:
-                readable[directory] = _read_manifest(directory)
-            except CheckpointError as error:
-                damaged.append(directory)
-                _warn(directory, error)
-        newest_first = sorted(readable, key=lambda directory: readable[directory]["serial"], reverse=True)
-        loaded = self._newest_whole({directory: readable[directory] for directory in newest_first}, replay, damaged)
-        if loaded is None and replay:  # all share the journal's older segments: one of those may have spoilt them all
-            rest = {directory: readable[directory] | {"replay": None} for directory in newest_first}
-            loaded = self._newest_whole(rest, False, [])
-            if loaded is not None:
-                damaged.remove(loaded.path)
-                print(f"WARNING: no replay is whole; from {loaded.path.name} goes on what was learnt.", file=sys.stderr)
+        for directory, error in found.damaged.items():
+            _warn(directory, error)
+        newest = max((manifest["serial"] for manifest in found.readable.values()), default=0)
+        for error in found.foreign.values():
+            if error.readable:
+                print(f"WARNING: {error}.", file=sys.stderr)
+            elif error.serial is None or error.serial > newest:
+                raise CheckpointError(
+                    f"{error}. It is left as it is: go on with the program that saved it, from an earlier checkpoint with "
+                    "resume=PATH, or start anew in another logdir."
+                )
+        damaged = dict(found.damaged)
+        newest_first = dict(reversed(found.readable.items()))
+        loaded = self._newest_whole(newest_first, replay, check_state, again, damaged)
         if loaded is not None and root.resolve() == self.directory.resolve():  # another run's are not ours to delete
             self._damaged.update(self.directory / directory.name for directory in damaged)
-        if loaded is not None:
-            return loaded
-        if found:
+        if loaded is None and directories:
+            reasons = f" The newest: {next(iter(damaged.values()))}." if damaged else ""
             raise CheckpointError(
-                f"none of the {len(found)} checkpoints in {root} is whole (see the warnings above). Start anew with "
-                "resume=false and another logdir."
+                f"none of the {len(directories)} checkpoints in {root} is whole (see the warnings above).{reasons} Start "
+                "anew with resume=false and another logdir."
             )
-        return None
+        return loaded
 
-    def _newest_whole(
-        self, manifests: Mapping[Path, dict], replay: bool, damaged: list[Path]
-    ) -> LoadedCheckpoint | None:
-        """The first of them whose files are as they were written; those before it are added to `damaged`."""
+    def _newest_whole(self, manifests, replay, check_state, again, damaged) -> LoadedCheckpoint | None:
+        """The first of them that is as it was written; what is wrong with those before it is added to `damaged`."""
+        without_replay = None
         for directory, manifest in manifests.items():
+            wrong, wrong_replay = self._rejected.get(directory, (None, None))
             try:
-                _check_files(directory, manifest, replay)
-                return LoadedCheckpoint(directory, manifest, self)
+                if wrong:
+                    raise wrong
+                check_files(directory, manifest)
+                loaded = LoadedCheckpoint(directory, manifest, self, again)
+                check_state(loaded.state, directory / "state.pt")
             except CheckpointError as error:
-                damaged.append(directory)
-                _warn(directory, error)
-        return None
+                damaged[directory] = error
+                if not wrong:
+                    _warn(directory, error)
+                continue
+            try:
+                if wrong_replay:
+                    raise wrong_replay
+                if replay and loaded.has_replay:
+                    for segment in manifest["replay"]["segments"]:
+                        check_segment(directory.parent / "journal", Segment(**segment))
+                return loaded
+            except CheckpointError as error:
+                damaged[directory] = error
+                if not wrong_replay:
+                    _warn(directory, error)
+                without_replay, loaded = without_replay or directory, None
+        if without_replay is None:
+            return None
+        # All share the journal's older segments: one of those may have spoilt them all.
+        damaged.pop(without_replay)
+        print(f"WARNING: no replay is whole; from {without_replay.name} goes on what was learnt.", file=sys.stderr)
+        return LoadedCheckpoint(without_replay, manifests[without_replay] | {"replay": None}, self, again)
+
+    def reject(self, loaded: LoadedCheckpoint, error: Exception, replay: bool) -> None:
+        """What was read as a whole checkpoint cannot be restored: from now on it, or its replay, counts as damaged."""
+        reason = CheckpointError(f"{loaded.path} cannot be restored ({type(error).__name__}: {error})")
+        reason.__cause__ = error
+        _warn(loaded.path, reason)
+        wrong, wrong_replay = self._rejected.get(loaded.path, (None, None))
+        self._rejected[loaded.path] = (wrong, reason) if replay else (reason, wrong_replay)
 
     def _manifests(self) -> dict[Path, dict[str, Any]]:
         """The readable checkpoints that were not found damaged, in the order they were saved."""
-        manifests = {}
-        for directory in self.directory.glob("step_*"):
-            if directory not in self._damaged:
-                try:
-                    manifests[directory] = _read_manifest(directory)
-                except CheckpointError:
-                    self._damaged.add(directory)
-        return dict(sorted(manifests.items(), key=lambda item: item[1]["serial"]))
+        found = survey(self.directory)
+        self._damaged.update(found.damaged)
+        return {directory: found.readable[directory] for directory in found.readable if directory not in self._damaged}
 
     def _rotate(self) -> None:
         known = self._manifests()
@@ -221,8 +264,12 @@ class Checkpoints:
         """Removes what crashed saves left, and journal segments that none of the `known` checkpoints names."""
         for leftover in [*self.directory.glob(".saving-*"), *self.directory.glob(".deleted-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
-        saved = [manifest["replay"] for manifest in known.values() if manifest["replay"] is not None]
-        self.journal.discard(Segment(**segment).name for replay in saved for segment in replay["segments"])
+        if self._spared is None:
+            other_format = any(not error.readable for error in survey(self.directory).foreign.values())
+            self._spared = self.journal.names() if other_format else set()
+        saved = [manifest["replay"] for manifest in [*known.values(), *copies(self.directory)]]
+        needed = [Segment(**segment).name for replay in saved if replay is not None for segment in replay["segments"]]
+        self.journal.discard({*needed, *self._spared})
 
 
 def check_plain(value: Any, name: str = "state") -> None:
@@ -254,36 +301,14 @@ def _save_tensors(path: Path, value: Any) -> dict[str, int]:
 
 def _load_tensors(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        value = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and plain values: {error}") from error
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    try:
-        content = json.loads(path.read_bytes())
-        manifest = content["manifest"]
-        if content["crc32"] != _json_crc32(manifest):
-            raise CheckpointError(f"{path} is corrupted: its checksum is wrong")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is truncated, corrupted or missing ({error})") from error
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has the format {manifest['format']}, this program reads {FORMAT}")
-    return manifest
-
-
-def _check_files(directory: Path, manifest: dict[str, Any], replay: bool) -> None:
-    for name, file in manifest["files"].items():
-        check_file(directory / name, **file)
-    if replay and manifest["replay"] is not None:
-        for segment in manifest["replay"]["segments"]:
-            found = Segment(**segment)
-            check_file(directory.parent / "journal" / found.name, found.size, found.crc32)
-
-
-def _json_crc32(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+    except Exception as error:  # noqa: BLE001 - what is no archive of torch's fails in many ways
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__} in place of a dict")
+    return value
 
 
 def _sync_directory(path: Path) -> None:
@@ -295,4 +320,4 @@ def _sync_directory(path: Path) -> None:
 
 
 def _warn(directory: Path, error: CheckpointError) -> None:
-    print(f"WARNING: checkpoint {directory.name} is damaged, trying an earlier one: {error}", file=sys.stderr)
+    print(f"WARNING: checkpoint {directory.name} is damaged: {error}", file=sys.stderr)

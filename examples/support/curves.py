@@ -106,8 +106,9 @@ def read_curve(logdir: str | os.PathLike, key: str) -> tuple[np.ndarray, np.ndar
     """Frames [N] and values [N] of the lines that have `key`."""
     if not (Path(logdir) / "metrics.jsonl").exists():
         return np.zeros(0), np.zeros(0)
+    lines = read_metrics(logdir, containing=f'"{key}"')
     points = {
-        line["step"]: line[key] for line in read_metrics(logdir, containing=f'"{key}"') if line.get(key) is not None
+        line["step"]: line[key] for line in lines if type(line.get(key)) in (int, float) and np.isfinite(line[key])
     }
     return np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float)
 

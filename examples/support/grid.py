@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from .files import refuse_links
+from .manifest import own_directories
 from .setup import TRAINING, first_difference
 from .stored import plain_config
 
@@ -34,7 +35,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether a checkpoint of its last frame is there; earlier ones are resumed."""
-        steps = [int(path.name.split("_")[1]) for path in (self.logdir / "checkpoints").glob("step_*")]
+        steps = [int(path.name.split("_")[1]) for path in own_directories(self.logdir / "checkpoints")]
         return max(steps, default=-1) >= self.total_frames
 
 
@@ -59,7 +60,8 @@ def check_finished(run: Run, cfg: DictConfig) -> None:
     saved = run.logdir / "config.yaml"
     if not run.finished or not saved.exists():
         return
-    if found := first_difference(plain_config(OmegaConf.to_container(OmegaConf.load(saved)), saved), cfg, TRAINING):
+    before = plain_config(OmegaConf.to_container(OmegaConf.load(saved)), saved)
+    if found := first_difference(before, cfg, TRAINING, run.overrides):
         key, old, new = found
         raise ValueError(
             f"{run.logdir} holds a finished run with {key}={old}, and {' '.join(run.overrides)} asks for {key}={new}: "

@@ -8,7 +8,9 @@ most about twice the replay's own bytes, at a constant factor of writing.
 
 import errno
 import json
+import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,10 +19,12 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from tensordict.utils import NestedKey
 from torchrl.checkpoint import CheckpointError
 
 from r2dreamer.envs.replay import RecordReplay
 
+OWN_NAME = re.compile(r"\d{8,}-(records|latents)\.bin")
 CHUNK = 1024  # records gathered and written at a time
 
 
@@ -168,15 +172,29 @@ class Journal:
         self._replay, self._times_cleared = replay, replay.times_cleared
 
     def restore(self, replay: RecordReplay, segments: Iterable[Segment], rings: dict[str, Any]) -> None:
-        """Fills a replay from segments, and continues them."""
+        """Fills a replay from segments, and continues them; where it cannot, the replay is left empty."""
+        before = replay.writer.state_dict()
+        try:
+            self._fill(replay, list(segments), rings)
+        except Exception:
+            replay.writer.load_state_dict(before)
+            self._forget(replay)
+            raise
+
+    def _fill(self, replay: RecordReplay, segments: list[Segment], rings: dict[str, Any]) -> None:
         replay.writer.load_state_dict(rings)  # first: it refuses a replay of another shape
         self._forget(replay)
-        self.segments = list(segments)
+        self.segments = segments
         for segment in self.segments:
             slots = read_slots(self.directory / segment.name)
+            if len(slots) and not 0 <= slots.min() <= slots.max() < len(replay.changed_records):
+                raise CheckpointError(f"{segment.name} names slots that this replay does not have")
             self._owners[segment.kind][slots] = segment.serial
             if segment.kind == "records":
                 self._owners["latents"][slots] = -1
+        found, expected = int((self._owners["records"] >= 0).sum()), len(replay)
+        if found != expected:
+            raise CheckpointError(f"the journal holds {found} of {expected} records")
         # Latents last: those that live belong to records of an earlier segment.
         for segment in sorted(self.segments, key=lambda segment: segment.kind == "latents"):
             for slots, data in read_segment(self.directory / segment.name):
@@ -187,12 +205,14 @@ class Journal:
         replay.clear_changes()
         self._replay, self._times_cleared = replay, replay.times_cleared
 
+    def names(self) -> set[str]:
+        """The segment files that are there."""
+        return {path.name for path in self.directory.glob("*.bin") if OWN_NAME.fullmatch(path.name)}
+
     def discard(self, keep: Iterable[str]) -> None:
         """Deletes the segment files that no checkpoint names."""
-        keep = set(keep)
-        for path in self.directory.glob("*.bin"):
-            if path.name not in keep:
-                path.unlink(missing_ok=True)
+        for name in self.names() - set(keep):
+            (self.directory / name).unlink(missing_ok=True)
 
     def _continues(self, replay: RecordReplay) -> bool:
         known = replay is self._replay and replay.times_cleared == self._times_cleared
@@ -204,25 +224,54 @@ class Journal:
         self._owners = {kind: torch.full((len(replay.changed_records),), -1) for kind in ("records", "latents")}
 
     def _next_serial(self) -> int:
-        return 1 + max((int(path.name.split("-")[0]) for path in self.directory.glob("*.bin")), default=0)
+        return 1 + max((int(name.split("-")[0]) for name in self.names()), default=0)
+
+
+def check_segment(directory: Path, segment: Segment) -> None:
+    """Raises CheckpointError unless the file is as it was written and holds what the segment says."""
+    path = directory / segment.name
+    check_file(path, segment.size, segment.crc32)
+    with path.open("rb") as file:
+        count, entries = _read_header(file)
+        entry_bytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries)
+        expected = file.tell() + count * (torch.int64.itemsize + entry_bytes)
+    if (count, expected) != (segment.count, segment.size):
+        raise CheckpointError(f"{path} is described wrongly: {count} records, {expected} bytes")
 
 
 def read_slots(path: Path) -> torch.Tensor:
     with path.open("rb") as file:
-        return _read(file, torch.int64, [json.loads(file.readline())["count"]])
+        return _read(file, torch.int64, [_read_header(file)[0]])
 
 
 def read_segment(path: Path) -> Iterator[tuple[torch.Tensor, TensorDict]]:
     """Yields (slots, entries) of a segment, a chunk at a time."""
     with path.open("rb") as file:
-        header = json.loads(file.readline())
-        slots = _read(file, torch.int64, [header["count"]])
+        count, entries = _read_header(file)
+        slots = _read(file, torch.int64, [count])
         for chunk in slots.split(CHUNK):
             data = TensorDict({}, [len(chunk)])
-            for key, dtype, shape in header["entries"]:
-                dtype = getattr(torch, dtype.removeprefix("torch."))
-                data[key if isinstance(key, str) else tuple(key)] = _read(file, dtype, [len(chunk), *shape])
+            for key, dtype, shape in entries:
+                data[key] = _read(file, dtype, [len(chunk), *shape])
             yield chunk, data
+
+
+def _read_header(file: Any) -> tuple[int, list[tuple[NestedKey, torch.dtype, list[int]]]]:
+    """How many slots, and the key, dtype and shape of every entry."""
+    try:
+        header = json.loads(file.readline())
+        entries = [
+            (key if isinstance(key, str) else tuple(key), getattr(torch, dtype.removeprefix("torch.")), shape)
+            for key, dtype, shape in header["entries"]
+        ]
+        sizes = [header["count"], *(size for _, _, shape in entries for size in shape)]
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
+        if not all(isinstance(dtype, torch.dtype) for _, dtype, _ in entries):
+            raise ValueError("an unknown dtype")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} does not begin with a header that can be read ({error})") from error
+    return header["count"], entries
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

@@ -7,11 +7,13 @@ frames. What depends on the machine's speed is named `speed/*` or `time/*`, all 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import math
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -231,15 +233,35 @@ def _plain(value):
 
 
 def read_metrics(logdir: str | os.PathLike, *, timings: bool = True, containing: str = "") -> Iterator[dict]:
-    """The lines of a run, also of one still running. timings=False leaves out what differs between equal runs.
+    """The lines of a run, also of one still running; lines that cannot be read are named on stderr and skipped.
 
+    timings=False leaves out what differs between equal runs.
     containing: only lines in which this text occurs; skipping the others before parsing makes a long file quick.
     """
-    with open(Path(logdir) / "metrics.jsonl", encoding="utf-8") as file:
-        for text in file:
-            if containing in text and text.endswith("\n"):
-                line = json.loads(text)
+    path, wanted, unreadable = Path(logdir) / "metrics.jsonl", containing.encode(), []
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                continue
+            if wanted in text or not text.startswith(b"{"):
+                try:
+                    line = json.loads(text)
+                    if type(line["step"]) not in (int, float):
+                        raise TypeError
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    unreadable.append(number)
+                    continue
                 yield {k: v for k, v in line.items() if timings or not k.startswith(("speed/", "time/"))}
+            elif not text.isascii():  # the writer escapes all else
+                unreadable.append(number)
+    if unreadable:
+        _name_unreadable(path, tuple(unreadable))
+
+
+@functools.cache
+def _name_unreadable(path: Path, numbers: tuple[int, ...]) -> None:
+    shown = ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
+    print(f"WARNING: {path}: what cannot be read is skipped, {len(numbers)} in all: line {shown}.", file=sys.stderr)
 
 
 class TensorBoardLogger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
@@ -10,6 +11,8 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable
+from multiprocessing import resource_tracker
+from typing import ClassVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -18,8 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.envs import WorkerError
 from r2dreamer.envs.errors import require_linux
+from r2dreamer.envs.workers import hang_up_ignored
 
 from .checkpoint import CheckpointError
+from .children import leave_with_parent
+from .output import guarded_output
 
 USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
 
@@ -39,8 +45,12 @@ def script(config_name: str, foreign: bool = False) -> Callable:
                 os.environ["PYTHONSAFEPATH"] = "1"  # for the workers, too
             elif os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())  # a _target_ may be a module of the user's
+            leave_with_parent()
+            with hang_up_ignored():  # Python's own helper process, which TorchRL starts
+                resource_tracker.ensure_running()
             try:
-                run(friendly_errors(main))(cfg)
+                with guarded_output(Interrupt.output_lost):
+                    run(friendly_errors(main))(cfg)
             except SystemExit as left:
                 if isinstance(left.__context__, ConfigCompositionException):  # hydra has said what is wrong
                     suggest(config_name, left.__context__)
@@ -127,21 +137,39 @@ def friendly_errors(main: Callable) -> Callable:
 
 
 class Interrupt:
-    """Ctrl-C (and SIGTERM) once: finish the step, save, leave with status 0. Twice: leave now, with status 130."""
+    """Ctrl-C, SIGTERM, SIGHUP or output that nobody reads: finish the step, save, leave with status 0.
+
+    Ctrl-C after any of them: leave now, with status 130.
+    """
+
+    active: ClassVar[Interrupt | None] = None
 
     def __init__(self):
         self.requested = False
 
     def __enter__(self) -> Interrupt:
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup a run outlives its terminal
+            numbers.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
+        Interrupt.active = self
         return self
 
     def __exit__(self, *_: object) -> None:
+        Interrupt.active = None
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    @classmethod
+    def output_lost(cls) -> None:
+        if cls.active is not None:
+            cls.active.requested = True
+
     def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        print("\nInterrupted: finishing this step, then leaving. Press Ctrl-C again to leave at once.", file=sys.stderr)
+        if not self.requested:
+            self.requested = True
+            with contextlib.suppress(OSError):  # unbuffered: the signal may have come in the middle of a print
+                message = b"\nInterrupted: finishing this step, then leaving. Press Ctrl-C again to leave at once.\n"
+                os.write(sys.__stderr__.fileno(), message)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchrl.envs import EnvBase
@@ -30,6 +31,7 @@ except ImportError as error:
 from .checkpoint import Checkpoints, LoadedCheckpoint
 from .files import refuse_links
 from .metrics import MetricsWriter
+from .snapshot import check_exact, check_state
 from .stored import plain_config
 
 POSITIVE = (
@@ -38,6 +40,7 @@ POSITIVE = (
 )  # fmt: skip
 OPTIONAL = ("model.image_encoder", "model.units", "model.continue_layers")  # null: as wide as hidden; no continue head
 NOT_NEGATIVE = ("train_ratio", "warmup_steps", "seed")
+MISSING = object()
 # What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
 FIXED = (
     "model",
@@ -48,11 +51,12 @@ FIXED = (
     "env.make",
     "algorithm",
     "replay.capacity",
+    "seed",
 )
 # Optimisers by what took their place: a run that was saved with the one is resumed with the other.
 SUCCESSORS = {"torchrl.trainers.algorithms.DreamerV3Optimizer": "r2dreamer.losses.DreamerOptimizer"}
 # And what else a finished run must have had to be the one that a command asks for.
-TRAINING = (*FIXED, "total_frames", "batch_size", "batch_length", "train_ratio", "warmup_steps", "precision", "seed")
+TRAINING = (*FIXED, "total_frames", "batch_size", "batch_length", "train_ratio", "warmup_steps", "precision")
 
 
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
@@ -91,9 +95,9 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
 
     checkpoints, saved = Checkpoints(logdir / "checkpoints", keep=cfg.checkpoint.keep), None
     if cfg.resume in ("auto", True):
-        saved = checkpoints.load()
+        saved = checkpoints.load(check_state=check_state)
     elif cfg.resume is not False:
-        saved = checkpoints.load(cfg.resume)
+        saved = checkpoints.load(cfg.resume, check_state=check_state)
         if saved is None:
             raise ValueError(
                 f"resume={cfg.resume} holds no checkpoint; give a run's directory or one checkpoint of it."
@@ -105,17 +109,21 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
         )
     if saved is not None:
         check_same_run(plain_config(saved.state["config"], saved.path), cfg, saved.path)
-        if cfg.checkpoint.exact and not saved.has_replay:
-            raise ValueError(
-                f"{saved.path} has no replay that can be read, and checkpoint.exact=true promises that a resumed run repeats "
-                "the uninterrupted one. Go on without that promise with checkpoint.exact=false."
-            )
-        if saved.step >= cfg.total_frames:
+        check_exact(cfg, saved)
+        if saved.step >= cfg.total_frames and not lacks_curve(logdir, saved, cfg):
             raise ValueError(
                 f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on "
                 "with a larger total_frames, or begin a new run with another seed or logdir."
             )
     return logdir, lock, checkpoints, saved
+
+
+def lacks_curve(logdir: Path, saved: LoadedCheckpoint, cfg: DictConfig) -> bool:
+    """Whether this very run ended between its last checkpoint and its learning curve."""
+    metrics, curve = logdir / "metrics.jsonl", logdir / "curve.png"
+    if saved.state["config"].get("total_frames") != cfg.total_frames or not metrics.exists():
+        return False
+    return not curve.exists() or curve.stat().st_mtime < metrics.stat().st_mtime
 
 
 def check_sizes(cfg: DictConfig) -> None:
@@ -257,16 +265,49 @@ def with_successor(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def first_difference(before: DictConfig, now: DictConfig, keys: Sequence[str]) -> tuple[str, object, object] | None:
-    """Of these keys the first that two configurations differ in, and both values."""
+def first_difference(
+    before: DictConfig, now: DictConfig, keys: Sequence[str], overrides: Sequence[str] | None = None
+) -> tuple[str, object, object] | None:
+    """Below these keys the first value that two configurations differ in: its own key, and both values.
+
+    A key that the older one lacks, because it was added later, has its default there.
+
+    Args:
+        overrides: the command that `now` is of. Default: that of this process.
+    """
     # Resolved as a whole first: a section's interpolations point outside of it.
     before, now = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
-    for key in keys:
-        old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
-        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-            names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))  # no key is as good as null
-            if names:
-                return f"{key}.{names[0]}", old.get(names[0]), new.get(names[0])
-        elif old != new:
-            return key, old, new
+    for section in keys:
+        for key, old, new in differences(OmegaConf.select(before, section), OmegaConf.select(now, section), section):
+            if old is MISSING and new == default_of(key, new, overrides):
+                continue
+            return key, None if old is MISSING else old, new
     return None
+
+
+def differences(old: object, new: object, key: str) -> Iterator[tuple[str, object, object]]:
+    """The keys of all values that differ, and both; the old one is MISSING where only the new one has the key."""
+    if old is MISSING and isinstance(new, DictConfig):
+        old = OmegaConf.create({})
+    if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+        for name in sorted({*old, *new}, key=str):
+            if name in old or new[name] is not None:
+                yield from differences(old.get(name) if name in old else MISSING, new.get(name), f"{key}.{name}")
+    elif old != new:  # of a whole section, what it builds says enough
+        yield key, *(each.get("_target_", each) if isinstance(each, DictConfig) else each for each in (old, new))
+
+
+def default_of(key: str, given: object, overrides: Sequence[str] | None) -> object:
+    """What a key would be if the command did not mention it; `given` where there is no command."""
+    if overrides is None:
+        if not HydraConfig.initialized():
+            return given
+        overrides = HydraConfig.get().overrides.task
+    groups = key.split(".")[1:]  # augmentation=... sets algorithm.augmentation
+    named = lambda override: override.lstrip("+").partition("=")[0]
+    others = [each for each in overrides if not f"{named(each)}.".startswith(f"{key}.") and named(each) not in groups]
+    if len(others) == len(overrides):
+        return given
+    with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
+        cfg = hydra.compose("config", others)
+    return OmegaConf.select(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), key)

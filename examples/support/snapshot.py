@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
+import copy
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchrl.checkpoint import CheckpointError
 from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 
 from r2dreamer.dreamer.pretrained import pack
+
+from .checkpoint import LoadedCheckpoint
 
 
 def _stateful(trainer) -> dict[str, dict]:
@@ -31,15 +39,82 @@ def snapshot(trainer) -> dict:
     }
 
 
+def check_state(state: dict, path: Path) -> None:
+    """Raises CheckpointError unless the parts that a trainer needs are there, each of the right kind."""
+    counts = {"count": ("policy_steps", "updates", "replayed_steps", "restarts"), "metrics": ("bytes", "lines", "step")}
+    parts = {"learner": ("model", "optimizer", "scaler"), "trainer": ("ratio", "averages", "returns"), "config": ()}
+    for group, names in (counts | parts).items():
+        found = state.get(group)
+        if not isinstance(found, dict) or not found.keys() >= set(names):
+            raise CheckpointError(f"{path} holds no {group} with {', '.join(names) or 'sections'}")
+        for name in counts.get(group, ()):
+            if type(found[name]) is not int or found[name] < -1:
+                raise CheckpointError(f"{path} holds {group}.{name}={str(found[name])[:40]!r}, expected a whole number")
+    try:
+        OmegaConf.to_container(OmegaConf.create(state["config"]), resolve=True)
+    except OmegaConfBaseException as error:
+        raise CheckpointError(f"{path} holds a configuration that cannot be read: {error}") from error
+
+
+def check_exact(cfg: DictConfig, saved: LoadedCheckpoint) -> None:
+    if cfg.checkpoint.exact and not saved.has_replay:
+        raise ValueError(
+            f"{saved.path} has no replay that can be read, and checkpoint.exact=true promises that a resumed run repeats "
+            "the uninterrupted one. Go on without that promise with checkpoint.exact=false."
+        )
+
+
 def restore(trainer) -> None:
-    saved, cfg, rate = trainer.saved, trainer.cfg, trainer.ratio.ratio
+    """Puts the run's newest checkpoint back; where its content does not fit, the one before it, as after damage."""
+    rate = trainer.ratio.ratio
+    while True:
+        check_exact(trainer.cfg, trainer.saved)
+        try:
+            _put_back(trainer)
+        except Exception as error:  # noqa: BLE001 - unexpected content fails in as many ways as there are parts
+            trainer.saved = trainer.saved.next_older(error)
+            continue
+        try:
+            has_replay = trainer.saved.restore_replay(trainer.replay)
+            break
+        except Exception as error:  # noqa: BLE001
+            trainer.saved = trainer.saved.next_older(error, replay=True)
+    trainer.ratio.ratio = rate  # as configured now: a run may go on with another ratio or batch
+    if not trainer.cfg.checkpoint.exact:
+        trainer.count["restarts"] += 1
+    if not has_replay:  # left out of the checkpoint: collect anew, owe nothing for it
+        trainer.first_update = trainer.count["policy_steps"] + trainer.cfg.warmup_steps
+        trainer.ratio = DreamerV3UpdateRatio(rate)
+
+
+def _put_back(trainer) -> None:
+    """All but the replay. What would fail only at the next update or log line fails here."""
+    saved, optimizer = trainer.saved, trainer.learner.optimizer
+    configured = optimizer.state_dict()["param_groups"]
     for group, parts in _stateful(trainer).items():
         for name, part in parts.items():
             part.load_state_dict(saved.state[group][name])
-    trainer.ratio.ratio = rate  # as configured now: a run may go on with another ratio or batch
     trainer.count = dict(saved.state["count"])
-    if not cfg.checkpoint.exact:
-        trainer.count["restarts"] += 1
-    if not saved.restore_replay(trainer.replay):  # left out of the checkpoint: collect anew, owe nothing for it
-        trainer.first_update = trainer.count["policy_steps"] + cfg.warmup_steps
-        trainer.ratio = DreamerV3UpdateRatio(rate)
+    if trainer.frames != saved.step:
+        raise ValueError(f"it counts {trainer.frames} frames and is the checkpoint of {saved.step}")
+    _check_optimizer(optimizer, configured)
+    float(trainer.returns.latest) + float(trainer.ratio.state_dict()["previous"] or 0)
+    trainer.averages.check_finite(trainer.frames, trainer.count["updates"])
+    for part in (trainer.averages, trainer.returns):
+        copy.deepcopy(part).pop()
+    saved.restore_rng()  # tried here; once more when all else is made
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, configured: list[dict]) -> None:
+    """torch takes any state. Numbers stay numbers; every parameter has the same entries, of its own shape."""
+    kind = lambda value: float if type(value) in (int, float) else type(value)
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        for name, value in settings.items():
+            if name != "params" and kind(group.setdefault(name, value)) is not kind(value):
+                raise TypeError(f"the optimizer's {name} is a {type(group[name]).__name__}")
+    states = [(parameter, state) for parameter, state in optimizer.state.items()]
+    for parameter, state in states:
+        kinds = [{name: type(value) for name, value in each.items()} for each in (state, states[0][1])]
+        shapes = [value.shape for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
+        if kinds[0] != kinds[1] or any(shape != parameter.shape for shape in shapes):
+            raise ValueError(f"the optimizer's state of a parameter {list(parameter.shape)} does not fit it")

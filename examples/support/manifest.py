@@ -1,0 +1,159 @@
+"""A checkpoint's manifest: its files, their sizes and checksums, and the program that wrote it."""
+
+import importlib.metadata
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torchrl.checkpoint import CheckpointError
+
+from .journal import Segment, check_file
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+OWN_NAME = re.compile(r"step_\d{9,}(_\d+)?")
+
+
+class ForeignCheckpointError(CheckpointError):
+    """A whole checkpoint that is not this run's to read or delete: of another format, or a copy under another name."""
+
+    def __init__(self, message: str, serial: int | None = None, readable: bool = False):
+        super().__init__(message)
+        self.serial = serial
+        self.readable = readable
+
+
+def program() -> str:
+    """The name and version that a manifest states."""
+    try:
+        return f"torchrl-r2dreamer {importlib.metadata.version('torchrl-r2dreamer')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "torchrl-r2dreamer"
+
+
+def name_of(step: int, serial: int | None = None) -> str:
+    """The name of a checkpoint's directory; with the serial number where two have the same step."""
+    return f"step_{step:09d}" if serial is None else f"step_{step:09d}_{serial}"
+
+
+def own_directories(root: Path) -> list[Path]:
+    """The checkpoints that a run named itself. What a user puts beside them, such as step_best, is the user's."""
+    return sorted(path for path in root.glob("step_*") if OWN_NAME.fullmatch(path.name) and path.is_dir())
+
+
+@dataclass
+class Survey:
+    """The checkpoints in a directory: the readable ones with their manifests, the others with what is wrong."""
+
+    readable: dict[Path, dict[str, Any]] = field(default_factory=dict)  # oldest first
+    damaged: dict[Path, CheckpointError] = field(default_factory=dict)
+    foreign: dict[Path, ForeignCheckpointError] = field(default_factory=dict)
+
+    @property
+    def newest_serial(self) -> int:
+        serials = [manifest["serial"] for manifest in self.readable.values()]
+        return max([*serials, *(error.serial or 0 for error in self.foreign.values())], default=0)
+
+
+def survey(root: Path) -> Survey:
+    found = Survey()
+    for directory in own_directories(root):
+        try:
+            found.readable[directory] = manifest = read_manifest(directory)
+            step, serial = manifest["step"], manifest["serial"]
+            if directory.name not in (name_of(step), name_of(step, serial)):
+                del found.readable[directory]
+                message = f"{directory} is a copy of {name_of(step)}: a run leaves copies alone, resume=PATH reads one"
+                found.foreign[directory] = ForeignCheckpointError(message, serial, readable=True)
+        except ForeignCheckpointError as error:
+            found.foreign[directory] = error
+        except CheckpointError as error:
+            found.damaged[directory] = error
+    found.readable = dict(sorted(found.readable.items(), key=lambda item: item[1]["serial"]))
+    return found
+
+
+def copies(root: Path) -> list[dict[str, Any]]:
+    """The manifests of readable checkpoints under names that are not a run's own."""
+    manifests = []
+    for path in root.glob(f"*/{MANIFEST}"):
+        if not path.parent.name.startswith("."):
+            try:
+                manifests.append(read_manifest(path.parent))
+            except CheckpointError:
+                continue
+    return manifests
+
+
+def write_manifest(file: Any, manifest: Mapping[str, Any]) -> None:
+    manifest = {"format": FORMAT, "program": program(), **manifest}
+    file.write(json.dumps({"crc32": _json_crc32(manifest), "manifest": manifest}).encode())
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """A manifest in which every entry is what it has to be."""
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        manifest = content["manifest"]
+        if content["crc32"] != _json_crc32(manifest):
+            raise CheckpointError(f"{path} is corrupted: its checksum is wrong")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is truncated, corrupted or missing ({error})") from error
+    _require(manifest, dict, path, "manifest")
+    if type(manifest.get("format")) is int and manifest["format"] != FORMAT:
+        serial = manifest.get("serial")
+        raise ForeignCheckpointError(
+            f"{directory} has format {manifest['format']} and was saved by {manifest.get('program', 'another version')}; "
+            f"this program, {program()}, reads format {FORMAT}",
+            serial if type(serial) is int else None,
+        )
+    for name in ("format", "step", "serial"):
+        _require(manifest.get(name), int, path, name)
+    files = _require(manifest.get("files"), dict, path, "files")
+    if "state.pt" not in files or not files.keys() <= {"state.pt", "rng.pt"}:
+        raise CheckpointError(f"{path} lists the files {sorted(files)} in place of state.pt and rng.pt")
+    for name, file in files.items():
+        if _require(file, dict, path, name).keys() != {"size", "crc32"}:
+            raise CheckpointError(f"{path} lacks the size or the checksum of {name}")
+        for entry in ("size", "crc32"):
+            _require(file[entry], int, path, f"{name}.{entry}")
+    replay = manifest.get("replay")
+    if replay is not None:
+        _require(replay, dict, path, "replay")
+        _require(replay.get("rings"), dict, path, "replay.rings")
+        for segment in _require(replay.get("segments"), list, path, "replay.segments"):
+            _check_segment_entry(segment, path)
+    return {**manifest, "replay": replay}
+
+
+def _check_segment_entry(segment: Any, path: Path) -> None:
+    known = {entry.name: entry.type for entry in fields(Segment)}
+    if _require(segment, dict, path, "a segment").keys() != known.keys():
+        raise CheckpointError(f"{path} describes a segment by {sorted(segment)} in place of {sorted(known)}")
+    for name, kind in known.items():
+        _require(segment[name], kind, path, f"a segment's {name}")
+    if segment["kind"] not in ("records", "latents"):
+        raise CheckpointError(f"{path} names a segment of the kind {segment['kind']!r}")
+
+
+def _require(value: Any, kind: type, path: Path, name: str) -> Any:
+    """`value`, if it is of this very type and, where it is a number, not negative."""
+    if type(value) is not kind or (kind is int and value < 0):
+        raise CheckpointError(
+            f"{path} holds unexpected content: {name} is {str(value)[:40]!r}, expected {kind.__name__}"
+        )
+    return value
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
+    for name, file in manifest["files"].items():
+        check_file(directory / name, **file)
+
+
+def _json_crc32(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())

@@ -1,0 +1,52 @@
+"""Output that may lose its reader: a closed terminal, or a pipe into a program that has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+
+class Output:
+    """A text stream; once nobody reads it any more, what is written is dropped, and `lost` is called."""
+
+    def __init__(self, stream: TextIO, lost: Callable[[], None]):
+        self.stream, self.lost = stream, lost
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with contextlib.suppress(OSError):  # what is still buffered has to go somewhere
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
+            self.lost()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def guarded_output(lost: Callable[[], None]) -> Iterator[None]:
+    """Standard output and standard error as `Output`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Output(stream, lost) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
