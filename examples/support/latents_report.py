@@ -10,7 +10,8 @@ import numpy as np
 
 from .curves import PALETTE, PUBLISHED, _figure, _finish
 
-READ = {"latents": "-", "embedding": ":", "pixels": "--", "other facts": "-."}  # what a probe reads, and its line
+# What a probe reads: its line and its marker.
+READ = {"latents": ("-", "o"), "embedding": (":", "x"), "pixels": ("--", "s"), "other facts": ("-.", "^")}
 FLOOR = -0.1  # of the figure; a probe that misleads is drawn there
 
 
@@ -75,19 +76,20 @@ def draw(results: Sequence[dict], out: Path) -> Path | None:
             axes.set_title(f"{task}: {fact}", loc="left", fontsize=10)
         for axes in row[len(names) :]:
             axes.remove()
-    return _finish(figure, out, legend_title="R2 on held-out episodes, mean over seeds; a dot is a seed")
+    return _finish(figure, out, legend_title="R2 on held-out episodes, mean over seeds; small marks are seeds")
 
 
 def _panel(axes, by_shrink: dict[float, dict[str, list[float]]], members: Sequence[str]) -> None:
     for label in dict.fromkeys(label for scores in by_shrink.values() for label in scores):
         member, _, read = label.rpartition(", ")
         color = PALETTE[members.index(member) % len(PALETTE)] if member in members else PUBLISHED
-        style = dict(color=color, linestyle=READ.get(read, "-"), linewidth=1.8 if read == "latents" else 1.1)
+        line, marker = READ[read]
+        style = dict(color=color, linestyle=line, marker=marker, markersize=5, linewidth=1.8 if line == "-" else 1.1)
         points = [(shrink, value) for shrink, scores in sorted(by_shrink.items()) for value in scores.get(label, [])]
         shrinks = list(dict.fromkeys(shrink for shrink, _ in points))
         means = [max(FLOOR, np.mean(by_shrink[shrink][label])) for shrink in shrinks]
         axes.plot(shrinks, means, label=label, **style)
-        axes.plot(*zip(*[(x, max(FLOOR, y)) for x, y in points], strict=True), "o", markersize=3, color=color)
+        axes.plot(*zip(*[(x, max(FLOOR, y)) for x, y in points], strict=True), marker, markersize=3, color=color)
     axes.axhline(0, color="#4a4a4a", linewidth=0.8)
     axes.set_xscale("log")
     shrinks = sorted(by_shrink)
