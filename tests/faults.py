@@ -62,7 +62,7 @@ def last_words(run):
     """The first sentence of what a run said when it ended."""
     found = re.findall(r"^(?:\w*(?:Error|Exception|Warning|WARNING)\b.*)$", run.stderr, re.MULTILINE)
     said = found[0] if found else (run.stderr.strip().splitlines() or ["nothing"])[-1]
-    return re.sub(r"/\S*/", "", said)[:150]
+    return re.sub(r"\S*/", "", said)[:150]
 
 
 def saved_step(logdir):
@@ -124,6 +124,13 @@ def kill(folder, server, previous, rng):
     return where + (", with workers" if workers else ""), f"frame {saved} is saved, whole; no process is left"
 
 
+def finish_killed(folder, server, previous):
+    shutil.move(previous / "log", folder / "log")
+    frames = (max(line["step"] for line in lines(folder / "log")) // 40 + 2) * 40
+    finish(server, folder, [*CARTPOLE, "logdir=log"], frames)
+    return f"finishes at frame {frames}", "every line of metrics.jsonl is there, once"
+
+
 def flip(path, rng):
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -162,13 +169,13 @@ DAMAGE = {
 
 def damage(folder, server, trained, spoil, rng):
     shutil.copytree(trained / "log", folder / "log")
-    before = saved_step(folder / "log")
     spoil(folder / "log", rng)
+    before = Checkpoints(folder / "log" / "checkpoints").load().step
     run = server.run(folder, *CARTPOLE, "logdir=log", "total_frames=240", timeout=PATIENCE)
     assert run.status == 0, f"ended with {run.status}: {last_words(run)}"
     assert "finished at 240 frames" in run.stdout and "Traceback" not in run.stderr, last_words(run)
     assert saved_step(folder / "log") == 240
-    return last_words(run), f"goes on from {before} frames or the checkpoint before, and finishes"
+    return last_words(run), f"goes on from frame {before}, and finishes"
 
 
 class Disk:
@@ -296,6 +303,8 @@ def main():
         for number in range(1, options.kills + 1):
             rows.run(f"kill -9, {number}", kill, server, previous, random.Random(rng.random()))
             previous = options.folder / f"kill_9_{number}"
+        if previous is not None:
+            rows.run(f"the run killed {options.kills} times", finish_killed, server, previous)
         trained = options.folder / "trained"
         if options.files and not (trained / "log" / "curve.png").exists():
             server.run(trained, *CARTPOLE, "logdir=log", "total_frames=160", timeout=PATIENCE)
