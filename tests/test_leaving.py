@@ -38,10 +38,10 @@ def test_output_that_nobody_reads_any_more_ends_the_run_as_ctrl_c_does(tmp_path)
     overrides = [*CARTPOLE, "env.parallel=false", "progress=true", "total_frames=1000000", "checkpoint.every=1000000"]
     command = [sys.executable, EXAMPLES / "train.py", *overrides, "replay.capacity=100000"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while b"/1000000" not in run.stdout.readline():  # the progress bar
-        assert run.poll() is None
-        if count_lines(tmp_path / "runs/tiny/seed0"):
-            break
+    seen = b""
+    while b"/1000000" not in seen:  # the progress bar
+        assert run.poll() is None, seen
+        seen += run.stdout.read1()
     run.stdout.close()
     assert run.wait(120) == 0
     assert 0 < Checkpoints(tmp_path / "runs/tiny/seed0/checkpoints").load().step < 1000000

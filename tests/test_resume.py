@@ -10,6 +10,7 @@ from launcher import CARTPOLE, config, count_lines, lines, steps, train_here, wa
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
 import train
+from hydra import initialize_config_module
 from omegaconf import OmegaConf
 
 from support.checkpoint import Checkpoints
@@ -226,5 +227,8 @@ def test_a_key_that_an_earlier_version_lacked_had_its_default():
         given = next((each.partition("=")[2] for each in overrides if each.startswith(key)), None)
         assert first_difference(before, now, FIXED) is None  # without a command
         difference = first_difference(before, now, FIXED, overrides)
+        with initialize_config_module("r2dreamer.configs", version_base=None):  # as in a command
+            assert first_difference(before, now, FIXED, overrides) == difference
         assert (difference is None) == (given is None), difference
-        assert given is None or difference[0].startswith(key)
+        expected = ("model.depth", 16, 2) if key == "model.depth" else ("algorithm.kl.free_nats", 1.0, 2)
+        assert given is None or difference == expected

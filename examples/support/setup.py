@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
 import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -279,9 +281,9 @@ def first_difference(
     before, now = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
     for section in keys:
         for key, old, new in differences(OmegaConf.select(before, section), OmegaConf.select(now, section), section):
-            if old is MISSING and new == default_of(key, new, overrides):
-                continue
-            return key, None if old is MISSING else old, new
+            old = default_of(key, new, overrides) if old is MISSING else old
+            if old != new:
+                return key, old, new
     return None
 
 
@@ -308,6 +310,7 @@ def default_of(key: str, given: object, overrides: Sequence[str] | None) -> obje
     others = [each for each in overrides if not f"{named(each)}.".startswith(f"{key}.") and named(each) not in groups]
     if len(others) == len(overrides):
         return given
-    with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
+    begun = GlobalHydra.instance().is_initialized()  # as in a command
+    with nullcontext() if begun else hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         cfg = hydra.compose("config", others)
     return OmegaConf.select(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), key)
