@@ -38,8 +38,6 @@ def main(cfg: DictConfig) -> None:
     loaded, run = load(cfg.checkpoint)
     seed = run.seed if cfg.seed is None else cfg.seed
     episodes = run.eval.episodes if cfg.episodes is None else cfg.episodes
-    if episodes < 1:
-        raise ValueError(f"episodes={episodes} must be at least 1.")
     if run.threads:
         torch.set_num_threads(run.threads)
 

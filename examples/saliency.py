@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from r2dreamer.envs import env_seeds
-from r2dreamer.envs.errors import require_positive
 from support.devices import resolve_device
 from support.evaluation import LONGEST_FILM, evaluate
 from support.gallery import contact_sheet, overlay, side_by_side
@@ -68,7 +67,6 @@ def watch(trained: Trained, cfg: DictConfig, key: str, seed: int) -> dict[str, l
 
 @script("saliency")
 def main(cfg: DictConfig) -> None:
-    require_positive(episodes=cfg.episodes, max_steps=cfg.max_steps)
     if cfg.max_steps > LONGEST_FILM:
         raise ValueError(f"max_steps={cfg.max_steps} is more than a film holds: at most {LONGEST_FILM}.")
     trained = load_trained(cfg.checkpoint, resolve_device(cfg.device))

@@ -11,6 +11,7 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from .schema import check
 from .setup import TRAINING, first_difference
 
 
@@ -71,6 +72,7 @@ def plan(arguments: Sequence[str]) -> list[Run]:
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         for overrides in expand(arguments):
             cfg = hydra.compose("config", list(overrides))
+            check(cfg, "config")
             run = Run(overrides, cfg.name, Path(cfg.logdir), cfg.total_frames, f"{cfg.env.suite}-{cfg.env.task}")
             if run.logdir in runs:
                 raise ValueError(
