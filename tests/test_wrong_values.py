@@ -174,7 +174,7 @@ FORKED = {
         "train", ["env=custom", "env.factory=math:sqtr", *TINY], ["env.factory='math:sqtr'", "sqrt"],
     ),
     "no checkpoint given": ("evaluate", [], ["checkpoint=DIR"]),
-    "a task in workers": ("throughput", ["env=gym", "env.task=nope", "env.parallel=true"], ["'nope'", "nearest"]),
+    "a task in workers": ("throughput", ["env=gym", "env.task=nope", "env.parallel=true"], ["task 'nope'", "Some it has"]),
 }  # fmt: skip
 
 

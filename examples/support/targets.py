@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import hydra
 
@@ -25,53 +25,52 @@ class SettingError(ValueError):
 
 
 class Target:
-    """What a section names in `_target_`, and the arguments it takes."""
+    """What a section names in `_target_`, and the arguments it takes.
+
+    arguments: their annotations, by name. required: those without a default.
+    open: whether it takes arguments that its signature does not name.
+    """
 
     def __init__(self, key: str, name: object):
         self.name, self.ours = str(name), str(name).startswith(OURS)
+        self.arguments, self.required, self.open = {}, [], True
         try:
             self.found = hydra.utils.get_object(self.name)
         except Exception as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise SettingError(
-                f"{key}._target_", f"{key}._target_={say(name)} cannot be imported: {reason} Say package.module.name."
-            ) from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            message = f"{key}._target_={say(name)} cannot be imported: {reason} Say package.module.name."
+            raise SettingError(f"{key}._target_", message) from error
         if not callable(self.found):
             raise SettingError(f"{key}._target_", f"{key}._target_={self.name} must be a class or a function.")
-        self.arguments, self.required, self.open = (
-            {},
-            [],
-            True,
-        )  # open: takes arguments that its signature does not name
-        owner = getattr(self.found, "__self__", None)  # of a classmethod, which may pass arguments on
-        classes = self.found if isinstance(self.found, type) else owner if isinstance(owner, type) else object
-        makers = [each.__init__ for each in classes.__mro__[:-1]]
-        for make in makers if classes is self.found else [self.found, *makers]:
+        for depth, make in enumerate(self.makers()):
             try:
-                parameters = inspect.signature(make).parameters
-            except (TypeError, ValueError):  # of C
+                parameters = inspect.signature(make).parameters.values()
+            except (TypeError, ValueError):  # written in C
                 return
             try:
-                types_named = typing.get_type_hints(make)
+                annotations = typing.get_type_hints(make)
             except Exception:  # of names that only a type checker imports
-                types_named = {}
-            self.required += [
-                name
-                for name, each in parameters.items()
-                if each.default is each.empty and each.kind is not each.VAR_POSITIONAL
-            ]
-            new = {name: types_named.get(name, object) for name in parameters if name not in ("self", "args", "kwargs")}
-            self.arguments = new | self.arguments
-            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                annotations = {}
+            named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+            named = [each for each in named if each.name != "self"]
+            self.arguments = {each.name: annotations.get(each.name, object) for each in named} | self.arguments
+            if not depth:  # a class may itself give what its base requires
+                self.required = [each.name for each in named if each.default is each.empty]
+            if all(each.kind is not each.VAR_KEYWORD for each in parameters):
                 self.open = False
                 return
 
+    def makers(self) -> list[Callable]:
+        """The function and, where it may pass arguments on, what it passes them to: a class's constructor and its bases'."""
+        owner = getattr(self.found, "__self__", None)  # of a classmethod
+        cls = next((each for each in (self.found, owner) if isinstance(each, type)), object)
+        constructors = [each.__init__ for each in cls.__mro__[:-1]]
+        return constructors if cls is self.found else [self.found, *constructors]
+
     def require(self, prefix: str, given: Collection[str]) -> None:
         """Refuses a section that lacks an argument which nobody else passes."""
-        if self.open or prefix not in PASSED:
-            return
-        for name in self.required:
-            if name != "self" and name not in given and name not in PASSED[prefix]:
+        for name in self.required if prefix in PASSED else ():
+            if name not in given and name not in PASSED[prefix]:
                 raise SettingError(
                     f"{prefix}{name}", f"{prefix}{name} is missing, which {self.name} needs: add +{prefix}{name}=VALUE."
                 )
