@@ -1,6 +1,8 @@
 """Anybody's environment on the package's contract: `make_custom("my_module:make_env", seed=0)`."""
 
+import difflib
 import importlib
+import inspect
 import os
 import sys
 
@@ -18,6 +20,17 @@ def make_custom(factory, *, seed, task=None, **kwargs):
     Missing flags (`is_init`) are added; `check_environment` names whatever else the contract misses.
     """
     make = factory if callable(factory) else _import(factory)
+    if not callable(make):
+        raise ValueError(
+            f"env.factory={factory!r} is a {type(make).__name__}; it must name a function that returns one."
+        )
+    try:
+        inspect.signature(make).bind(**kwargs)
+    except (TypeError, ValueError) as error:  # ValueError: written in C, whose arguments nobody can tell
+        given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items()) or "no arguments"
+        raise ValueError(
+            f"env.factory={factory!r} cannot be called with {given}: {error}. What it needs is set by +env.make.NAME=VALUE."
+        ) from error
     env = make(**kwargs)
     if not isinstance(env, EnvBase):
         raise ValueError(
@@ -44,7 +57,8 @@ def _import(path):
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            public = ", ".join(each for each in sorted(vars(found)) if not each.startswith("_"))
-            raise ValueError(f"env.factory={path!r}: {found.__name__} has no {part!r}. It has: {public}.")
+            public = [each for each, value in sorted(vars(found).items()) if callable(value) and each[0] != "_"]
+            shown = ", ".join(difflib.get_close_matches(part, public) or public[:8]) or "no functions"
+            raise ValueError(f"env.factory={path!r}: {found.__name__} has no {part!r}. It has: {shown}.")
         found = getattr(found, part)
     return found

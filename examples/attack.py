@@ -19,7 +19,6 @@ from torchrl.envs import Compose, EnvBase, TransformedEnv
 from tqdm import tqdm
 
 from r2dreamer.envs import AdversarialPatch, env_seeds, make_vector_env, reseed
-from r2dreamer.envs.errors import require_positive
 from r2dreamer.losses import PlanningAttackLoss
 from support.attack_report import BELIEFS, compare, markdown, percent_drop, verdict
 from support.devices import resolve_device, resolve_precision
@@ -158,18 +157,6 @@ def prepare_other(cfg: DictConfig, attack: Attack) -> Callable[[Interrupt], tupl
     return lambda interrupt: (search(interrupt), trained.identity)
 
 
-def check(cfg: DictConfig) -> None:
-    sizes = {name: cfg.optimize[name] for name in ("steps", "batch_size", "eval_every", "eval_windows")}
-    require_positive(**sizes, context=cfg.collect.context, evaluate_episodes=cfg.evaluate.episodes)
-    if cfg.collect.episodes < 2 or not 0 < cfg.collect.held_out < 1:
-        raise ValueError(
-            f"collect.episodes={cfg.collect.episodes}, collect.held_out={cfg.collect.held_out}: at least one episode is "
-            "for the search and one is held out, so there are two or more, and a share between 0 and 1."
-        )
-    if cfg.beside not in (None, *BELIEFS):
-        raise ValueError(f"beside={cfg.beside} must be one of {', '.join(BELIEFS)}, or null.")
-
-
 def keep(out: Path, searches: dict[str, Search], record: dict) -> None:
     """The patches, their pictures, and what is known so far."""
     out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +171,6 @@ def keep(out: Path, searches: dict[str, Search], record: dict) -> None:
 
 @script("attack", foreign=True)
 def main(cfg: DictConfig) -> None:
-    check(cfg)
     device = resolve_device(cfg.device)
     trained = load_trained(cfg.checkpoint, device, cfg.trust)
     if trained.run.threads:

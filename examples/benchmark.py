@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from train import Learner
@@ -46,7 +46,7 @@ from support.capture import CapturedStep
 from support.devices import resolve_device, resolve_precision
 from support.peers import torchrl_dreamer
 from support.script import script
-from support.setup import make_agent, parameter_counts
+from support.setup import check_fits, make_agent, parameter_counts
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:
@@ -149,6 +149,7 @@ def benchmark(cfg: DictConfig) -> dict:
     precision = resolve_precision(cfg.precision, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    check_fits(cfg, *spaces(cfg), device, precision)
     agent, learner = member(cfg, cfg.algorithm, device, precision)
     repeats = cfg.repeats or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 20
@@ -193,11 +194,6 @@ def benchmark(cfg: DictConfig) -> dict:
 
 @script("benchmark")
 def main(cfg: DictConfig) -> None:
-    if cfg.compare not in (None, "torchrl", "algorithm"):
-        raise ValueError(f"compare={cfg.compare} is not known; compare with compare=torchrl or compare=algorithm.")
-    unknown = set(OmegaConf.to_container(cfg.measure)) - {"update", "acting", "replay", "environment"}
-    if unknown:
-        raise ValueError(f"measure: {sorted(unknown)} not known; choose from update, acting, replay, environment.")
     print(json.dumps(benchmark(cfg)))
 
 

@@ -22,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from support.bootstrap import bootstrap_band, bootstrap_difference
 from support.children import Children
-from support.curves import draw_runs, known_keys, read_curve
+from support.curves import draw_runs, known_keys, picture, read_curve
 from support.grid import Run, plan
+from support.messages import cannot_compose
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=picture,
         default=Path("comparison.png"),
         help="the picture; beside it numbers as .json, a table as .md",
     )
@@ -99,8 +101,8 @@ def main() -> None:
         parser.error(f"--jobs {arguments.jobs} must be at least 1")
     try:
         runs = plan(arguments.overrides)
-    except (HydraException, ValueError) as error:
-        sys.exit(str(error))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        sys.exit(cannot_compose(error, "config"))
 
     waiting = [run for run in runs if not run.finished]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before.")

@@ -10,13 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from support.curves import draw_runs, known_keys
+from support.curves import draw_runs, known_keys, picture
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="directories with a metrics.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    parser.add_argument("--out", type=picture, default=Path("curves.png"))
     parser.add_argument("--title", default="")
     parser.add_argument("--key", default="eval/return", help="entry of metrics.jsonl to draw")
     arguments = parser.parse_args()

@@ -26,14 +26,17 @@ except ImportError as error:
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.envs import check_environment, env_seeds, make_vector_env
 from r2dreamer.envs.replay import check_memory, free_bytes, record_bytes
+from support.devices import resolve_device, resolve_precision
 from support.machine import opengl, packages, private_bytes, processor
-from support.script import USER_ERRORS, script
-from support.setup import make_agent
+from support.messages import USER_ERRORS, what_is_wrong
+from support.script import script
+from support.setup import check_fits, make_agent
 
 # A suite, the module that tells whether it is installed, its extra, and whether MuJoCo renders it.
 SUITES = {
@@ -106,12 +109,15 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
                 f"{cfg.env.num_envs} environments and {cfg.eval.episodes} to evaluate in take {wanted / 1e9:.3g} GB of memory, "
                 f"and {free / 1e9:.3g} GB are free: use fewer, env.num_envs=N env.eval_episodes=M."
             )
+        device = resolve_device(cfg.device)
+        precision = resolve_precision(cfg.precision, device)
+        report.line(f"update: {check_fits(cfg, observations, actions, device, precision)}")
         agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
         size = record_bytes(agent.example_record(), latent_keys=agent.latent_sizes)
         saved_in = cfg.logdir if cfg.checkpoint.replay else None
         report.line(f"replay: {check_memory(size, cfg.replay.capacity, **cfg.replay.place, saved_in=saved_in)}")
-    except USER_ERRORS as error:
-        report.problem(" ".join([str(error), *getattr(error, "__notes__", [])]))
+    except (*USER_ERRORS, HydraException) as error:
+        report.problem(what_is_wrong(error))
 
 
 @script("doctor")

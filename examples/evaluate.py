@@ -28,8 +28,6 @@ def main(cfg: DictConfig) -> None:
     out = output(cfg.out, trained.directory, "eval.mp4") if cfg.video else None
     seed = run.seed if cfg.seed is None else cfg.seed
     episodes = run.eval.episodes if cfg.episodes is None else cfg.episodes
-    if episodes < 1:
-        raise ValueError(f"episodes={episodes} must be at least 1.")
     max_steps = run.eval.get("max_steps", LONGEST_EPISODE) if cfg.max_steps is None else cfg.max_steps
     if run.threads:
         torch.set_num_threads(run.threads)

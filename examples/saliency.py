@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from r2dreamer.envs import env_seeds
-from r2dreamer.envs.errors import require_positive
 from support.devices import resolve_device
 from support.evaluation import LONGEST_FILM, evaluate
 from support.files import output
@@ -68,7 +67,6 @@ def watch(trained: Trained, cfg: DictConfig, key: str, seed: int) -> dict[str, l
 
 @script("saliency", foreign=True)
 def main(cfg: DictConfig) -> None:
-    require_positive(episodes=cfg.episodes, max_steps=cfg.max_steps)
     if cfg.max_steps > LONGEST_FILM:
         raise ValueError(f"max_steps={cfg.max_steps} is more than a film holds: at most {LONGEST_FILM}.")
     trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)

@@ -138,7 +138,7 @@ class Trainer:
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         self.suite = suite = hydra.utils.instantiate(cfg.env, _convert_="all")
-        self.agent, keys = build(suite["make"], cfg, self.device)
+        self.agent, keys = build(suite["make"], cfg, self.device, precision)
         self.stream = hydra.utils.instantiate(cfg.collector, self.agent.policy)
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile, cfg.capture)
 

@@ -141,9 +141,11 @@ class Server:
 
 def serve():
     import attack  # noqa: F401
+    import benchmark  # noqa: F401
     import doctor  # noqa: F401
     import evaluate  # noqa: F401
     import saliency  # noqa: F401
+    import throughput  # noqa: F401
     import train  # noqa: F401
 
     for line in sys.stdin:

@@ -17,6 +17,7 @@ from torchrl.checkpoint import CheckpointError
 from r2dreamer.envs import AdversarialPatch
 from support.checkpoint import Checkpoints
 from support.occlusion import OcclusionSaliency
+from support.schema import check
 from support.trained import load_trained
 
 SEEING = [
@@ -186,7 +187,7 @@ def test_a_user_reads_why_in_one_paragraph(server, damaged, tmp_path, script):
         ("collect.episodes=1", "collect.episodes=1"),
         ("collect.held_out=1.0", "collect.held_out=1.0"),
         ("optimize.steps=0", "steps=0"),
-        ("attack.loss.belief=both", "belief='both'"),
+        ("attack.loss.belief=both", "attack.loss.belief=both"),
         ("attack.allowed=[0,0,4,4]", "allowed is a mask for placement='saliency'"),
         ("collect.context=99", "fewer than context=99"),
     ],
@@ -194,7 +195,7 @@ def test_a_user_reads_why_in_one_paragraph(server, damaged, tmp_path, script):
 def test_settings_of_an_attack_that_make_no_sense_are_refused(trained, setting, says):
     cfg, device = config(*QUICK, setting, name="attack"), torch.device("cpu")
     with pytest.raises((ValueError, InstantiationException), match=says):  # the script shows what caused the latter
-        attack.check(cfg)
+        check(cfg, "attack")
         attack.Attack(load_trained(str(trained), device), cfg, device)
 
 

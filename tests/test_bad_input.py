@@ -115,7 +115,7 @@ COMMANDS = {
     "threads=-1": ([*CARTPOLE, "threads=-1"], ["threads=-1 must be"]),
     "seed=1.5": ([*CARTPOLE, "seed=1.5"], ["seed=1.5 must be"]),
     "timeout=0": ([*CARTPOLE, "timeout=0"], ["timeout=0 must be"]),
-    "batch_length=1": ([*CARTPOLE, "batch_length=1"], ["batch_length=1 must be at least 2"]),
+    "batch_length=1": ([*CARTPOLE, "batch_length=1"], ["batch_length=1 must be a whole number of at least 2"]),
     "discount=1": ([*CARTPOLE, "algorithm.actor.discount=1"], ["algorithm.actor.discount=1 must be"]),
     "too short to learn": ([*CARTPOLE, "batch_length=30", "total_frames=20"], ["total_frames=20", "batch_length=30"]),
     "exact without its replay": (
@@ -133,16 +133,16 @@ COMMANDS = {
     "num_envs=0": ([*CARTPOLE, "env.num_envs=0"], ["env.num_envs=0 must be"]),
     "episodes=0": ([*CARTPOLE, "eval.episodes=0"], ["eval.episodes=0 must be"]),
     "keep=0": ([*CARTPOLE, "checkpoint.keep=0"], ["checkpoint.keep=0 must be"]),
-    "train_ratio=-1": ([*CARTPOLE, "train_ratio=-1"], ["train_ratio=-1", "must be a number that is not negative"]),
+    "train_ratio=-1": ([*CARTPOLE, "train_ratio=-1"], ["train_ratio=-1 must be a number of at least 0"]),
     "horizon=0": (
         [*CARTPOLE, "algorithm.actor.imagination_horizon=0"],
-        ["imagination_horizon must be at least 1, got 0"],
+        ["imagination_horizon=0 must be a whole number of at least 1"],
     ),
-    "text for a number": ([*CARTPOLE, "batch_size=many"], ["batch_size='many' must be"]),
+    "text for a number": ([*CARTPOLE, "batch_size=many"], ["batch_size=many must be"]),
     "half a batch": ([*CARTPOLE, "batch_size=2.5"], ["batch_size=2.5 must be"]),
     "replay that does not fit": ([*CARTPOLE, "replay.capacity=100000000000000"], ["does not fit", "replay.capacity"]),
     "negative seed": ([*CARTPOLE, "seed=-1"], ["seed=-1 must"]),
-    "no width": ([*CARTPOLE, "model.hidden=null"], ["model.hidden must be given"]),
+    "no width": ([*CARTPOLE, "model.hidden=null"], ["model.hidden=null", "must be given"]),
 }
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.dreamer.classic_networks import ConvDecoder, ConvEncoder, SquashedParameters
-from support.setup import check_sizes, make_agent
+from support.schema import check
+from support.setup import make_agent
 
 array = lambda tensor: tensor.detach().double().numpy()
 elu = lambda x: np.where(x > 0, x, np.exp(np.minimum(x, 0)) - 1)
@@ -207,7 +208,7 @@ def test_the_configs_hold_the_published_numbers(name):
 @pytest.mark.parametrize("member", ["experiment=quickstart_dreamerv1", "algorithm=r2dreamer"])
 def test_units_and_a_continue_head_may_be_left_out(member):
     cfg = config("env=gym", "env.task=CartPole-v1", member, "model.units=null", "model.continue_layers=null")
-    check_sizes(cfg)
+    check(cfg, "config")
     agent = make_agent(cfg.algorithm, cfg.model, ObservationSpace({}, {"observation": 4}), ActionSpace(2, True))
     assert "continue" not in agent.parts() and agent.continue_model is None
     assert agent.sizes.units == cfg.model.hidden

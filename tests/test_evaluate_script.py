@@ -73,7 +73,7 @@ def test_evaluate_takes_one_checkpoint_other_seeds_and_more_episodes(server, tra
         ("corrupt", "state.pt"),
         ("format", "has the format 99"),
         ("foreign", "was not saved by examples/train.py"),
-        ("episodes", "episodes=0 must be at least 1"),
+        ("episodes", "episodes=0 must be a whole number of at least 1"),
     ],
 )
 def test_evaluate_refuses(server, trained, tmp_path, what, says):

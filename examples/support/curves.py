@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import difflib
 import itertools
@@ -118,6 +119,18 @@ def known_keys(logdir: str | os.PathLike, key: str) -> str:
     known = sorted({name for line in read_metrics(logdir) for name in line} - {"step"})
     near = difflib.get_close_matches(key, known, n=3)
     return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}."
+
+
+def picture(path: str) -> Path:
+    """An argument of a command line: a file that a picture can be drawn into."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:  # said when it is drawn
+        return Path(path)
+    if Path(path).suffix.lstrip(".").lower() not in FigureCanvasBase.filetypes:
+        known = ", ".join(sorted(FigureCanvasBase.filetypes))
+        raise argparse.ArgumentTypeError(f"{path!r} must end like a picture: {known}")
+    return Path(path)
 
 
 def published_curve(suite: str, task: str) -> dict | None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, key: str = "device") -> torch.device:
+    """What `key`=`name` means here; refuses a device that is not."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(
-            f"device={name} is not a device; use auto, cpu, cuda, or cuda:1 for the second GPU."
-        ) from error
+        raise ValueError(f"{key}={name} is not a device; use auto, cpu, cuda, or cuda:1 for the second GPU.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device={name}, but this PyTorch ({torch.__version__}) sees no CUDA device. Use device=auto or "
-            "device=cpu, or install a CUDA build of PyTorch and check nvidia-smi."
+            f"{key}={name}, but this PyTorch ({torch.__version__}) sees no CUDA device. Use {key}=cpu, "
+            "or install a CUDA build of PyTorch and check nvidia-smi."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name}, but this machine's GPUs are cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
+        raise ValueError(f"{key}={name}, but this machine's GPUs are cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
     return device
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .files import refuse_links
 from .manifest import own_directories
+from .schema import check
 from .setup import TRAINING, first_difference
 from .stored import plain_config
 
@@ -75,6 +76,7 @@ def plan(arguments: Sequence[str]) -> list[Run]:
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         for overrides in expand(arguments):
             cfg = hydra.compose("config", list(overrides))
+            check(cfg, "config")
             run = Run(
                 overrides, cfg.name, refuse_links(cfg.logdir), cfg.total_frames, f"{cfg.env.suite}-{cfg.env.task}"
             )

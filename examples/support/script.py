@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import os
-import re
 import signal
 import sys
-import textwrap
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import ClassVar
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from r2dreamer.envs import WorkerError
 from r2dreamer.envs.errors import require_linux
 from r2dreamer.envs.workers import hang_up_ignored
 
-from .checkpoint import CheckpointError
 from .children import leave_with_parent
+from .messages import USER_ERRORS, HeldBack, cannot_compose, default_of, paragraph, wants_traceback, what_is_wrong
 from .output import guarded_output
-
-USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
+from .schema import check
+from .targets import SettingError
 
 
 def script(config_name: str, foreign: bool = False) -> Callable:
-    """Makes `main(cfg)` a command line: hydra's overrides of this configuration, errors as paragraphs.
+    """Makes `main(cfg)` a command line: hydra's overrides of this configuration, checked; errors as paragraphs.
 
     foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
     """
 
     def decorate(main: Callable) -> Callable:
-        run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
-
         @functools.wraps(main)
         def command(cfg: DictConfig | None = None) -> None:
             if foreign:
@@ -48,57 +42,44 @@ def script(config_name: str, foreign: bool = False) -> Callable:
             leave_with_parent()
             with hang_up_ignored():  # Python's own helper process, which TorchRL starts
                 resource_tracker.ensure_running()
+            held = HeldBack(sys.stderr)
+            run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
             try:
-                with guarded_output(Interrupt.output_lost):
-                    run(friendly_errors(main))(cfg)
+                with guarded_output(Interrupt.output_lost), contextlib.redirect_stderr(held):
+                    run(friendly_errors(checked(main, config_name, held)))(cfg)
             except SystemExit as left:
-                if isinstance(left.__context__, ConfigCompositionException):  # hydra has said what is wrong
-                    suggest(config_name, left.__context__)
+                error = left.__context__
+                if held.text and error is None:  # of argparse, after its usage
+                    held.text = f"{held.text.splitlines()[-1]}\nSettings are given as key=value; --help says more.\n"
+                elif held.text and isinstance(error, Exception) and not wants_traceback():
+                    held.text = paragraph(cannot_compose(error, config_name))
                 raise
+            finally:
+                held.release()
 
         return command
 
     return decorate
 
 
-def suggest(config_name: str, error: ConfigCompositionException) -> None:
-    """Names the key that a misspelt one is nearest to."""
-    if sized := re.search(r"In 'algorithm/(\w+)': Could not override 'model@", str(error)):
-        name = sized[1]
-        print(
-            f"{name} has sizes of its own and cannot be a second member; run it alone, algorithm={name}.",
-            file=sys.stderr,
-        )
-        return
-    unknown = re.search(r"Could not override '([^']+)'", str(error))
-    if not unknown:
-        return
-    wrong = unknown[1]
-    known = keys_of(config_name, [each for each in sys.argv[1:] if wrong not in each])
-    # A key of the right section first, then one of that name in any section.
-    near = difflib.get_close_matches(wrong, known, n=2, cutoff=0.75)
-    last = wrong.rpartition(".")[2]
-    near += [key for key in known if key.rpartition(".")[2] == last]
-    if near:
-        print(f"Did you mean {' or '.join(dict.fromkeys(near))}?", file=sys.stderr)
+def checked(main: Callable, config_name: str, held: HeldBack) -> Callable:
+    """`main`, once every setting is found to be of its kind."""
 
-
-def keys_of(config_name: str, overrides: list[str]) -> list[str]:
-    """All keys that can be given, "model.belief" for example."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
+    @functools.wraps(main)
+    def wrapped(cfg: DictConfig) -> None:
+        held.release()
         try:
-            cfg = hydra.compose(config_name, overrides)
-        except Exception:  # another override is wrong, too
-            cfg = hydra.compose(config_name)
-    found, waiting = [], [("", OmegaConf.to_container(cfg, resolve=False))]
-    while waiting:
-        prefix, section = waiting.pop()
-        for name, value in section.items():
-            found.append(prefix + str(name))
-            if isinstance(value, dict):
-                waiting.append((f"{prefix}{name}.", value))
-    return found
+            check(cfg, config_name)
+        except SettingError as error:
+            others = [each for each in sys.argv[1:] if each.partition("=")[0].lstrip("+") != error.key]
+            default = None if len(others) == len(sys.argv) - 1 else default_of(error.key, config_name, others)
+            if default is not None:
+                error.add_note(f"Without it {error.key}={default} is used.")
+            raise
+        with contextlib.redirect_stderr(held.stream):
+            main(cfg)
+
+    return wrapped
 
 
 def leave_at_once() -> None:
@@ -116,16 +97,10 @@ def friendly_errors(main: Callable) -> Callable:
             main(cfg)
         except KeyboardInterrupt:
             leave_at_once()
-        except (*USER_ERRORS, InstantiationException) as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        except (*USER_ERRORS, HydraException, OmegaConfBaseException) as error:
+            if wants_traceback():
                 raise
-            cause = error
-            while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-                cause = cause.__cause__
-            paragraph = " ".join([f"{type(cause).__name__}: {cause}", *getattr(cause, "__notes__", [])])
-            if "\n" not in paragraph:  # a worker's traceback keeps its lines
-                paragraph = textwrap.fill(paragraph, 110, break_long_words=False, break_on_hyphens=False)
-            print(f"\n{paragraph}\n(HYDRA_FULL_ERROR=1 shows the traceback.)", file=sys.stderr)
+            print(paragraph(what_is_wrong(error)), end="", file=sys.stderr)
             sys.exit(1)
         except RuntimeError as error:
             # What a KeyboardInterrupt becomes on its way out of tensordict's `with params.to_module(...)`.

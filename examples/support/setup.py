@@ -19,7 +19,6 @@ from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, joint_positions
 from r2dreamer.envs import check_environment, count_workers
-from r2dreamer.envs.errors import require_positive
 from r2dreamer.envs.gl import watch
 
 try:
@@ -30,18 +29,14 @@ except ImportError as error:
         "container), or use r2dreamer.dreamer, r2dreamer.losses and r2dreamer.envs in a loop of your own."
     ) from error
 
+from .budget import check_environments, check_update
 from .checkpoint import Checkpoints, LoadedCheckpoint
+from .devices import resolve_device
 from .files import refuse_links
 from .metrics import MetricsWriter
 from .snapshot import check_exact, check_state
 from .stored import plain_config
 
-POSITIVE = (
-    "total_frames", "batch_size", "batch_length", "collect_steps", "log_every", "eval.every", "eval.episodes",
-    "checkpoint.every", "checkpoint.keep", "replay.capacity", "env.num_envs", "env.action_repeat",
-)  # fmt: skip
-OPTIONAL = ("model.image_encoder", "model.units", "model.continue_layers")  # null: as wide as hidden; no continue head
-NOT_NEGATIVE = ("train_ratio", "warmup_steps", "seed")
 MISSING = object()
 # What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
 FIXED = (
@@ -63,8 +58,7 @@ TRAINING = (*FIXED, "total_frames", "batch_size", "batch_length", "train_ratio",
 
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
     """Makes the run's directory and locks it, finds what to resume, refuses what cannot work."""
-    check_sizes(cfg)
-    check_environment_keys(cfg)
+    check_plan(cfg)
     if cfg.checkpoint.exact and not cfg.checkpoint.replay:
         raise ValueError(
             "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which it cannot without the "
@@ -128,68 +122,72 @@ def lacks_curve(logdir: Path, saved: LoadedCheckpoint, cfg: DictConfig) -> bool:
     return not curve.exists() or curve.stat().st_mtime < metrics.stat().st_mtime
 
 
-def check_sizes(cfg: DictConfig) -> None:
-    for name, sizes in cfg.model.items():
-        if OmegaConf.is_list(sizes) and not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"model.{name}={list(sizes)} must hold whole numbers of at least 1.")
-    widths = [
-        f"model.{name}" for name, value in cfg.model.items() if name != "unimix" and not OmegaConf.is_config(value)
-    ]
-    layers = [key for key in widths if key.endswith("_layers")]
-    for key in (*POSITIVE, *(key for key in widths if key not in layers)):
-        value = OmegaConf.select(cfg, key)
-        if value is None and key not in OPTIONAL:
-            raise ValueError(f"{key} must be given.")
-        if isinstance(value, float) and value.is_integer():  # hydra reads 1e6 as a float
-            value = int(value)
-            OmegaConf.update(cfg, key, value)
-        require_positive(**{key: value})
-    for key in (*NOT_NEGATIVE, *layers):
-        value = OmegaConf.select(cfg, key)
-        if value is None and key in OPTIONAL:
-            continue
-        if not isinstance(value, int | float) or value < 0:
-            raise ValueError(f"{key}={value} must be a number that is not negative.")
-    if not isinstance(cfg.seed, int):
-        raise ValueError(f"seed={cfg.seed} must be a whole number.")
-    if cfg.threads is not None:
-        require_positive(threads=cfg.threads)
-    if not isinstance(cfg.timeout, int | float) or cfg.timeout <= 0:
-        raise ValueError(f"timeout={cfg.timeout} must be a number of seconds above 0.")
-    if cfg.batch_length < 2:
-        raise ValueError(f"batch_length={cfg.batch_length} must be at least 2: a step and what comes after it.")
-    if not 0 <= cfg.algorithm.actor.discount < 1:
-        raise ValueError(f"algorithm.actor.discount={cfg.algorithm.actor.discount} must be at least 0 and less than 1.")
+def check_plan(cfg: DictConfig) -> None:
+    """Refuses settings that are each possible and cannot go together."""
+    for key, value in cfg.env.make.items():  # frames are counted and scores chosen by what stands below env
+        if key in cfg.env and cfg.env[key] != value:
+            raise ValueError(
+                f"env.make.{key}={value}, but env.{key}={cfg.env[key]}: say env.{key}={value}, which sets both."
+            )
+    if cfg.replay.place.storage.startswith("cuda"):
+        resolve_device(cfg.replay.place.storage, "replay.place.storage")
+    batch = cfg.collect_steps * cfg.env.num_envs * cfg.env.action_repeat  # frames
+    if batch > cfg.total_frames:
+        raise ValueError(
+            f"collect_steps={cfg.collect_steps} of env.num_envs={cfg.env.num_envs} environments are {batch} frames, more than "
+            f"total_frames={cfg.total_frames}. At most collect_steps={cfg.total_frames * cfg.collect_steps // batch} fit."
+        )
     steps = cfg.total_frames // (cfg.env.action_repeat * cfg.env.num_envs)  # of each; an episode has a record more
     if cfg.train_ratio and 2 * steps < cfg.batch_length:
         raise ValueError(
             f"total_frames={cfg.total_frames} are {steps} steps of each of {cfg.env.num_envs} environments, too few for one "
             f"window of batch_length={cfg.batch_length}: nothing would be learnt. Use more frames or shorter windows."
         )
+    policy_steps = cfg.total_frames // cfg.env.action_repeat
+    if cfg.train_ratio and cfg.warmup_steps >= policy_steps:
+        raise ValueError(
+            f"warmup_steps={cfg.warmup_steps} is not below the {policy_steps} policy steps of total_frames={cfg.total_frames}: "
+            "nothing would be learnt. Use fewer warmup_steps, or more frames."
+        )
 
 
-def check_environment_keys(cfg: DictConfig) -> None:
-    """What stands both below env and below env.make is set below env: frames are counted and scores chosen by it."""
-    for key, value in cfg.env.make.items():
-        if key in cfg.env and cfg.env[key] != value:
-            raise ValueError(
-                f"env.make.{key}={value}, but env.{key}={cfg.env[key]}: say env.{key}={value}, which sets both."
-            )
+def build(
+    make_environment: Callable[..., EnvBase],
+    cfg: DictConfig,
+    device: torch.device,
+    precision: torch.dtype | None = None,
+) -> tuple[Agent, list[str]]:
+    """The agent for this environment: one is made, checked against the key contract, and closed again.
 
-
-def build(make_environment: Callable[..., EnvBase], cfg: DictConfig, device: torch.device) -> tuple[Agent, list[str]]:
-    """The agent for this environment: one is made, checked against the key contract, and closed again."""
+    precision: in which the agent is to be trained; what does not fit into memory then is refused.
+    """
     with watch("The first environment, which is made and tried in this process,", cfg.timeout):
         environment = make_environment(seed=0)
         check_environment(environment)
     observations = ObservationSpace.from_spec(environment.observation_spec)
     actions = ActionSpace.from_spec(environment.action_spec)
     environment.close()
+    if precision is not None:
+        check_environments(cfg, observations)
+        check_fits(cfg, observations, actions, device, precision)
     torch.manual_seed(cfg.seed)
     agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
     for part in agent.parts().values():
         part.to(device)
     return agent, [*observations.images, *observations.vectors]
+
+
+def check_fits(
+    cfg: DictConfig,
+    observations: ObservationSpace,
+    actions: ActionSpace,
+    device: torch.device,
+    precision: torch.dtype,
+) -> str:
+    """What an update takes, in a line; refuses a model or a batch that cannot fit, before one is made."""
+    with torch.device("meta"):  # has shapes and no memory
+        agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
+    return check_update(cfg, agent, device, precision)
 
 
 def make_agent(algorithm: DictConfig, model: DictConfig, observations: ObservationSpace, actions: ActionSpace) -> Agent:
