@@ -44,6 +44,8 @@ class Rows:
         if any(row["fault"] == name for row in self.rows):
             return
         folder, start = self.folder / re.sub(r"\W+", "_", name), time.monotonic()
+        if os.path.ismount(folder / "disk"):  # this script was killed
+            subprocess.run(["umount", "-l", str(folder / "disk")], check=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
