@@ -18,7 +18,7 @@ from r2dreamer.envs import check_environment, make_vector_env, reseed
 from r2dreamer.envs.atari import make_atari
 from r2dreamer.envs.atari_scores import SCORES, HumanNormalizedScore
 from r2dreamer.envs.records import RecordBuilder
-from support.setup import check_environment_keys
+from support.setup import check_plan
 
 
 def emulator(game, seed, sticky=0.0, sticky_after=None):
@@ -273,10 +273,10 @@ def test_sticky_actions_turned_off_after_the_game_is_loaded_stay_at_a_quarter():
 @pytest.mark.parametrize("sticky", [0.0, 0.25])
 def test_one_key_makes_training_and_evaluation_sticky(sticky):
     cfg = config("env=atari100k", *([f"env.sticky={sticky}"] if sticky else []))
-    check_environment_keys(cfg)
+    check_plan(cfg)
     assert cfg.env.make.sticky == cfg.env.make_evaluation.sticky == sticky
     with pytest.raises(ValueError, match=r"env\.make\.sticky=0\.5, but env\.sticky=.*say env\.sticky=0\.5"):
-        check_environment_keys(config("env=atari100k", "env.make.sticky=0.5"))
+        check_plan(config("env=atari100k", "env.make.sticky=0.5"))
 
 
 def test_workers_play_what_one_process_plays_also_after_reseeding():
