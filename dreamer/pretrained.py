@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import pkgutil
+import re
 import warnings
 import zipfile
 from collections.abc import Container, Mapping, Sequence
@@ -32,6 +33,9 @@ from torch import nn
 from .builder import ActionSpace, Agent, ObservationSpace
 
 STATE = "state.pt"  # the file of a checkpoint that holds the entry "agent"
+OWN_NAME = re.compile(
+    r"step_\d{9,}(_\d+)?"
+)  # a checkpoint that a run named; a user's copy beside it is opened by its name
 PACKAGE = "r2dreamer"
 # What a recipe may call. Nothing here imports, opens or calls what a string names.
 BUILDERS = """
@@ -196,7 +200,8 @@ def load_pretrained(
     path = Path(directory)
     files = [path / STATE] if (path / STATE).exists() else []
     if not files:
-        files = sorted([*path.glob(f"checkpoints/step_*/{STATE}"), *path.glob(f"step_*/{STATE}")], key=_serial)[::-1]
+        found = [*path.glob(f"checkpoints/step_*/{STATE}"), *path.glob(f"step_*/{STATE}")]
+        files = sorted((file for file in found if OWN_NAME.fullmatch(file.parent.name)), key=_serial)[::-1]
     if not files:
         raise ValueError(f"{path} holds no agent: give a run's directory, one of its checkpoints, or a saved agent's.")
     for file in files:  # the newest one that is whole

@@ -91,6 +91,16 @@ def test_the_newest_is_the_one_that_was_saved_last(run, tmp_path):
     assert torch.equal(next(found.encoder.parameters()), next(expected.encoder.parameters()))
 
 
+def test_a_copy_that_a_user_made_beside_the_checkpoints_is_opened_by_its_name_alone(run, tmp_path):
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
+    older, copy = tmp_path / "checkpoints" / "step_000000052", tmp_path / "checkpoints" / "step_best"
+    shutil.copytree(older, copy)
+    (copy / "manifest.json").unlink()  # by the manifest it would be as old as its original
+    weights = lambda path: next(load_pretrained(path).encoder.parameters())
+    assert torch.equal(weights(copy), weights(older))
+    assert torch.equal(weights(tmp_path), weights(run[0]))
+
+
 def test_heads_of_ones_own_are_loaded_where_they_are_trusted(tmp_path, monkeypatch):
     (tmp_path / "my_heads.py").write_text(
         "from torch import nn\nfrom r2dreamer.dreamer import latent_head\n\n"
