@@ -17,8 +17,8 @@ ENVIRONMENTS = """
     CrafterScores HumanNormalizedScore
 """.split()  # noqa: SIM905
 LOSSES = """
-    BarlowTwins CategoricalKL CopyEvery DreamerActorLoss DreamerPro.of DreamerValueLoss DynamicsActorLoss GaussianKL
-    GroupedAdam InfoNCE NoObjective NoTarget ProbeDecoder.of Reconstruction UnitGaussian VICReg
+    BarlowTwins CategoricalKL CopyEvery DreamerActorLoss DreamerOptimizer DreamerPro.of DreamerValueLoss DynamicsActorLoss
+    GaussianKL GroupedAdam InfoNCE NoObjective NoTarget ProbeDecoder.of Reconstruction UnitGaussian VICReg
 """.split()  # noqa: SIM905
 OTHERS = """
     r2dreamer.dreamer.RandomShift torch.nn.Identity torchrl.objectives.SoftUpdate
@@ -26,6 +26,7 @@ OTHERS = """
 """.split()  # noqa: SIM905
 ALLOWED = {
     "env": {f"r2dreamer.envs.{name}" for name in ENVIRONMENTS},
+    "model": BUILDERS,
     "algorithm": {*BUILDERS, *(f"r2dreamer.losses.{name}" for name in LOSSES), *OTHERS},
 }
 
