@@ -61,9 +61,11 @@ class Rows:
 
 
 def last_words(run):
-    """The first sentence of what a run said when it ended."""
-    found = re.findall(r"^(?:\w*(?:Error|Exception|Warning|WARNING)\b.*)$", run.stderr, re.MULTILINE)
-    said = found[0] if found else (run.stderr.strip().splitlines() or ["nothing"])[-1]
+    """How the error begins with which a run ended, or its first warning."""
+    error = re.search(r"^\w+Error: .*(\n[^(\n].*)*", run.stderr, re.MULTILINE)
+    warning = re.search(r"^WARNING: .*", run.stderr, re.MULTILINE)
+    found = error or warning
+    said = " ".join(found[0].split()) if found else (run.stderr.strip().splitlines() or ["nothing"])[-1]
     return re.sub(r"\S*/", "", said)[:150]
 
 
