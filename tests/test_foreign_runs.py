@@ -295,6 +295,14 @@ def test_every_call_in_our_own_configurations_is_known(group):
             assert runnable_config(complete, "here") == {k: v for k, v in complete.items() if k not in UNUSED}
 
 
+def test_a_model_may_name_an_encoder_of_ours_and_nothing_else(tmp_path):
+    complete = OmegaConf.to_container(config("experiment=dmc_small"), resolve=True)
+    assert runnable_config(complete, "here").model.image_encoder._target_ == "r2dreamer.dreamer.StridedEncoder"
+    complete["model"]["image_encoder"] = {"_target_": "os.system", "command": f"touch {tmp_path}/payload"}
+    with pytest.raises(ValueError, match="model.image_encoder._target_=os.system is not part"):
+        runnable_config(complete, "here")
+
+
 def test_a_run_in_an_environment_of_ones_own_opens_where_that_is_trusted(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_envs.py").write_text(MAKE_ENV)
     monkeypatch.chdir(tmp_path)
