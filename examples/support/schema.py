@@ -66,7 +66,8 @@ TRAIN = {
     "env": section, "env.suite": text, "env.task": text, "env.action_repeat": count, "env.total_frames": count,
     "env.train_ratio": weight, "env.num_envs": count, "env.eval_episodes": count,
     "env.parallel": any_of(choice("auto", True, False), count), "env.make": section, "env.make_evaluation": section,
-    "env.scores": maybe(section), "env.train_scores": maybe(section), "env.frames": maybe(section), "env.frames.*": count,
+    "env.scores": maybe(section), "env.train_scores": maybe(section),
+    "env.frames": maybe(section), "env.frames.*": count,
     "env.entropy_bonus": maybe(section), "env.entropy_bonus.*": weight, **_algorithm("algorithm"),
     # Of one suite each, passed on to its `make`: as the arguments of that name.
     **dict.fromkeys((f"env.{name}" for name in (
@@ -115,7 +116,8 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
 
 ARGUMENTS = {
     # of environments
-    "task": text, "factory": one_like(r"[\w.]+:[\w.]+", '"package.module:function", for example my_module:make_env'), "from_pixels": flag, "image_size": maybe(count), "action_repeat": count,
+    "task": text, "from_pixels": flag, "image_size": maybe(count), "action_repeat": count,
+    "factory": one_like(r"[\w.]+:[\w.]+", '"package.module:function", for example my_module:make_env'),
     "camera": maybe(any_of(whole(), text)), "time_limit": maybe(count), "episode_frames": maybe(count),
     "lives": choice("unused", "discount", "reset"), "sticky": share, "noops": whole(), "grayscale": flag,
     "full_actions": flag, "keys": maybe(list_of(text)), "cumulative": flag, "actions": count, "continuous": flag,
@@ -127,8 +129,12 @@ ARGUMENTS = {
     "unimix": fraction, "min_std": weight, "squashed_actions": flag, "noise": weight,
     **dict.fromkeys(("heads", "latent", "cell", "decoder"), section),
     # of losses
-    **dict.fromkeys(("weight", "factor", "redundancy_weight", "dynamics", "representation", "free_nats", "variance", "covariance", "entropy_bonus", "slow_critic_regularization"), weight),
-    "detach_target": flag, "cosine": flag, "bootstrap_target": flag, "temperature": number(above=0),
+    **dict.fromkeys((
+        "weight", "factor", "redundancy_weight", "dynamics", "representation", "free_nats", "variance", "covariance",
+        "entropy_bonus", "slow_critic_regularization",
+    ), weight),
+    "detach_target": flag, "average_first": flag, "cosine": flag, "bootstrap_target": flag,
+    "temperature": number(above=0),
     "prototypes": count, "size": count, "sinkhorn_eps": number(above=0), "sinkhorn_iterations": count,
     "ema_rate": share, "frozen_updates": whole(), "dropped_steps": whole(), "augmentation": maybe(section),
     "scalar_likelihood": maybe(section), "imagination_horizon": count, "discount": fraction, "lmbda": share,
@@ -232,11 +238,8 @@ def kind_of(place: Place, table: Mapping[str, Kind | None]) -> Kind | None:
     if target is None:
         return None
     if place.name not in target.arguments and not target.open and not key.startswith("model."):
-        names = ", ".join(target.arguments)
-        raise SettingError(
-            key,
-            f"{key}={say(place.value())} is no argument of {target.name}{near(place.name, target.arguments) or f', which takes {names}.'}",
-        )
+        hint = near(place.name, target.arguments) or f", which takes {', '.join(target.arguments)}."
+        raise SettingError(key, f"{key}={say(place.value())} is no argument of {target.name}{hint}")
     if target.ours and place.name in ARGUMENTS:
         return ARGUMENTS[place.name]
     return annotated(target.arguments.get(place.name, object))
