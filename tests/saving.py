@@ -23,6 +23,11 @@ class Run:
     def collect(self, steps):
         self.replay.extend(self.builder(self.streams.collect(steps)))
 
+    def restart(self):
+        """As a resumed run does: its environments begin anew."""
+        self.replay.truncate_streams()
+        self.builder.reset()
+
     def update(self):
         batch = self.replay.sample()
         self.updates += 1

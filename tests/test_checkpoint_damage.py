@@ -38,6 +38,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     assert loaded.step == 1 and digest(other.replay) == before
     assert "WARNING: checkpoint step_000000002 is damaged" in warning and path.name in warning
     # The damaged one neither counts nor stays.
+    other.restart()
     other.collect(2)
     fresh.save(2, other.state(), other.replay)
     third, loaded = restored(Checkpoints(tmp_path), capacity=3000)

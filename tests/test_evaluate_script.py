@@ -1,6 +1,7 @@
 """examples/evaluate.py repeats the trainer's own numbers, films them, and says what it cannot evaluate."""
 
 import functools
+import json
 
 import pytest
 from launcher import PENDULUM, TINY, config, lines, train_here
@@ -9,9 +10,9 @@ import r2dreamer.envs  # isort: skip  # before TorchRL
 import evaluate
 import torch
 
-from support import checkpoint as checkpoint_module
 from support.checkpoint import Checkpoints
 from support.film import film
+from support.manifest import write_manifest
 
 
 def blind(seed):
@@ -83,11 +84,9 @@ def test_evaluate_refuses(server, trained, tmp_path, what, says):
     if what == "corrupt":
         (path / "state.pt").write_bytes(b"nothing")
     if what == "format":
-        manifest = (path / "manifest.json").read_text()
-        monkey = checkpoint_module.json.loads(manifest)
-        monkey["manifest"]["format"] = 99
-        monkey["crc32"] = checkpoint_module._json_crc32(monkey["manifest"])
-        (path / "manifest.json").write_text(checkpoint_module.json.dumps(monkey))
+        manifest = json.loads((path / "manifest.json").read_text())["manifest"]
+        with open(path / "manifest.json", "wb") as file:
+            write_manifest(file, manifest | {"format": 99})
     arguments = {
         "nothing": [],
         "elsewhere": [f"checkpoint={tmp_path}/nowhere"],
@@ -106,6 +105,6 @@ def test_an_environment_that_never_ends_is_cut_off_with_a_word(tmp_path, monkeyp
     assert [line["eval/length"] for line in lines(tmp_path / "log", '"eval/length"')] == [12, 12]
     assert "2 of 2 evaluation episodes did not end within max_steps=12" in capsys.readouterr().err
     for more, steps in ([], 12), (["max_steps=7"], 7):
-        evaluate.main(config(f"checkpoint={tmp_path}/log", "video=false", *more, name="evaluate"))
+        evaluate.main(config(f"checkpoint={tmp_path}/log", "video=false", "trust=faulty", *more, name="evaluate"))
         said = capsys.readouterr()
         assert f"{steps} steps" in said.out and f"did not end within max_steps={steps}" in said.err
