@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,10 @@ def test_lines_wait_while_the_disk_is_full_with_one_warning_and_no_half_line(tmp
         assert told.count(f"{tmp_path / 'tensorboard'} cannot be written") == 1
         position = writer.position()  # of a checkpoint, for which there is room again
         assert (position["lines"], position["step"]) == (1, 3)
+        with monkeypatch.context() as full:
+            full.setattr("support.disk.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+            with pytest.raises(OSError, match="No space"):  # before TensorBoard's thread meets it
+                TensorBoardLogger.scalars(board, 3, {"a": 3})
     board.full = False
     writer.write(4, {"a": 4})
     writer.close()

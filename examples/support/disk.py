@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,3 +40,9 @@ def replace_text(path: Path, text: str) -> None:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
+
+
+def require_room(directory: Path, size: int = 2**20) -> None:
+    """Raises what a write of so many bytes would, for writers that do not say what happened to them."""
+    if shutil.disk_usage(directory).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -6,6 +6,7 @@ frames. What depends on the machine's speed is named `speed/*` or `time/*`, all 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from support.disk import REMEDY, explained, warn
+from support.disk import REMEDY, explained, require_room, warn
 from support.video import encode_gif
 
 
@@ -278,10 +279,14 @@ class TensorBoardLogger:
         self.writer = SummaryWriter(str(self.directory), purge_step=step + 1)
 
     def reopen(self, step: int) -> None:
-        """After a failed write: the writer's own thread has ended."""
+        """After a failed write, which ends the writer's thread."""
+        require_room(self.directory)
+        with contextlib.suppress(OSError):
+            self.writer.close()
         self.start(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        require_room(self.directory)  # the writer's thread would end with a traceback
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
