@@ -125,7 +125,7 @@ def test_a_run_of_torchrls_optimizer_is_resumed():
     )
     check_same_run(before, now, Path("checkpoint"))
     check_same_run(before, before, Path("checkpoint"))
-    with pytest.raises(ValueError, match="algorithm.optimizer="):
+    with pytest.raises(ValueError, match="algorithm.optimizer.lr="):
         check_same_run(before, OmegaConf.merge(now, {"algorithm": {"optimizer": {"lr": 2.0}}}), Path("checkpoint"))
 
 

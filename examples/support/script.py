@@ -42,24 +42,30 @@ def script(config_name: str, foreign: bool = False) -> Callable:
             leave_with_parent()
             with hang_up_ignored():  # Python's own helper process, which TorchRL starts
                 resource_tracker.ensure_running()
-            held = HeldBack(sys.stderr)
-            run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
-            try:
-                with guarded_output(Interrupt.output_lost), contextlib.redirect_stderr(held):
-                    run(friendly_errors(checked(main, config_name, held)))(cfg)
-            except SystemExit as left:
-                error = left.__context__
-                if held.text and error is None:  # of argparse, after its usage
-                    held.text = f"{held.text.splitlines()[-1]}\nSettings are given as key=value; --help says more.\n"
-                elif held.text and isinstance(error, Exception) and not wants_traceback():
-                    held.text = paragraph(cannot_compose(error, config_name))
-                raise
-            finally:
-                held.release()
+            with guarded_output(Interrupt.output_lost):
+                compose(main, config_name, cfg)
 
         return command
 
     return decorate
+
+
+def compose(main: Callable, config_name: str, cfg: DictConfig | None) -> None:
+    """Hydra's part: the configuration from the command line, then `main`."""
+    held = HeldBack(sys.stderr)
+    run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
+    try:
+        with contextlib.redirect_stderr(held):
+            run(friendly_errors(checked(main, config_name, held)))(cfg)
+    except SystemExit as left:
+        error = left.__context__
+        if held.text and error is None:  # of argparse, after its usage
+            held.text = f"{held.text.splitlines()[-1]}\nSettings are given as key=value; --help says more.\n"
+        elif held.text and isinstance(error, Exception) and not wants_traceback():
+            held.text = paragraph(cannot_compose(error, config_name))
+        raise
+    finally:
+        held.release()
 
 
 def checked(main: Callable, config_name: str, held: HeldBack) -> Callable:
