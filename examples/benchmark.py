@@ -180,8 +180,8 @@ def benchmark(cfg: DictConfig) -> dict:
         result |= ratios({name: result[name]["median_s"] for name in steps})
     if "acting" in cfg.measure:
         streams = cfg.env.num_envs
-        observation = agent.example_record()["next"].select(*agent.observations.images, *agent.observations.vectors)
-        root = observation.expand(streams).clone().to(device)
+        seen = [*agent.observations.images, *agent.observations.vectors, *agent.latent_sizes]
+        root = agent.example_record()["next"].select(*seen).expand(streams).clone().to(device)
         root["is_init"] = torch.zeros(streams, 1, dtype=torch.bool, device=device)
         with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
             result["acting"] = median_seconds(lambda: agent.policy(root), device, 3, 4 * repeats)
