@@ -130,7 +130,7 @@ def test_every_suite_lists_its_own_default_task():
 @pytest.mark.parametrize(
     ("factory", "said"),
     [
-        ("my_envs", "must say"),
+        ("my_envs", "must be"),
         ("other_envs:make_env", "No module named"),
         ("my_envs:make_envs", "has no 'make_envs'. It has:"),
         ("my_envs:nothing", "returned a object, not a TorchRL environment"),
