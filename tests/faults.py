@@ -262,19 +262,22 @@ def spoilt_environment(folder, server, fault):
     return said, f"frame {saved} is saved; mended, it finishes"
 
 
-def report(rows, arguments, seconds):
+def report(rows, options):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    passed = sum(row["passed"] for row in rows)
+    passed, minutes = sum(row["passed"] for row in rows), sum(row["seconds"] for row in rows) / 60
+    counts = " ".join(
+        f"--{name} {getattr(options, name)}" for name in ("kills", "files", "disks", "environments", "seed")
+    )
     head = [
         "# Fault injection",
         "",
         f"{passed} of {len(rows)} faults lost nothing that was saved. Tiny runs of a few seconds; each row says how the run",
         "ended, and what the same command did afterwards.",
         "",
-        f"- command: `python tests/faults.py {' '.join(arguments)}`",
+        f"- command: `python tests/faults.py {counts}`",
         f"- machine: {len(os.sched_getaffinity(0))} cores of {cpu[1] if cpu else platform.processor()}, no GPU",
-        f"- commit: {commit}, {seconds / 60:.0f} minutes",
+        f"- commit: {commit}, {minutes:.0f} minutes",
         "",
         "| fault | how it ended | afterwards | |",
         "| --- | --- | --- | --- |",
@@ -318,7 +321,7 @@ def main():
             rows.run(f"environment: {fault}", spoilt_environment, server, fault)
     finally:
         server.close()
-    text = report(rows.rows, sys.argv[1:], sum(row["seconds"] for row in rows.rows))
+    text = report(rows.rows, options)
     (options.out or options.folder / "table.md").write_text(text)
     return 0 if all(row["passed"] for row in rows.rows) else 1
 
