@@ -24,7 +24,7 @@ from launcher import CARTPOLE, TINY, Server, count_lines, lines, steps  # noqa: 
 
 from support.checkpoint import Checkpoints  # noqa: E402
 
-PATIENCE = 600  # seconds for one run
+TIMEOUT = 600  # seconds for one run
 FAULTS = (
     "raise", "reset", "build", "eof", "memory", "leave", "exit", "kill", "segfault", "hang", "hang_in_c",
     "nan", "huge", "inf_reward", "huge_reward", "one", "batch", "complex", "missing", "endless", "pipe",
@@ -90,7 +90,7 @@ def members(session):
     return found
 
 
-def wait_until(condition, what, timeout=PATIENCE):
+def wait_until(condition, what, timeout=TIMEOUT):
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"{what} after {timeout} s"
@@ -99,7 +99,7 @@ def wait_until(condition, what, timeout=PATIENCE):
 
 def finish(server, folder, command, frames):
     """The same command goes on to the end; every line of metrics.jsonl is there once."""
-    run = server.run(folder, *command, f"total_frames={frames}", timeout=PATIENCE)
+    run = server.run(folder, *command, f"total_frames={frames}", timeout=TIMEOUT)
     assert run.status == 0, f"the next start ended with {run.status}: {last_words(run)}"
     assert f"finished at {frames} frames" in run.stdout, run.stdout
     logged = steps(folder / "log", "count/updates")
@@ -175,7 +175,7 @@ def damage(folder, server, trained, spoil, rng):
     shutil.copytree(trained / "log", folder / "log")
     spoil(folder / "log", rng)
     before = Checkpoints(folder / "log" / "checkpoints").load().step
-    run = server.run(folder, *CARTPOLE, "logdir=log", "total_frames=240", timeout=PATIENCE)
+    run = server.run(folder, *CARTPOLE, "logdir=log", "total_frames=240", timeout=TIMEOUT)
     assert run.status == 0, f"ended with {run.status}: {last_words(run)}"
     assert "finished at 240 frames" in run.stdout and "Traceback" not in run.stderr, last_words(run)
     assert saved_step(folder / "log") == 240
@@ -247,7 +247,7 @@ def spoilt_environment(folder, server, fault):
     (folder / "fault").write_text(f"{fault} 45")
     command = ["env=custom", "env.factory=faulty:make", *TINY, "logdir=log", "env.parallel=false", "eval.max_steps=20"]
     workers = ["env.parallel=true", "timeout=60"] if fault in IN_WORKERS else []
-    run = server.run(folder, *command, *workers, timeout=PATIENCE)
+    run = server.run(folder, *command, *workers, timeout=TIMEOUT)
     said = last_words(run)
     if fault == "endless":
         assert run.status == 0 and "did not end within max_steps=20" in run.stderr, said
@@ -312,7 +312,7 @@ def main():
             rows.run(f"the run killed {options.kills} times", finish_killed, server, previous)
         trained = options.folder / "trained"
         if options.files and not (trained / "log" / "curve.png").exists():
-            server.run(trained, *CARTPOLE, "logdir=log", "total_frames=160", timeout=PATIENCE)
+            server.run(trained, *CARTPOLE, "logdir=log", "total_frames=160", timeout=TIMEOUT)
         for name in list(DAMAGE)[: options.files]:
             rows.run(name, damage, server, trained, DAMAGE[name], random.Random(rng.random()))
         for moment in ("from the start", "for a while", "until the end")[: options.disks]:
