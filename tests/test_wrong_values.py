@@ -13,7 +13,7 @@ from launcher import CARTPOLE, EXAMPLES, TINY, config
 from omegaconf import OmegaConf
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
-from support import memory
+from support import budget
 from support.kinds import anything
 from support.schema import SCRIPTS, check, kind_of, places
 from support.script import script
@@ -318,7 +318,7 @@ def test_the_memory_of_an_update_is_estimated_from_below_and_to_a_factor_of_five
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses, _ = learner.losses(synthetic_records(agent, 2, 4, torch.device("cpu")))
     needed = sum(size for place, size in saved.items() if place not in weights)
-    estimate = 2 * 4 * memory.activation_bytes(agent, 3, torch.float32)
+    estimate = 2 * 4 * budget.activation_bytes(agent, 3, torch.float32)
     assert needed / 5 < estimate < needed
 
 
@@ -328,7 +328,7 @@ def test_what_fits_is_a_size_that_passes(monkeypatch):
     from support.setup import check_fits
 
     spaces = ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: (10**9, device))
+    monkeypatch.setattr(budget, "free_bytes", lambda device: (10**9, device))
     cfg = config("model=size1M", "batch_size=1000000")
     with pytest.raises(MemoryError, match="batch_size=1000000") as refused:
         check_fits(cfg, *spaces, torch.device("cpu"), torch.float32)

@@ -93,7 +93,7 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
         "objects": maybe(list_of(text)), "colour": maybe(list_of(whole(0, 255), 3)),
     },
     "latents": {
-        **dict.fromkeys(("tasks", "members", "overrides"), list_of(text)), "shrinks": list_of(any_of(rate, text)),
+        **dict.fromkeys(("tasks", "members"), list_of(text)), "overrides": any_of(list_of(text), choice([])), "shrinks": list_of(any_of(rate, text)),
         "seeds": list_of(seed), "updates": count, "checkpoint": maybe(text), "record": section, "out": maybe(text),
         **{f"record.{name}": count for name in ("episodes", "heldout", "steps")}, "record.lead": whole(),
         "record.keep": share, "device": device, "precision": choice("auto", "bf16", "fp32"),
