@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from r2dreamer.dreamer import Agent
 from r2dreamer.envs.subtle import OFFICIAL
 from support.devices import resolve_device, resolve_precision
+from support.files import output
 from support.latents_report import write_results
 from support.probing import baseline_scores, model_scores
 from support.recording import record, recorded
@@ -159,15 +160,15 @@ def claim(out: Path, settings: dict) -> None:
     write_whole(path, lambda partial: partial.write_text(json.dumps(settings)))
 
 
-@script("latents")
+@script("latents", foreign=True)
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     given = OmegaConf.to_container(cfg)
     settings = {name: given[name] for name in ("record", "updates", "overrides", "precision")}
     if cfg.checkpoint:
-        trained = load_trained(cfg.checkpoint, resolve_device(cfg.device))
+        trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run
-        out = Path(cfg.out or trained.directory / "latents")
+        out = output(cfg.out, trained.directory, "latents")
         claim(out, settings | {"checkpoint": str(trained.path)})
         shrink = run.env.get("shrink") or (OFFICIAL[run.env.task].shrink if run.env.suite == "dmc_subtle" else 1)
         whose = [(BASELINES, None), (UNTRAINED, None), (run.name, trained.agent)]

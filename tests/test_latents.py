@@ -192,7 +192,7 @@ def test_the_command_writes_lines_table_and_figure_and_repeats_nothing(command, 
 def test_a_checkpoint_is_asked_the_same(tmp_path):
     logdir = tmp_path / "run"
     train_here(logdir, "env=custom", "env.factory=test_latents:square", *TINY, "model.encoder_multipliers=[2,4]", "env.parallel=false", "env.total_frames=60", "total_frames=60", "checkpoint.every=60")  # fmt: skip
-    latents.main.__wrapped__(config(*SMALL, f"checkpoint={logdir}", name="latents"))
+    latents.main.__wrapped__(config(*SMALL, f"checkpoint={logdir}", "trust=test_latents", name="latents"))
     lines = [json.loads(line) for line in (logdir / "latents" / "results.jsonl").read_text().splitlines()]
     assert [line["member"] for line in lines] == ["baselines", "untrained", "tiny"]
     assert lines[2]["scores"] != lines[1]["scores"] and lines[2]["scores"]["latents"].keys() == {

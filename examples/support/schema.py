@@ -94,7 +94,7 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
     },
     "latents": {
         **dict.fromkeys(("tasks", "members"), list_of(text)), "overrides": any_of(list_of(text), choice([])), "shrinks": list_of(any_of(rate, text)),
-        "seeds": list_of(seed), "updates": count, "checkpoint": maybe(text), "record": section, "out": maybe(text),
+        "seeds": list_of(seed), "updates": count, "checkpoint": maybe(text), "trust": _PLAYED["trust"], "record": section, "out": maybe(text),
         **{f"record.{name}": count for name in ("episodes", "heldout", "steps")}, "record.lead": whole(),
         "record.keep": share, "device": device, "precision": choice("auto", "bf16", "fp32"),
         "threads": maybe(whole(1, 4096)), "progress": flag,
