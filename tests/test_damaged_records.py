@@ -80,7 +80,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # 1e300 as float32 is the fault under test
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_spoilt_step_is_an_error_with_key_task_and_seed_and_is_not_stored(route, fault):
@@ -99,7 +99,7 @@ def test_an_environment_stepped_alone_is_checked_too(fault):
         make_faulty(fault, 0).rollout(5)
 
 
-@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.filterwarnings("ignore:Casting complex values")  # a complex observation is the fault under test
 @pytest.mark.parametrize(("fault", "said"), [("missing", "is missing"), ("complex", "is complex64")])
 def test_an_entry_that_is_missing_or_of_another_kind_in_mid_run_is_named(fault, said):
     env = make_vector_env(functools.partial(make_faulty, fault), [40], parallel=False)
