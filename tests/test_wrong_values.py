@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import logging
 import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -54,6 +56,7 @@ def refuse(name, *overrides):
         with (
             contextlib.redirect_stderr(printed),
             contextlib.redirect_stdout(printed),
+            mock.patch.object(logging, "shutdown"),  # hydra's, which makes absl close the stderr that it found
             pytest.raises(SystemExit) as left,
         ):
             script("config" if name == "train" else name)(reached.append)()
