@@ -7,14 +7,15 @@ TorchRL has classes of the same names with another meaning: ``RSSMPrior``, ``RSS
 ``RSSMPriorV3``, ``RSSMPosteriorV3``, ``RSSMRolloutV3``.
 """
 
-from .builder import ActionSpace, Agent, ObservationSpace, assemble, build_agent
-from .classic import build_classic_agent, classic_decoder
-from .classic_networks import GRUCell, NormGRUCell
-from .compiling import compile_parts
-from .decoders import ImageDecoder, ObservationDecoder
-from .distributions import BoundedNormal, OneHotAction
-from .encoders import ImageEncoder, ObservationEncoder, StridedEncoder, VectorEncoder
-from .heads import (
+from .agent import ActionSpace, Agent, ObservationSpace, assemble, build_agent
+from .classic.agent import build_classic_agent, classic_decoder
+from .classic.networks import GRUCell, NormGRUCell
+from .fast.compiling import compile_parts
+from .networks.augmentation import RandomShift
+from .networks.decoders import ImageDecoder, ObservationDecoder
+from .networks.distributions import BoundedNormal, OneHotAction
+from .networks.encoders import ImageEncoder, ObservationEncoder, StridedEncoder, VectorEncoder
+from .networks.heads import (
     FeatureMLP,
     NormalParameters,
     OneHotParameters,
@@ -24,13 +25,12 @@ from .heads import (
     latent_head,
     projection_head,
 )
-from .imagination import Imagination
-from .latents import CategoricalLatent, GaussianLatent, unimix_probs
-from .layers import BlockLinear, Linear, NormSiLU, joint_positions, mlp, normed_linear
+from .networks.layers import BlockLinear, Linear, NormSiLU, joint_positions, mlp, normed_linear
 from .pretrained import load_pretrained, save_pretrained
-from .rollout import RSSMRollout, RSSMStateEstimator
-from .rssm import BlockGRU, RSSMPosterior, RSSMPrior
-from .shift import RandomShift
+from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior
+from .rssm.imagination import Imagination
+from .rssm.latents import CategoricalLatent, GaussianLatent, unimix_probs
+from .rssm.rollout import RSSMRollout, RSSMStateEstimator
 from .sizes import Sizes
 
 __all__ = [

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .builder import ActionSpace, Agent, ObservationSpace
+from .agent import ActionSpace, Agent, ObservationSpace
 
 STATE = "state.pt"  # the file of a checkpoint that holds the entry "agent"
 OWN_NAME = re.compile(

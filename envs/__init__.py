@@ -1,29 +1,29 @@
 """The benchmarks: TorchRL environments and transforms."""
 
-from .gl import check_chosen_gl  # isort: skip
+from .base.gl import check_chosen_gl  # isort: skip
 
 check_chosen_gl()  # first, because the other modules import TorchRL, and TorchRL imports MuJoCo
 
 # ruff: noqa: E402
-from .atari import make_atari
-from .atari_scores import HumanNormalizedScore
-from .check import check_environment
-from .collecting import VectorCollector
-from .crafter import CrafterScores, crafter_score, make_crafter
-from .custom import make_custom
-from .dmc import RenderPixels, make_dmc
-from .errors import WorkerError
-from .gym import make_gym
-from .memory_maze import make_memory_maze
-from .metaworld import make_metaworld
-from .patch import AdversarialPatch
-from .probes import PROBES, make_probe
-from .records import RecordBuilder
-from .replay import RecordReplay, make_replay
-from .simulator import Simulator
-from .subtle import DMCSubtle, make_dmc_subtle
-from .transforms import ClippedActionScaling, FiniteCheck
-from .vector import VectorEnv, count_workers, env_seeds, make_vector_env, reseed
+from .base.check import check_environment
+from .base.contract import ClippedActionScaling, FiniteCheck
+from .base.errors import WorkerError
+from .base.simulator import Simulator
+from .replay.records import RecordBuilder
+from .replay.replay import RecordReplay, make_replay
+from .suites.atari import make_atari
+from .suites.atari_scores import HumanNormalizedScore
+from .suites.crafter import CrafterScores, crafter_score, make_crafter
+from .suites.custom import make_custom
+from .suites.dmc import RenderPixels, make_dmc
+from .suites.gym import make_gym
+from .suites.memory_maze import make_memory_maze
+from .suites.metaworld import make_metaworld
+from .suites.probes import PROBES, make_probe
+from .transforms.patch import AdversarialPatch
+from .transforms.subtle import DMCSubtle, make_dmc_subtle
+from .vector.collecting import VectorCollector
+from .vector.vector import VectorEnv, count_workers, env_seeds, make_vector_env, reseed
 
 __all__ = [
     "AdversarialPatch",

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
@@ -19,17 +19,17 @@ from torchrl.envs import Compose, EnvBase, TransformedEnv
 from tqdm import tqdm
 
 from r2dreamer.envs import AdversarialPatch, env_seeds, make_vector_env, reseed
+from r2dreamer.examples.attacks.gallery import contact_sheet, draw_patch, draw_search, side_by_side
+from r2dreamer.examples.attacks.report import BELIEFS, compare, markdown, percent_drop, verdict
+from r2dreamer.examples.attacks.search import Search, measure, optimize
+from r2dreamer.examples.attacks.windows import Windows, collect_episodes
+from r2dreamer.examples.cli.script import Interrupt, script
+from r2dreamer.examples.training.devices import resolve_device, resolve_precision
+from r2dreamer.examples.training.evaluation import EvaluationResult, evaluate
+from r2dreamer.examples.training.files import output
+from r2dreamer.examples.training.trained import Trained, load_trained
+from r2dreamer.examples.training.video import write_video
 from r2dreamer.losses import PlanningAttackLoss
-from support.attack_report import BELIEFS, compare, markdown, percent_drop, verdict
-from support.devices import resolve_device, resolve_precision
-from support.evaluation import EvaluationResult, evaluate
-from support.files import output
-from support.gallery import contact_sheet, draw_patch, draw_search, side_by_side
-from support.script import Interrupt, script
-from support.search import Search, measure, optimize
-from support.trained import Trained, load_trained
-from support.video import write_video
-from support.windows import Windows, collect_episodes
 
 
 class Attack:

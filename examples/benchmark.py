@@ -26,8 +26,8 @@ from collections.abc import Callable, Sequence
 
 import hydra
 
-import support  # noqa: F401  # isort: skip  # before torch
-from support.memory import keep_memory  # isort: skip
+import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
+from r2dreamer.examples.training.memory import keep_memory  # isort: skip
 
 if __name__ == "__main__":
     keep_memory()  # as the trainer does, whose update is timed here
@@ -37,16 +37,16 @@ import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from train import Learner
 
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
+from r2dreamer.dreamer.fast.capture import CapturedStep
 from r2dreamer.envs import env_seeds, make_vector_env
-from r2dreamer.envs.replay import make_replay
-from support.capture import CapturedStep
-from support.devices import resolve_device, resolve_precision
-from support.peers import torchrl_dreamer
-from support.script import script
-from support.setup import check_fits, make_agent, parameter_counts
+from r2dreamer.envs.replay.replay import make_replay
+from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.timing.peers import torchrl_dreamer
+from r2dreamer.examples.train import Learner
+from r2dreamer.examples.training.devices import resolve_device, resolve_precision
+from r2dreamer.examples.training.setup import check_fits, make_agent, parameter_counts
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:

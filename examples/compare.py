@@ -24,11 +24,11 @@ import numpy as np
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from support.bootstrap import bootstrap_band, bootstrap_difference
-from support.children import Children
-from support.curves import draw_runs, known_keys, picture, read_curve
-from support.grid import Run, plan
-from support.messages import cannot_compose
+from r2dreamer.examples.cli.children import Children
+from r2dreamer.examples.cli.messages import cannot_compose
+from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
+from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture, read_curve
+from r2dreamer.examples.training.grid import Run, plan
 
 TRAIN = Path(__file__).parent / "train.py"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import support  # noqa: F401 - sets how threads wait, before torch is imported
+import r2dreamer.examples  # noqa: F401 - sets how threads wait, before torch is imported
 from r2dreamer.envs import make_dmc, make_dmc_subtle
-from r2dreamer.envs.errors import require
-from r2dreamer.envs.subtle import OFFICIAL
+from r2dreamer.envs.base.errors import require
+from r2dreamer.envs.transforms.subtle import OFFICIAL
 
 SEED = 8
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from support.curves import draw_runs, known_keys, picture
+from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture
 
 
 def main() -> None:

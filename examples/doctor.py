@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 
 try:
     import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
@@ -31,12 +31,12 @@ from omegaconf import DictConfig
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.envs import check_environment, env_seeds, make_vector_env
-from r2dreamer.envs.replay import check_memory, free_bytes, record_bytes
-from support.devices import resolve_device, resolve_precision
-from support.machine import opengl, packages, private_bytes, processor
-from support.messages import USER_ERRORS, what_is_wrong
-from support.script import script
-from support.setup import check_fits, make_agent
+from r2dreamer.envs.replay.replay import check_memory, free_bytes, record_bytes
+from r2dreamer.examples.cli.machine import opengl, packages, private_bytes, processor
+from r2dreamer.examples.cli.messages import USER_ERRORS, what_is_wrong
+from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.training.devices import resolve_device, resolve_precision
+from r2dreamer.examples.training.setup import check_fits, make_agent
 
 # A suite, the module that tells whether it is installed, its extra, and whether MuJoCo renders it.
 SUITES = {

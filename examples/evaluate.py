@@ -5,19 +5,19 @@ python examples/evaluate.py checkpoint=runs/quickstart/seed0 episodes=20
 
 from __future__ import annotations
 
-import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
 from omegaconf import DictConfig
 
-from support.devices import resolve_device
-from support.evaluation import LONGEST_EPISODE
-from support.files import output
-from support.film import evaluate_seeds
-from support.script import script
-from support.trained import load_trained
-from support.video import write_video
+from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.training.devices import resolve_device
+from r2dreamer.examples.training.evaluation import LONGEST_EPISODE
+from r2dreamer.examples.training.files import output
+from r2dreamer.examples.training.film import evaluate_seeds
+from r2dreamer.examples.training.trained import load_trained
+from r2dreamer.examples.training.video import write_video
 
 
 @script("evaluate", foreign=True)

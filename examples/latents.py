@@ -24,23 +24,23 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.dreamer import Agent
-from r2dreamer.envs.subtle import OFFICIAL
-from support.devices import resolve_device, resolve_precision
-from support.files import output
-from support.latents_report import write_results
-from support.probing import baseline_scores, model_scores
-from support.recording import record, recorded
-from support.script import script
-from support.setup import build
-from support.trained import load_trained
-from support.worldmodel import train_world_model
+from r2dreamer.envs.transforms.subtle import OFFICIAL
+from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.probing.probing import baseline_scores, model_scores
+from r2dreamer.examples.probing.recording import record, recorded
+from r2dreamer.examples.probing.report import write_results
+from r2dreamer.examples.probing.worldmodel import train_world_model
+from r2dreamer.examples.training.devices import resolve_device, resolve_precision
+from r2dreamer.examples.training.files import output
+from r2dreamer.examples.training.setup import build
+from r2dreamer.examples.training.trained import load_trained
 
 BASELINES, UNTRAINED = "baselines", "untrained"  # stand in a member's place
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import numpy as np
 import torch
@@ -16,15 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from r2dreamer.envs import env_seeds
-from support.devices import resolve_device
-from support.evaluation import LONGEST_FILM, evaluate
-from support.files import output
-from support.gallery import contact_sheet, overlay, side_by_side
-from support.occlusion import OcclusionSaliency, inside_fraction
-from support.script import script
-from support.segment import segmenter
-from support.trained import Trained, load_trained
-from support.video import write_video
+from r2dreamer.examples.attacks.gallery import contact_sheet, overlay, side_by_side
+from r2dreamer.examples.attacks.occlusion import OcclusionSaliency, inside_fraction
+from r2dreamer.examples.attacks.segment import segmenter
+from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.training.devices import resolve_device
+from r2dreamer.examples.training.evaluation import LONGEST_FILM, evaluate
+from r2dreamer.examples.training.files import output
+from r2dreamer.examples.training.trained import Trained, load_trained
+from r2dreamer.examples.training.video import write_video
 
 
 def watch(trained: Trained, cfg: DictConfig, key: str, seed: int) -> dict[str, list]:

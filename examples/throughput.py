@@ -17,15 +17,15 @@ import statistics
 import time
 from collections.abc import Callable
 
-import support  # noqa: F401  # isort: skip  # before torch
+import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from omegaconf import DictConfig
 
 from r2dreamer.envs import VectorCollector, env_seeds, make_vector_env
-from support.bare import bare
-from support.script import script
+from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.timing.bare import bare
 
 DRAWN = 512  # actions, before anything is timed: what drawing them costs differs between the two
 

@@ -9,8 +9,8 @@ The process keeps freed memory, which makes updates faster on a CPU; R2DREAMER_M
 
 import time
 
-import support  # noqa: F401  # isort: skip  # before torch
-from support.memory import keep_memory  # isort: skip
+import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
+from r2dreamer.examples.training.memory import keep_memory  # isort: skip
 
 if __name__ == "__main__":
     keep_memory()  # before torch as well
@@ -26,25 +26,33 @@ from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent, compile_parts
+from r2dreamer.dreamer.fast.capture import PREPARING, captured
 from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
-from r2dreamer.envs.records import RecordBuilder
-from r2dreamer.envs.replay import check_memory, make_replay, record_bytes
+from r2dreamer.envs.replay.records import RecordBuilder
+from r2dreamer.envs.replay.replay import check_memory, make_replay, record_bytes
+from r2dreamer.examples.cli.script import Interrupt, script
+from r2dreamer.examples.figures.curves import draw_curve
+from r2dreamer.examples.training.checkpoint import CheckpointError
+from r2dreamer.examples.training.devices import resolve_device, resolve_precision
+from r2dreamer.examples.training.diagnosis import Diagnosis, largest_entropy
+from r2dreamer.examples.training.disk import replace_text, warn
+from r2dreamer.examples.training.episodes import EpisodeReturns
+from r2dreamer.examples.training.film import evaluate_seeds
+from r2dreamer.examples.training.metrics import Averages, progress, rename_loss
+from r2dreamer.examples.training.openloop import film_open_loop
+from r2dreamer.examples.training.schedule import LinearFall
+from r2dreamer.examples.training.setup import (
+    build,
+    check_weights,
+    objective,
+    open_metrics,
+    open_run,
+    parameter_counts,
+    parameter_groups,
+)
+from r2dreamer.examples.training.snapshot import restore, snapshot
+from r2dreamer.examples.training.video import write_video
 from r2dreamer.losses import R2DreamerWorldModelLoss, collapse_metrics, total_loss
-from support.capture import PREPARING, captured
-from support.checkpoint import CheckpointError
-from support.curves import draw_curve
-from support.devices import resolve_device, resolve_precision
-from support.diagnosis import Diagnosis, largest_entropy
-from support.disk import replace_text, warn
-from support.episodes import EpisodeReturns
-from support.film import evaluate_seeds
-from support.metrics import Averages, progress, rename_loss
-from support.openloop import film_open_loop
-from support.schedule import LinearFall
-from support.script import Interrupt, script
-from support.setup import build, check_weights, objective, open_metrics, open_run, parameter_counts, parameter_groups
-from support.snapshot import restore, snapshot
-from support.video import write_video
 
 
 class Learner(nn.Module):

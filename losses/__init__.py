@@ -10,7 +10,6 @@ TorchRL has two losses of the same names with another meaning: ``torchrl.objecti
 from .actor import DreamerActorLoss
 from .attack import PlanningAttackLoss
 from .collapse import collapse_metrics, effective_rank
-from .dreamerpro import DreamerPro
 from .dynamics import DynamicsActorLoss
 from .functional import (
     barlow_twins_loss,
@@ -22,17 +21,18 @@ from .functional import (
     sinkhorn,
     two_hot_nll,
 )
-from .infonce import InfoNCE
 from .kl import CategoricalKL, GaussianKL
 from .likelihood import SymlogMSE, TwoHotLikelihood, UnitGaussian
+from .objectives.base import BarlowTwins, NoObjective, Objective
+from .objectives.dreamerpro import DreamerPro
+from .objectives.infonce import InfoNCE
+from .objectives.probe import ProbeDecoder
+from .objectives.reconstruction import Reconstruction
+from .objectives.vicreg import VICReg
 from .optimizer import DreamerOptimizer, GroupedAdam
-from .probe import ProbeDecoder
 from .ranks import gather_ranks
-from .reconstruction import Reconstruction
-from .representation import BarlowTwins, NoObjective, Objective
 from .targets import CopyEvery, NoTarget
 from .value import DreamerValueLoss
-from .vicreg import VICReg
 from .world_model import R2DreamerWorldModelLoss, total_loss
 
 __all__ = [

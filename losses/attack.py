@@ -48,7 +48,7 @@ class PlanningAttackLoss(DreamerLoss):
 
     Keys: reads ``state``, ``belief`` (before the window), ``action``, ``is_init`` and ``("next", "pixels")`` [B, T].
 
-    A step of the search, with the parts of an agent by their names (``examples/support/trained.py`` takes them from one)::
+    A step of the search, with the parts of an agent by their names (``examples/training/trained.py`` takes them from one)::
 
         loss = PlanningAttackLoss(patch, world_model, prior_model, actor, reward_model, value_model)
         optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)  # the patch, and nothing else

@@ -17,7 +17,7 @@ from torchrl.modules import RSSMRollout as GaussianRollout  # Dreamer V1's
 
 from .kl import CategoricalKL
 from .likelihood import ScalarPrediction
-from .representation import BarlowTwins
+from .objectives.base import BarlowTwins
 from .wiring import (
     NEXT,
     DreamerLoss,

@@ -1,8 +1,6 @@
 """What all tests share: how threads wait, and one process with everything imported, from which runs are forked."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +8,7 @@ pytest.register_assert_rewrite("launcher", "saving", "subtle_oracle", "toys")  #
 
 from launcher import Server  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import support  # noqa: E402, F401 - sets how threads wait, before torch is imported
+import r2dreamer.examples  # noqa: E402, F401 - sets how threads wait, before torch is imported
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -18,11 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
+sys.path.insert(0, str(Path(__file__).parent))
 
 from launcher import CARTPOLE, TINY, Server, count_lines, lines, steps  # noqa: E402
 
-from support.checkpoint import Checkpoints  # noqa: E402
+from r2dreamer.examples.training.checkpoint import Checkpoints  # noqa: E402
 
 TIMEOUT = 600  # seconds for one run
 FAULTS = (

@@ -36,7 +36,7 @@ def config(*overrides, name="config"):
 
 def train_here(logdir, *overrides):
     """In this process; returns the finished trainer."""
-    import train
+    from r2dreamer.examples import train
 
     trainer = train.Trainer(config(*overrides, f"logdir={logdir}"))
     try:
@@ -47,7 +47,7 @@ def train_here(logdir, *overrides):
 
 
 def lines(logdir, containing="", timings=False):
-    from support.metrics import read_metrics
+    from r2dreamer.examples.training.metrics import read_metrics
 
     return list(read_metrics(logdir, timings=timings, containing=containing))
 
@@ -108,7 +108,7 @@ class Server:
     """Has everything imported, and forks runs."""
 
     def __init__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{TESTS}"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import launcher; launcher.serve()"],
             env=environment,
@@ -140,13 +140,15 @@ class Server:
 
 
 def serve():
-    import attack  # noqa: F401
-    import benchmark  # noqa: F401
-    import doctor  # noqa: F401
-    import evaluate  # noqa: F401
-    import saliency  # noqa: F401
-    import throughput  # noqa: F401
-    import train  # noqa: F401
+    from r2dreamer.examples import (
+        attack,  # noqa: F401
+        benchmark,  # noqa: F401
+        doctor,  # noqa: F401
+        evaluate,  # noqa: F401
+        saliency,  # noqa: F401
+        throughput,  # noqa: F401
+        train,  # noqa: F401
+    )
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -173,4 +175,4 @@ def _become(request):
             del sys.modules[name]
         sys.modules[request["without"]] = None  # as if it were not there
     sys.argv = [f"{request['script']}.py", *request["fork"]]
-    sys.modules[request["script"]].main()
+    sys.modules["r2dreamer.examples." + request["script"]].main()

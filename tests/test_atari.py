@@ -15,10 +15,10 @@ from PIL import Image
 from torchrl.envs.utils import check_env_specs
 
 from r2dreamer.envs import check_environment, make_vector_env, reseed
-from r2dreamer.envs.atari import make_atari
-from r2dreamer.envs.atari_scores import SCORES, HumanNormalizedScore
-from r2dreamer.envs.records import RecordBuilder
-from support.setup import check_plan
+from r2dreamer.envs.replay.records import RecordBuilder
+from r2dreamer.envs.suites.atari import make_atari
+from r2dreamer.envs.suites.atari_scores import SCORES, HumanNormalizedScore
+from r2dreamer.examples.training.setup import check_plan
 
 
 def emulator(game, seed, sticky=0.0, sticky_after=None):
@@ -344,7 +344,9 @@ def test_the_config_builds_environment_and_score():
     file = importlib.resources.files("r2dreamer.configs") / "env" / "atari100k.yaml"
     cfg = OmegaConf.create({"env": OmegaConf.create(file.read_text())}).env
     assert (cfg.total_frames, cfg.action_repeat, cfg.train_ratio, cfg.num_envs) == (400_000, 4, 128, 1)
-    env = hydra.utils.instantiate(cfg.make, _target_="r2dreamer.envs.atari.make_atari")(seed=0)
+    env = hydra.utils.instantiate(cfg.make, _target_="r2dreamer.envs.suites.atari.make_atari")(seed=0)
     assert env.base_env.repeat == 4 and env.base_env.time_limit == 108_000
-    score = hydra.utils.instantiate(cfg.scores, _target_="r2dreamer.envs.atari_scores.HumanNormalizedScore")
+    score = hydra.utils.instantiate(
+        cfg.scores, _target_="r2dreamer.envs.suites.registry.atari_scores.HumanNormalizedScore"
+    )
     assert score([7127.7], {}) == {"human_normalized": 1}

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
-import attack
 import hydra
 import torch
 from hydra.errors import InstantiationException
@@ -15,10 +14,11 @@ from launcher import TINY, config, wait_for
 from torchrl.checkpoint import CheckpointError
 
 from r2dreamer.envs import AdversarialPatch
-from support.checkpoint import Checkpoints
-from support.occlusion import OcclusionSaliency
-from support.schema import check
-from support.trained import load_trained
+from r2dreamer.examples import attack
+from r2dreamer.examples.attacks.occlusion import OcclusionSaliency
+from r2dreamer.examples.settings.schema import check
+from r2dreamer.examples.training.checkpoint import Checkpoints
+from r2dreamer.examples.training.trained import load_trained
 
 SEEING = [
     "env=probe",

@@ -8,23 +8,23 @@ import pytest
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
 from agents import tiny_agent
-from attack import controls, play
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from test_attack_loss import agent_loss, opinionated, patch_of
 from torchrl.envs import StepCounter, TransformedEnv
 
-import support.search
+import r2dreamer.examples.attacks.search
 from r2dreamer.envs import make_probe, make_vector_env
+from r2dreamer.examples.attack import controls, play
+from r2dreamer.examples.attacks.gallery import overlay, side_by_side
+from r2dreamer.examples.attacks.report import compare, markdown, paired_difference, percent_drop, verdict
+from r2dreamer.examples.attacks.search import measure, optimize
+from r2dreamer.examples.attacks.windows import Windows, collect_episodes
+from r2dreamer.examples.cli.script import Interrupt
+from r2dreamer.examples.training.episodes import Episode
+from r2dreamer.examples.training.evaluation import EvaluationResult
+from r2dreamer.examples.training.trained import Trained
 from r2dreamer.losses import total_loss
-from support.attack_report import compare, markdown, paired_difference, percent_drop, verdict
-from support.episodes import Episode
-from support.evaluation import EvaluationResult
-from support.gallery import overlay, side_by_side
-from support.script import Interrupt
-from support.search import measure, optimize
-from support.trained import Trained
-from support.windows import Windows, collect_episodes
 
 PROBE = functools.partial(make_probe, "remember_first_frame", image_size=16)
 
@@ -126,7 +126,9 @@ def test_the_patch_kept_is_the_one_that_was_scored_on_all_windows_held_out(agent
 
 
 def test_a_score_that_is_no_number_ends_the_search(agent, episodes, monkeypatch):
-    monkeypatch.setattr("support.search.total_loss", lambda losses: total_loss(losses) * float("nan"))
+    monkeypatch.setattr(
+        "r2dreamer.examples.attacks.search.total_loss", lambda losses: total_loss(losses) * float("nan")
+    )
     with pytest.raises(FloatingPointError, match="held out is nan at step 0"):
         search_for(agent, episodes)
 
@@ -175,7 +177,9 @@ def test_gradients_that_vanish_in_float16_are_scaled(agent, episodes, monkeypatc
 
     scaled = (gradient() != 0).float().mean()
     plain = functools.partial(torch.amp.GradScaler)
-    monkeypatch.setattr(support.search.torch.amp, "GradScaler", lambda device, enabled: plain(device, enabled=False))
+    monkeypatch.setattr(
+        r2dreamer.examples.attacks.search.torch.amp, "GradScaler", lambda device, enabled: plain(device, enabled=False)
+    )
     assert scaled > 0.9 and (gradient() != 0).float().mean() < 0.5
 
 

@@ -7,8 +7,8 @@ import torch
 from launcher import CARTPOLE, TINY
 from tensordict import TensorDict
 
-from support.metrics import read_metrics
-from support.script import friendly_errors
+from r2dreamer.examples.cli.script import friendly_errors
+from r2dreamer.examples.training.metrics import read_metrics
 
 WORLD = """
 import gymnasium

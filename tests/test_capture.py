@@ -10,13 +10,13 @@ from agents import tiny_agent, tiny_records
 from hydra import compose, initialize_config_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from train import Learner
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
-from r2dreamer.dreamer.distributions import BoundedNormal, OneHotAction
-from r2dreamer.dreamer.latents import CategoricalLatent
-from support.capture import captured
-from support.setup import make_agent
+from r2dreamer.dreamer.fast.capture import captured
+from r2dreamer.dreamer.networks.distributions import BoundedNormal, OneHotAction
+from r2dreamer.dreamer.rssm.latents import CategoricalLatent
+from r2dreamer.examples.train import Learner
+from r2dreamer.examples.training.setup import make_agent
 
 MEMBERS = ["r2dreamer", "dreamer", "infonce", "dreamerpro", "none", "vicreg", "dreamerv1", "dreamerv2"]
 KINDS = ["continuous", "discrete"]
@@ -195,9 +195,9 @@ def test_a_graph_takes_batches_of_its_own_shape_only():
 
 
 WAITS = """
-import support, torch
+import r2dreamer.examples, torch
 from tensordict import TensorDict
-from support.capture import captured
+from r2dreamer.dreamer.fast.capture import captured
 
 def step(batch):
     return batch, TensorDict(total=batch["value"] + batch["value"].sum().item())

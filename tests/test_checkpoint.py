@@ -10,8 +10,8 @@ import torch
 from counting import check_records
 from saving import Run, assert_same, damage, restored
 
-from support.checkpoint import CheckpointError, Checkpoints
-from support.journal import CheckedFile
+from r2dreamer.examples.training.checkpoint import CheckpointError, Checkpoints
+from r2dreamer.examples.training.journal import CheckedFile
 
 
 def disk_usage(directory):

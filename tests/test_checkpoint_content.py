@@ -10,11 +10,11 @@ from launcher import CARTPOLE, config, train_here
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
-import train
 from saving import Run, digest
 
-from support.checkpoint import CheckpointError, Checkpoints
-from support.snapshot import check_state, restore
+from r2dreamer.examples import train
+from r2dreamer.examples.training.checkpoint import CheckpointError, Checkpoints
+from r2dreamer.examples.training.snapshot import check_state, restore
 
 JUNK = [None, -1, 10**30, 3.5, True, "x", "${oops}", [], [1, "a"], {}, {"a": 1}, float("nan")]
 TENSORS = [torch.zeros(2, 2), b"bytes"]

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import train
 from agents import TIME, tiny_records
 from hydra.utils import instantiate
 from launcher import CARTPOLE, config, train_here
@@ -26,7 +25,9 @@ from r2dreamer.dreamer import (
     build_classic_agent,
     classic_decoder,
 )
-from r2dreamer.dreamer.classic_networks import ConvDecoder, ConvEncoder, ExplorationNoise, StraightThroughAction
+from r2dreamer.dreamer.classic.networks import ConvDecoder, ConvEncoder, ExplorationNoise, StraightThroughAction
+from r2dreamer.examples import train
+from r2dreamer.examples.training.checkpoint import Checkpoints
 from r2dreamer.losses import (
     CategoricalKL,
     CopyEvery,
@@ -39,7 +40,6 @@ from r2dreamer.losses import (
     UnitGaussian,
     total_loss,
 )
-from support.checkpoint import Checkpoints
 
 V1 = dict(latent=GaussianLatent, cell=GRUCell, squashed_actions=True)
 V2 = dict(latent=partial(CategoricalLatent, unimix=0.0), cell=NormGRUCell, squashed_actions=False, continue_layers=1)

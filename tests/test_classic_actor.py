@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-import train
 from agents import tiny_agent, tiny_records
 from launcher import CARTPOLE, config
 from test_classic import actor_loss, every_generation, made, model_loss, start_of
 from test_losses import has_gradient
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
+from r2dreamer.examples import train
+from r2dreamer.examples.training.setup import make_agent
 from r2dreamer.losses import CopyEvery, DreamerValueLoss, UnitGaussian, lambda_return
-from support.setup import make_agent
 
 
 @every_generation

@@ -11,9 +11,9 @@ from test_classic import actor_loss, every_generation, made, start_of
 from torch import nn
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
-from r2dreamer.dreamer.classic_networks import ConvDecoder, ConvEncoder, SquashedParameters
-from support.schema import check
-from support.setup import make_agent
+from r2dreamer.dreamer.classic.networks import ConvDecoder, ConvEncoder, SquashedParameters
+from r2dreamer.examples.settings.schema import check
+from r2dreamer.examples.training.setup import make_agent
 
 array = lambda tensor: tensor.detach().double().numpy()
 elu = lambda x: np.where(x > 0, x, np.exp(np.minimum(x, 0)) - 1)

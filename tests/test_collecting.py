@@ -8,13 +8,13 @@ from agents import tiny_agent
 from launcher import config
 from torchrl.collectors import Collector
 from torchrl.envs import ParallelEnv, StepCounter, TransformedEnv
-from train import Trainer
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import VectorCollector, make_gym, make_vector_env, reseed
-from r2dreamer.envs.check import RESERVED
-from r2dreamer.envs.records import RecordBuilder
-from r2dreamer.envs.replay import make_replay
+from r2dreamer.envs.base.check import RESERVED
+from r2dreamer.envs.replay.records import RecordBuilder
+from r2dreamer.envs.replay.replay import make_replay
+from r2dreamer.examples.train import Trainer
 
 SEEDS = [2, 4, 6]
 WIDTHS = dict(belief=16, hidden=8, classes=4, depth=2, categoricals=3)

@@ -9,17 +9,17 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import compare
 import numpy as np
 import pytest
 from hydra.utils import instantiate
 from launcher import CARTPOLE, EXAMPLES, config, count_lines
 
-from support.bootstrap import bootstrap_band, bootstrap_difference
-from support.checkpoint import Checkpoints
-from support.children import Children
-from support.curves import draw_runs
-from support.grid import Run, expand, plan
+from r2dreamer.examples import compare
+from r2dreamer.examples.cli.children import Children
+from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
+from r2dreamer.examples.figures.curves import draw_runs
+from r2dreamer.examples.training.checkpoint import Checkpoints
+from r2dreamer.examples.training.grid import Run, expand, plan
 
 ABLATIONS = sorted(path.stem for path in (EXAMPLES.parent / "configs" / "experiment").glob("ablation_*.yaml"))
 

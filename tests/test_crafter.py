@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from torchrl.data import OneHot
 
 from r2dreamer.envs import check_environment
-from r2dreamer.envs.crafter import CrafterScores, crafter_score, make_crafter
+from r2dreamer.envs.suites.crafter import CrafterScores, crafter_score, make_crafter
 
 ACTIONS = crafter.constants.actions
 
@@ -99,7 +99,7 @@ EPISODES = """
 import hashlib, sys, torch
 import r2dreamer.envs.crafter
 assert "crafter" not in sys.modules
-env = r2dreamer.envs.crafter.make_crafter("reward", seed=2)
+env = r2dreamer.envs.suites.registry.crafter.make_crafter("reward", seed=2)
 torch.manual_seed(0)
 rollout = env.rollout(600, break_when_any_done=False)
 digest = lambda step: hashlib.md5(b"".join(value.numpy().tobytes() for value in step.values(True, True))).hexdigest()

@@ -3,11 +3,11 @@
 import json
 import sys
 
-import curves
 import numpy as np
 import pytest
 
-from support.curves import _common_grid, draw_curve, draw_runs, published_curve, read_curve
+from r2dreamer.examples import curves
+from r2dreamer.examples.figures.curves import _common_grid, draw_curve, draw_runs, published_curve, read_curve
 
 
 def make_run(directory, steps, offset=0.0):

@@ -6,13 +6,13 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-import train
 from faulty import Faulty
 from gymnasium import spaces
 from launcher import TINY, config, train_here
 
 from r2dreamer.envs import make_custom, make_dmc, make_gym, make_vector_env
-from support.checkpoint import Checkpoints
+from r2dreamer.examples import train
+from r2dreamer.examples.training.checkpoint import Checkpoints
 
 
 class Wrong(gymnasium.Env):

@@ -7,7 +7,7 @@ from tensordict import TensorDict
 from test_networks import widths
 
 from r2dreamer.dreamer import ActionSpace, ImageDecoder, ObservationDecoder, ObservationSpace, RandomShift, build_agent
-from r2dreamer.dreamer.shift import random_shift
+from r2dreamer.dreamer.networks.augmentation import random_shift
 
 
 def counts(heads, observations=None):

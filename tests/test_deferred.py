@@ -7,7 +7,7 @@ import torch
 from agents import BELIEF, TIME, rssm_modules, tiny_agent, tiny_records
 
 from r2dreamer.dreamer import Linear, RSSMRollout
-from r2dreamer.dreamer.deferred import deferred_weight_gradients
+from r2dreamer.dreamer.fast.deferred import deferred_weight_gradients
 
 
 def rollout_gradients(agent, loss, *, deferred, autocast=False, times=1):
@@ -16,7 +16,7 @@ def rollout_gradients(agent, loss, *, deferred, autocast=False, times=1):
     modules = torch.nn.ModuleList(rssm_modules(agent))
     context = deferred_weight_gradients if deferred else lambda step, *_: contextlib.nullcontext(step)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        patch.setattr("r2dreamer.dreamer.rollout.deferred_weight_gradients", context)
+        patch.setattr("r2dreamer.dreamer.rssm.core.rollout.deferred_weight_gradients", context)
         out = RSSMRollout(*modules)(agent.encoder(tiny_records(agent)))["next"]
     modules.zero_grad()
     for left in reversed(range(times)):
@@ -36,7 +36,7 @@ ROLLOUT_LOSSES = {
 @pytest.fixture(params=["biases at every step", "biases once"])
 def defers_biases(request, monkeypatch):
     """As on a CPU, and as on a GPU."""
-    monkeypatch.setattr("r2dreamer.dreamer.deferred.defers", lambda bias: request.param == "biases once")
+    monkeypatch.setattr("r2dreamer.dreamer.fast.deferred.defers", lambda bias: request.param == "biases once")
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from r2dreamer.dreamer import ActionSpace
-from support.diagnosis import LINES, Diagnosis, largest_entropy
+from r2dreamer.examples.training.diagnosis import LINES, Diagnosis, largest_entropy
 
 
 def said_about(lines):

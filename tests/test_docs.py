@@ -18,7 +18,7 @@ import r2dreamer.dreamer
 import r2dreamer.envs
 import r2dreamer.losses
 from r2dreamer.envs import make_dmc_subtle
-from r2dreamer.envs.gl import choose_gl
+from r2dreamer.envs.base.gl import choose_gl
 
 choose_gl()  # in place of the `export` that the README speaks of
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()

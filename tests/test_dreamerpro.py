@@ -5,16 +5,16 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-import train
 from agents import BATCH, TIME, tiny_agent, tiny_records
 from launcher import CARTPOLE, config, train_here
 from test_resume import fifty_updates
 from torch import nn
 
 from r2dreamer.dreamer import RandomShift
+from r2dreamer.examples import train
+from r2dreamer.examples.training.checkpoint import Checkpoints
+from r2dreamer.examples.training.setup import parameter_counts
 from r2dreamer.losses import DreamerPro, R2DreamerWorldModelLoss, sinkhorn
-from support.checkpoint import Checkpoints
-from support.setup import parameter_counts
 
 RECORDED = pathlib.Path(__file__).parent / "data" / "loss_values.npz"
 SMALL = dict(prototypes=6, size=3, temperature=0.3)

@@ -7,12 +7,12 @@ import pytest
 from launcher import PENDULUM, TINY, config, lines, train_here
 
 import r2dreamer.envs  # isort: skip  # before TorchRL
-import evaluate
 import torch
 
-from support.checkpoint import Checkpoints
-from support.film import film
-from support.manifest import write_manifest
+from r2dreamer.examples import evaluate
+from r2dreamer.examples.training.checkpoint import Checkpoints
+from r2dreamer.examples.training.film import film
+from r2dreamer.examples.training.manifest import write_manifest
 
 
 def blind(seed):

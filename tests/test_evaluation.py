@@ -13,8 +13,8 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, InitTracker, ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from support.episodes import EpisodeReturns
-from support.evaluation import LONGEST_FILM, _Camera, evaluate
+from r2dreamer.examples.training.episodes import EpisodeReturns
+from r2dreamer.examples.training.evaluation import LONGEST_FILM, _Camera, evaluate
 
 
 class Countdown(EnvBase):

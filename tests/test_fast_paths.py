@@ -8,11 +8,11 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from r2dreamer.dreamer import RSSMRollout, compile_parts, encoders
-from r2dreamer.dreamer.casting import cast_once
-from r2dreamer.dreamer.classic_networks import Float32Linear
-from r2dreamer.dreamer.decoders import doubled
-from r2dreamer.dreamer.encoders import by_squares
-from r2dreamer.dreamer.layers import BlockLinear, Linear
+from r2dreamer.dreamer.classic.networks import Float32Linear
+from r2dreamer.dreamer.fast.casting import cast_once
+from r2dreamer.dreamer.networks.decoders import doubled
+from r2dreamer.dreamer.networks.encoders import by_squares
+from r2dreamer.dreamer.networks.layers import BlockLinear, Linear
 from r2dreamer.losses import functional
 
 

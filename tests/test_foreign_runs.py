@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
-import attack
-import evaluate
-import saliency
 import torch
 from agents import tiny_agent
 from launcher import CARTPOLE, TINY, config, train_here
@@ -21,10 +18,11 @@ from test_suites import MAKE_ENV
 import r2dreamer.configs
 from r2dreamer.dreamer import load_pretrained
 from r2dreamer.dreamer.pretrained import BUILDERS, check_target, pack
-from support.checkpoint import Checkpoints
-from support.script import script
-from support.stored import UNUSED, plain_config, runnable_config
-from support.trained import load_trained
+from r2dreamer.examples import attack, evaluate, saliency
+from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.training.checkpoint import Checkpoints
+from r2dreamer.examples.training.stored import UNUSED, plain_config, runnable_config
+from r2dreamer.examples.training.trained import load_trained
 
 BUILD = dict(_target_="r2dreamer.dreamer.build_agent", belief=16, hidden=12, classes=4, categoricals=7, depth=2)
 BUILD |= dict(encoder_multipliers=[1, 2], heads={})

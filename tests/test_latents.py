@@ -3,22 +3,22 @@
 import json
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
-import latents
 import numpy as np
 import pytest
 import torch
 from launcher import TINY, config, train_here
 
 from r2dreamer.envs import make_dmc, make_dmc_subtle
-from r2dreamer.envs.simulator import Simulator
-from r2dreamer.envs.transforms import finish
-from support.facts import facts
-from support.latents_report import markdown
-from support.probing import baseline_scores, model_scores
-from support.recording import record
-from support.ridge import heldout_r2
-from support.setup import build
-from support.worldmodel import train_world_model
+from r2dreamer.envs.base.contract import finish
+from r2dreamer.envs.base.simulator import Simulator
+from r2dreamer.examples import latents
+from r2dreamer.examples.probing.facts import facts
+from r2dreamer.examples.probing.probing import baseline_scores, model_scores
+from r2dreamer.examples.probing.recording import record
+from r2dreamer.examples.probing.report import markdown
+from r2dreamer.examples.probing.ridge import heldout_r2
+from r2dreamer.examples.probing.worldmodel import train_world_model
+from r2dreamer.examples.training.setup import build
 
 SIZE = 16
 RECORD = dict(episodes=120, steps=6, lead=2, keep=0.5)

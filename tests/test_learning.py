@@ -9,7 +9,7 @@ import pytest
 from launcher import EXAMPLES, config
 
 from r2dreamer.envs import PROBES, make_probe
-from support.metrics import read_metrics
+from r2dreamer.examples.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,11 @@ import pytest
 from launcher import CARTPOLE, EXAMPLES, TINY, config, count_lines, steps, train_here, wait_for
 
 import r2dreamer.envs  # isort: skip  # before TorchRL
-import train
-
-from support import checkpoint as checkpoint_module
-from support.checkpoint import Checkpoints
-from support.output import Output
-from support.script import Interrupt
+from r2dreamer.examples import train
+from r2dreamer.examples.cli.output import Output
+from r2dreamer.examples.cli.script import Interrupt
+from r2dreamer.examples.training import checkpoint as checkpoint_module
+from r2dreamer.examples.training.checkpoint import Checkpoints
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["ctrl_c", "closed_terminal"])

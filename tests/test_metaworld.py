@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torchrl.envs.utils import check_env_specs
 
 from r2dreamer.envs import check_environment, make_dmc, make_vector_env, reseed
-from r2dreamer.envs.metaworld import UPSIDE_DOWN, _build, make_metaworld
+from r2dreamer.envs.suites.metaworld import UPSIDE_DOWN, _build, make_metaworld
 
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (2, 2, 4)).astype(np.float32)  # two episodes of two steps
 
@@ -293,7 +293,7 @@ def test_the_config_builds_the_environment():
     file = importlib.resources.files("r2dreamer.configs") / "env" / "metaworld.yaml"
     config = OmegaConf.create({"env": OmegaConf.create(file.read_text())}).env
     assert (config.total_frames, config.action_repeat, config.train_ratio, config.num_envs) == (1_000_000, 2, 512, 16)
-    factory = hydra.utils.instantiate(config.make, _target_="r2dreamer.envs.metaworld.make_metaworld")
+    factory = hydra.utils.instantiate(config.make, _target_="r2dreamer.envs.suites.registry.metaworld.make_metaworld")
     env = factory(seed=0)
     assert env.base_env.repeat == 2
     env.close()

@@ -14,9 +14,16 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from support.disk import replace_text
-from support.metrics import Averages, MetricsWriter, TensorBoardLogger, WandbLogger, cut_after, read_metrics
-from support.video import encode_gif, write_video
+from r2dreamer.examples.training.disk import replace_text
+from r2dreamer.examples.training.metrics import (
+    Averages,
+    MetricsWriter,
+    TensorBoardLogger,
+    WandbLogger,
+    cut_after,
+    read_metrics,
+)
+from r2dreamer.examples.training.video import encode_gif, write_video
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -121,7 +128,7 @@ def test_cutting_is_safe_to_repeat_wherever_it_was_killed(tmp_path, monkeypatch)
         path.write_bytes(content)
         for _ in range(2):
             with monkeypatch.context() as patch:
-                patch.setattr(f"support.metrics.os.{function}", die)
+                patch.setattr(f"r2dreamer.examples.training.metrics.os.{function}", die)
                 with pytest.raises(Killed):
                     cut_after(path, end)
         assert path.read_bytes() == content
@@ -177,7 +184,7 @@ class Board(TensorBoardLogger):
 def fill(patch):
     """The disk has room for five bytes, and for no line."""
     real = os.write
-    patch.setattr("support.metrics.os.write", lambda file, data: real(file, data[:5]))
+    patch.setattr("r2dreamer.examples.training.metrics.os.write", lambda file, data: real(file, data[:5]))
 
 
 def test_lines_wait_while_the_disk_is_full_with_one_warning_and_no_half_line(tmp_path, monkeypatch, capsys):
@@ -196,7 +203,9 @@ def test_lines_wait_while_the_disk_is_full_with_one_warning_and_no_half_line(tmp
         position = writer.position()  # of a checkpoint, for which there is room again
         assert (position["lines"], position["step"]) == (1, 3)
         with monkeypatch.context() as full:
-            full.setattr("support.disk.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+            full.setattr(
+                "r2dreamer.examples.training.disk.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
+            )
             with pytest.raises(OSError, match="No space"):  # before TensorBoard's thread meets it
                 TensorBoardLogger.scalars(board, 3, {"a": 3})
     board.full = False
@@ -236,8 +245,7 @@ def test_a_disk_that_is_full_from_the_start_is_named_and_the_old_file_stays(tmp_
 
 def test_kill_9_leaves_whole_lines(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
-        "from support.metrics import MetricsWriter\n"
+        "from r2dreamer.examples.training.metrics import MetricsWriter\n"
         f"writer = MetricsWriter({str(tmp_path)!r})\n"
         "for step in range(10**9): writer.write(step, {f'loss/{i}': i / 3 for i in range(40)})\n"
     )

@@ -21,7 +21,7 @@ from r2dreamer.dreamer import (
     RSSMRollout,
     build_agent,
 )
-from r2dreamer.dreamer.latents import softmax
+from r2dreamer.dreamer.rssm.latents import softmax
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 SIZES = {"12M": 11.84e6, "25M": 26.5e6, "50M": 47.1e6, "100M": 105.6e6, "200M": 187.6e6}

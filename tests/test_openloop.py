@@ -8,8 +8,8 @@ from tensordict import TensorDict
 from test_family import ONCE
 
 from r2dreamer.dreamer import ObservationDecoder, load_pretrained
+from r2dreamer.examples.training.openloop import open_loop, predict
 from r2dreamer.losses import ProbeDecoder, R2DreamerWorldModelLoss
-from support.openloop import open_loop, predict
 
 PIXELS = ["env=probe", "env.task=remember_first_frame", *TINY, *ONCE, "total_frames=40", "log_every=40"]
 CONTEXT = 2

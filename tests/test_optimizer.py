@@ -10,8 +10,8 @@ from test_speed import learner
 from torch import nn
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
+from r2dreamer.examples.training.setup import check_same_run
 from r2dreamer.losses import DreamerOptimizer
-from support.setup import check_same_run
 
 OPTIONS = dict(lr=1e-2, warmup_steps=2)
 

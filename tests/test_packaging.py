@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 import pytest
+from setuptools import find_packages
 
 import r2dreamer
 
@@ -14,7 +15,7 @@ SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
 
-@pytest.mark.parametrize("wing", ["dreamer", "losses", "envs"])
+@pytest.mark.parametrize("wing", ["dreamer", "losses", "envs", "examples"])
 def test_a_type_checker_finds_the_installed_package(wing):
     """pyright and mypy follow directories of the path, but no import hook, and need a py.typed."""
     spec = importlib.machinery.PathFinder.find_spec("r2dreamer", sys.path)
@@ -24,12 +25,12 @@ def test_a_type_checker_finds_the_installed_package(wing):
     assert (folder / wing / "__init__.py").samefile(ROOT / wing / "__init__.py")
 
 
-def test_every_package_folder_is_listed_for_the_wheel():
-    """A folder that is not listed works in an editable install and is missing from the wheel."""
+def test_every_folder_of_modules_is_a_package_of_the_wheel():
+    """A folder without an __init__.py works in an editable install and is missing from the wheel."""
     wings = [folder for folder in (ROOT / "src" / "r2dreamer").iterdir() if folder.is_dir() and folder.is_symlink()]
-    inits = [(wing, file.parent.relative_to(wing)) for wing in wings for file in wing.rglob("__init__.py")]
-    found = {"r2dreamer"} | {".".join(("r2dreamer", wing.name, *below.parts)) for wing, below in inits}
-    assert found == set(SETUP["options"]["packages"].split())
+    modules = [(wing, file.parent.relative_to(wing)) for wing in wings for file in wing.rglob("*.py")]
+    found = {"r2dreamer"} | {".".join(("r2dreamer", wing.name, *below.parts)) for wing, below in modules}
+    assert found == set(find_packages(str(ROOT / "src")))
 
 
 def test_the_version_is_that_of_the_distribution():

@@ -9,13 +9,12 @@ import pytest
 from launcher import EXAMPLES
 
 from r2dreamer.envs import count_workers, make_gym, make_vector_env
-from r2dreamer.envs.replay import free_bytes
+from r2dreamer.envs.replay.replay import free_bytes
 
 MAPPED = """
 import ctypes, sys
-sys.path.insert(0, {examples!r})
-import support
-from support.memory import keep_memory
+import r2dreamer.examples
+from r2dreamer.examples.training.memory import keep_memory
 {before}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -40,7 +39,7 @@ def python(code, **environment):
     [("", {}, 1), ("keep_memory()", {}, 0), ("keep_memory()", {"R2DREAMER_MALLOC": "system"}, 1)],
 )
 def test_only_who_asks_keeps_large_blocks_on_the_heap(before, environment, mapped):
-    code = MAPPED.format(examples=str(EXAMPLES), before=before)
+    code = MAPPED.format(before=before)
     assert python(code, **environment) == [str(mapped)]
 
 
@@ -48,16 +47,15 @@ def test_only_who_asks_keeps_large_blocks_on_the_heap(before, environment, mappe
 def test_a_script_that_trains_asks_before_torch_is_imported(script):
     code = f"""
 import runpy, sys
-sys.path.insert(0, {str(EXAMPLES)!r})
-import support.memory
-support.memory.keep_memory = lambda: sys.exit(print("asked", "torch" in sys.modules))
+import r2dreamer.examples.training.memory
+r2dreamer.examples.training.memory.keep_memory = lambda: sys.exit(print("asked", "torch" in sys.modules))
 runpy.run_path({str(EXAMPLES / script)!r} + ".py", run_name="__main__")
 """
     assert python(code) == ["asked", "False"]
 
 
 def test_what_needs_linux_says_so_elsewhere(monkeypatch, capsys):
-    from support.script import friendly_errors
+    from r2dreamer.examples.cli.script import friendly_errors
 
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(OSError, match="in workers needs Linux, and this system is darwin.*parallel=False"):
@@ -71,13 +69,12 @@ def test_what_needs_linux_says_so_elsewhere(monkeypatch, capsys):
 
 
 def test_without_fcntl_the_environments_import_and_the_trainer_says_what_is_missing():
-    code = f"""
+    code = """
 import sys
 sys.modules["fcntl"] = None
 import r2dreamer.envs
-sys.path.insert(0, {str(EXAMPLES)!r})
 try:
-    import support.setup
+    import r2dreamer.examples.training.setup
 except ImportError as error:
     print(error)
 """

@@ -8,7 +8,7 @@ from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
 from torchrl.envs import InitTracker, SerialEnv, TransformedEnv
 
-from r2dreamer.envs.records import RecordBuilder
+from r2dreamer.envs.replay.records import RecordBuilder
 
 
 def rows(records, stream):

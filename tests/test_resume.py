@@ -9,12 +9,12 @@ from launcher import CARTPOLE, config, count_lines, lines, steps, train_here, wa
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import torch
-import train
 from hydra import initialize_config_module
 from omegaconf import OmegaConf
 
-from support.checkpoint import Checkpoints
-from support.setup import FIXED, first_difference
+from r2dreamer.examples import train
+from r2dreamer.examples.training.checkpoint import Checkpoints
+from r2dreamer.examples.training.setup import FIXED, first_difference
 
 EXACT = [*CARTPOLE, "checkpoint.exact=true", "algorithm.optimizer.lr=1e-2", "algorithm.optimizer.warmup_steps=1"]
 

@@ -1,16 +1,14 @@
 """A run writes into its own directory alone, whatever links somebody has laid there."""
 
-import attack
-import evaluate
 import pytest
-import saliency
 from launcher import CARTPOLE, config, train_here
 from test_attack_script import SEEING
 from test_foreign_runs import edited, refusal, save
 
 from r2dreamer.dreamer import load_pretrained, save_pretrained
-from support.files import refuse_links
-from support.setup import open_run
+from r2dreamer.examples import attack, evaluate, saliency
+from r2dreamer.examples.training.files import refuse_links
+from r2dreamer.examples.training.setup import open_run
 
 WRITTEN = [".lock", "metrics.jsonl", "metrics.superseded.jsonl", "config.yaml", "wandb_run.json", "curve.png"]
 WRITTEN += ["tensorboard", "checkpoints", "checkpoints/journal", "checkpoints/journal/00000009-records.bin"]

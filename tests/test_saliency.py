@@ -9,15 +9,15 @@ import torch
 from agents import WIDTHS, tiny_agent
 from launcher import config
 from omegaconf import OmegaConf
-from saliency import watch
 from tensordict import TensorDict
 from test_attack_loss import opinionated
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import make_dmc, make_dmc_subtle, make_probe
-from support.occlusion import OcclusionSaliency, blurred, inside_fraction, window_masks
-from support.segment import segmenter
-from support.trained import Trained
+from r2dreamer.examples.attacks.occlusion import OcclusionSaliency, blurred, inside_fraction, window_masks
+from r2dreamer.examples.attacks.segment import segmenter
+from r2dreamer.examples.saliency import watch
+from r2dreamer.examples.training.trained import Trained
 
 
 @pytest.fixture(scope="module")

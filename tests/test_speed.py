@@ -4,19 +4,19 @@ import json
 import subprocess
 import sys
 
-import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
 from agents import tiny_agent, tiny_records
 from hydra import compose, initialize_config_module
 from tensordict.nn import TensorDictModuleBase
-from train import Learner
 
 from r2dreamer.dreamer import ObservationSpace, TwoHotMLP, compile_parts
-from r2dreamer.dreamer.layers import BLOCK, BlockedNormSiLU, NormSiLU
+from r2dreamer.dreamer.networks.layers import BLOCK, BlockedNormSiLU, NormSiLU
+from r2dreamer.examples import benchmark
+from r2dreamer.examples.train import Learner
+from r2dreamer.examples.training.setup import make_agent
 from r2dreamer.losses import R2DreamerWorldModelLoss
-from support.setup import make_agent
 
 CLASSIC_WIDTHS = dict(belief=16, hidden=12, units=10, depth=2, categoricals=7, classes=4)
 

@@ -11,12 +11,12 @@ import torch
 from launcher import CARTPOLE, config, count_lines, steps, train_here, wait_for
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
-import train
 from test_collecting import follows
 
-from support.checkpoint import Checkpoints
-from support.metrics import read_metrics
-from support.streams import Alternating, Overlapping
+from r2dreamer.examples import train
+from r2dreamer.examples.training.checkpoint import Checkpoints
+from r2dreamer.examples.training.metrics import read_metrics
+from r2dreamer.examples.training.streams import Alternating, Overlapping
 
 ASYNC = [*CARTPOLE, "collector=async", "env.parallel=true"]
 

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from r2dreamer.dreamer import ActionSpace, ImageEncoder, ObservationSpace, StridedEncoder, build_agent
-from r2dreamer.dreamer.encoders import centred
+from r2dreamer.dreamer.networks.encoders import centred
 
 
 def test_its_stages_are_strided_convolutions_each_normed_over_channels():

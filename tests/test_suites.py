@@ -12,8 +12,8 @@ import pytest
 from launcher import EXAMPLES, TINY, config
 
 from r2dreamer.envs import make_dmc, make_gym, make_probe
-from r2dreamer.envs.suites import SUITES
-from support.metrics import read_metrics
+from r2dreamer.envs.suites.registry import SUITES
+from r2dreamer.examples.training.metrics import read_metrics
 
 MAKE_ENV = """
 import torch
@@ -223,7 +223,7 @@ def test_the_doctor_reports_a_renderer_that_cannot_be_loaded_and_goes_on(tmp_pat
 
 
 def test_a_driver_that_does_not_render_is_a_problem_with_a_way_out(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import support.machine as m, json; print(json.dumps(m.opengl(0.01)))"
-    out = subprocess.run([sys.executable, "-c", code, str(EXAMPLES)], capture_output=True, text=True, check=True)
+    code = "import r2dreamer.examples.cli.machine as m, json; print(json.dumps(m.opengl(0.01)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     line, problem = json.loads(out.stdout)
     assert "hangs" in line and "MUJOCO_GL=osmesa" in problem

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-import train
 from agents import tiny_agent, tiny_records
 from launcher import CARTPOLE, EXAMPLES, PENDULUM, TINY, config, lines, steps, train_here
+
+from r2dreamer.examples import train
 
 
 def test_the_command_trains_from_nothing_to_a_curve(tmp_path):

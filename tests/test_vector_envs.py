@@ -18,8 +18,8 @@ from torchrl.modules import RandomPolicy
 from toys import FACTORIES, every_factory, same, trajectory
 
 from r2dreamer.envs import WorkerError, count_workers, env_seeds, make_custom, make_gym, make_vector_env, reseed
-from r2dreamer.envs.gl import hanging_gl
-from r2dreamer.envs.workers import FOLDER, lock
+from r2dreamer.envs.base.gl import hanging_gl
+from r2dreamer.envs.vector.workers import FOLDER, lock
 
 
 def test_train_and_eval_seeds_never_meet():

@@ -15,12 +15,12 @@ from launcher import CARTPOLE, EXAMPLES, TINY, config
 from omegaconf import OmegaConf
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
-from support import budget
-from support.kinds import anything
-from support.schema import SCRIPTS, check, kind_of, places
-from support.script import script
-from support.setup import make_agent
-from support.targets import SettingError, Target, annotated
+from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.settings.kinds import anything
+from r2dreamer.examples.settings.schema import SCRIPTS, check, kind_of, places
+from r2dreamer.examples.settings.targets import SettingError, Target, annotated
+from r2dreamer.examples.training import budget
+from r2dreamer.examples.training.setup import make_agent
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NEEDED = {"env=custom": ["env.factory=my_module:make"], "model=dreamerv1": ["algorithm=dreamerv1"]}
@@ -44,7 +44,7 @@ def every_choice():
 def test_every_leaf_of_every_group_has_a_kind_and_its_default_is_of_it(name, overrides):
     cfg = config(*overrides, name=name)
     unknown = [place.key for place in places(cfg) if kind_of(place, SCRIPTS[name]) in (None, anything)]
-    assert not unknown, f"say in examples/support/schema.py what these may be: {unknown}"
+    assert not unknown, f"say in examples/settings/schema.py what these may be: {unknown}"
     check(cfg, name)
 
 
@@ -295,13 +295,13 @@ def test_annotations_name_kinds(annotation, yes, no):
 def test_arguments_that_a_class_passes_on_are_those_of_its_base():
     passed_on = Target("algorithm.actor", "r2dreamer.losses.DynamicsActorLoss")
     assert {"dynamics", "imagination_horizon"} <= set(passed_on.arguments) and not passed_on.open
-    assert Target("logger.wandb", "support.metrics.WandbLogger").open
+    assert Target("logger.wandb", "r2dreamer.examples.training.metrics.WandbLogger").open
 
 
 @pytest.mark.parametrize("algorithm", ["r2dreamer", "dreamer", "dreamerv1", "dreamerv2"])
 def test_the_memory_of_an_update_is_estimated_from_below_and_to_a_factor_of_five(algorithm):
-    import train
-    from benchmark import synthetic_records
+    from r2dreamer.examples import train
+    from r2dreamer.examples.benchmark import synthetic_records
 
     sizes = ["model.belief=32", "model.hidden=16", "model.classes=4", "model.categoricals=8", "model.depth=4"]
     cfg = config(f"algorithm={algorithm}", *sizes, "algorithm.actor.imagination_horizon=3")
@@ -328,7 +328,7 @@ def test_the_memory_of_an_update_is_estimated_from_below_and_to_a_factor_of_five
 def test_what_fits_is_a_size_that_passes(monkeypatch):
     import re
 
-    from support.setup import check_fits
+    from r2dreamer.examples.training.setup import check_fits
 
     spaces = ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True)
     monkeypatch.setattr(budget, "free_bytes", lambda device: (10**9, device))

@@ -1,0 +1,305 @@
+"""Builds every part of an agent from the specs of an environment; the results have names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
+from torch import nn
+from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
+from torchrl.envs.transforms import TensorDictPrimer
+
+from .networks.encoders import ObservationEncoder
+from .networks.heads import FeatureMLP, TwoHotMLP, actor_head, latent_head, projection_head
+from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior
+from .rssm.imagination import Imagination
+from .rssm.latents import CategoricalLatent
+from .rssm.rollout import RSSMRollout, RSSMStateEstimator
+from .sizes import Sizes
+
+HeadFactory = Callable[[Sizes], TensorDictModuleBase]
+
+
+@dataclass(frozen=True)
+class ObservationSpace:
+    """What the encoder needs to know: image shapes (C, H, W) and vector sizes, by key."""
+
+    images: dict[str, tuple[int, int, int]]
+    vectors: dict[str, int]
+
+    @classmethod
+    def from_spec(cls, spec: Composite, ignore: tuple[str, ...] = ("is_init", "metrics")) -> ObservationSpace:
+        """Sorts the entries of an environment's observation spec: three dimensions are images, one are vectors."""
+        images, vectors = {}, {}
+        for key, entry in sorted(spec.items()):
+            if key in ignore:
+                continue
+            if entry is None or isinstance(entry, Composite) or entry.ndim not in (1, 3):
+                raise ValueError(
+                    f"Observation {key!r} has shape {None if entry is None else tuple(entry.shape)}; the encoder takes "
+                    "images [C, H, W] and vectors [n]. Flatten it with torchrl.envs.FlattenObservation or leave it out."
+                )
+            if entry.ndim == 3:
+                images[key] = tuple(entry.shape)
+            else:
+                vectors[key] = entry.shape[0]
+        return cls(images, vectors)
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """Number of action entries, and whether they are one choice (one-hot) or a continuous vector."""
+
+    size: int
+    discrete: bool
+
+    @classmethod
+    def from_spec(cls, spec: TensorSpec) -> ActionSpace:
+        if isinstance(spec, OneHot):
+            return cls(spec.shape[-1], True)
+        if isinstance(spec, Bounded | Unbounded) and not isinstance(spec, Categorical) and spec.ndim == 1:
+            return cls(spec.shape[0], False)
+        raise ValueError(
+            f"Action space {spec.__class__.__name__}{tuple(spec.shape)} is not supported: actions are one continuous "
+            "vector (Bounded) or one choice (OneHot). For an index, use categorical_action_encoding=False."
+        )
+
+
+@dataclass
+class Agent:
+    """Every part by its name. Parts share parameters; ``parts()`` lists each of them once."""
+
+    observations: ObservationSpace
+    actions: ActionSpace
+    sizes: Sizes
+    encoder: ObservationEncoder
+    prior: RSSMPrior
+    posterior: RSSMPosterior
+    rollout: RSSMRollout
+    heads: dict[str, TensorDictModuleBase]
+    reward: TwoHotMLP
+    continue_: FeatureMLP | None
+    value: TwoHotMLP
+    actor: ProbabilisticTensorDictSequential
+    world_model: TensorDictSequential
+    value_model: TensorDictModule
+    continue_model: TensorDictModule | None
+    imagination: Imagination
+    policy: TensorDictSequential
+    recipe: Mapping[str, Any] | None = None  # what load_pretrained built it by
+
+    @property
+    def latent_sizes(self) -> dict[str, int]:
+        return {"state": self.sizes.state, "belief": self.sizes.belief}
+
+    def primer(self) -> TensorDictPrimer:
+        """Makes the policy's latents entries of an environment: ``TransformedEnv(env, agent.primer())``.
+
+        A collector does it by itself with ``auto_register_policy_transforms=True``.
+        """
+        (estimator,) = (module for module in self.policy.modules() if isinstance(module, RSSMStateEstimator))
+        return estimator.make_tensordict_primer()
+
+    def parts(self) -> dict[str, nn.Module]:
+        parts = {
+            "encoder": self.encoder,
+            "rssm": nn.ModuleList([self.prior, self.posterior]),
+            **self.heads,
+            "reward": self.reward,
+            "continue": self.continue_,
+            "value": self.value,
+            "actor": self.actor,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def example_record(self) -> TensorDict:
+        """One record of zeros as the replay stores it: its size is what memory is planned by."""
+        observation = {key: torch.zeros(shape, dtype=torch.uint8) for key, shape in self.observations.images.items()}
+        observation |= {key: torch.zeros(size) for key, size in self.observations.vectors.items()}
+        latents = {key: torch.zeros(size) for key, size in self.latent_sizes.items()}
+        flags = {key: torch.zeros(1, dtype=torch.bool) for key in ("done", "terminated", "truncated")}
+        return TensorDict(
+            {
+                "action": torch.zeros(self.actions.size),
+                "is_init": torch.zeros(1, dtype=torch.bool),
+                "next": {**observation, **latents, **flags, "reward": torch.zeros(1)},
+            },
+            [],
+        )
+
+    def parameter_counts(self) -> dict[str, int]:
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts().items()}
+
+    def summary(self) -> str:
+        """Parameters of every part and of all, a line each."""
+        counts = self.parameter_counts()
+        return "\n".join(f"{name:<12}{count:>14,}" for name, count in {**counts, "total": sum(counts.values())}.items())
+
+
+def build_agent(
+    observations: ObservationSpace,
+    actions: ActionSpace,
+    *,
+    belief: int,
+    hidden: int,
+    classes: int,
+    depth: int,
+    units: int | None = None,
+    categoricals: int = 32,
+    blocks: int = 8,
+    unimix: float = 0.01,
+    encoder_multipliers: tuple[int, ...] = (2, 3, 4, 4),
+    image_encoder: Callable[[tuple[int, int, int]], nn.Module] | None = None,
+    vector_layers: int = 3,
+    reward_layers: int = 1,
+    continue_layers: int | None = 1,
+    actor_layers: int = 3,
+    value_layers: int = 3,
+    num_bins: int = 255,
+    heads: Mapping[str, HeadFactory] | None = None,
+) -> Agent:
+    """Builds a whole agent; the keyword arguments are the keys of ``configs/model/size*.yaml``.
+
+    ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
+    ``{"projection": projection_head}``. ``image_encoder`` is called with an image's shape in the place of the paper's
+    convolutions, for example :class:`StridedEncoder`. ``continue_layers=None`` makes no continue head: imagined episodes never end.
+
+    Example:
+        >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
+        ...                     belief=16, hidden=8, classes=4, depth=2, categoricals=3)
+        >>> agent.policy.in_keys
+        ['observation', 'is_init']
+    """
+    widths = dict(belief=belief, hidden=hidden, classes=classes, depth=depth, categoricals=categoricals, blocks=blocks)
+    for name, width in {**widths, "units": hidden if units is None else units}.items():
+        if width < 1:
+            raise ValueError(f"model.{name}={width} must be a positive number of features.")
+    layers = dict(vector=vector_layers, reward=reward_layers, actor=actor_layers, value=value_layers)
+    for name, count in {**layers, "continue": continue_layers or 0}.items():
+        if count < 0:
+            raise ValueError(f"model.{name}_layers={count} must not be negative.")
+    units = hidden if units is None else units
+    encoder = ObservationEncoder(
+        observations.images,
+        observations.vectors,
+        depth=depth,
+        units=units,
+        multipliers=tuple(encoder_multipliers),
+        vector_layers=vector_layers,
+        make_image=image_encoder,
+    )
+    latent = CategoricalLatent(categoricals, classes, unimix)
+    prior = RSSMPrior(BlockGRU(latent.size, actions.size, belief, hidden, blocks), latent, hidden)
+    posterior = RSSMPosterior(belief, encoder.out_features, latent, hidden)
+    features = latent.size + belief
+    sizes = Sizes(
+        state=latent.size,
+        belief=belief,
+        embedding=encoder.out_features,
+        images=observations.images,
+        vectors=observations.vectors,
+        units=units,
+        depth=depth,
+        multipliers=tuple(encoder_multipliers),
+        vector_layers=vector_layers,
+        blocks=blocks,
+    )
+    factories = {"projection": projection_head} if heads is None else heads
+    built = {name: factory(sizes) for name, factory in factories.items()}
+    reward = TwoHotMLP(features, units, reward_layers, num_bins)
+    continue_ = None if continue_layers is None else FeatureMLP(features, units, continue_layers, 1)
+    value = TwoHotMLP(features, units, value_layers, num_bins)
+    actor = actor_head(features, units, actor_layers, actions.size, discrete=actions.discrete, unimix=unimix)
+    return assemble(
+        observations,
+        actions,
+        sizes,
+        encoder=encoder,
+        prior=prior,
+        posterior=posterior,
+        heads=built,
+        reward=reward,
+        continue_=continue_,
+        value=value,
+        actor=actor,
+    )
+
+
+def assemble(
+    observations: ObservationSpace,
+    actions: ActionSpace,
+    sizes: Sizes,
+    *,
+    encoder: ObservationEncoder,
+    prior: nn.Module,
+    posterior: nn.Module,
+    heads: Mapping[str, TensorDictModuleBase],
+    reward: nn.Module,
+    continue_: nn.Module | None,
+    value: nn.Module,
+    actor: ProbabilisticTensorDictSequential,
+    exploration: TensorDictModuleBase | None = None,
+    differentiable: bool = False,
+) -> Agent:
+    """Wires networks on the key contract; any of them may be another implementation with the same signature.
+
+    ``continue_=None``: episodes are taken to go on. ``exploration`` follows the actor in the policy, not in imagination,
+    and ``differentiable`` lets gradients pass through what is imagined.
+    """
+    after = ("next",)
+    rollout = RSSMRollout(
+        TensorDictModule(
+            prior,
+            in_keys=["state", "belief", "action"],
+            out_keys=[("next", "prior_logits"), ("next", "state"), ("next", "belief")],
+        ),
+        TensorDictModule(
+            posterior,
+            in_keys=[("next", "belief"), ("next", "encoded_latents")],
+            out_keys=[("next", "posterior_logits"), ("next", "state")],
+        ),
+    )
+    predictions = [latent_head(reward, reward.keys("reward"), prefix=after)]
+    if continue_ is not None:
+        predictions.append(latent_head(continue_, ["continue_pred"], prefix=after))
+    world_model = TensorDictSequential(encoder, rollout, *heads.values(), *predictions)
+    policy = TensorDictSequential(
+        encoder.at_root(),
+        RSSMStateEstimator(
+            prior,
+            posterior,
+            state_size=sizes.state,
+            belief_size=sizes.belief,
+            action_size=actions.size,
+        ),
+        actor,
+        *([] if exploration is None else [exploration]),
+    )
+    return Agent(
+        observations=observations,
+        actions=actions,
+        sizes=sizes,
+        encoder=encoder,
+        prior=prior,
+        posterior=posterior,
+        rollout=rollout,
+        heads=dict(heads),
+        reward=reward,
+        continue_=continue_,
+        value=value,
+        actor=actor,
+        world_model=world_model,
+        value_model=latent_head(value, value.keys("state_value")),
+        continue_model=None if continue_ is None else latent_head(continue_, ["continue_pred"]),
+        imagination=Imagination(prior, latent_head(reward, reward.keys("reward")), differentiable=differentiable),
+        policy=policy,
+    )

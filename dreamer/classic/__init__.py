@@ -1,0 +1,1 @@
+"""The agents and networks of Dreamer V1 and V2."""

@@ -1,0 +1,101 @@
+"""Builds agents of Dreamer V1 and V2 from the parts of V3 and the networks that V3 replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from torch import nn
+
+from ..agent import ActionSpace, Agent, HeadFactory, ObservationSpace, assemble
+from ..networks.decoders import ObservationDecoder
+from ..networks.encoders import ObservationEncoder
+from ..networks.heads import FeatureMLP
+from ..networks.layers import elu_mlp
+from ..rssm.core import RSSMPosterior, RSSMPrior
+from ..sizes import Sizes
+from .networks import ConvDecoder, ConvEncoder, ELUVectorEncoder, ExplorationNoise, GRUCore, elu_actor_head
+
+
+def build_classic_agent(
+    observations: ObservationSpace,
+    actions: ActionSpace,
+    *,
+    belief: int,
+    hidden: int,
+    depth: int,
+    categoricals: int,
+    classes: int,
+    vector_layers: int,
+    reward_layers: int,
+    actor_layers: int,
+    value_layers: int,
+    units: int | None = None,
+    continue_layers: int | None = None,
+    latent: Callable[[int, int], nn.Module],
+    cell: Callable[[int, int], nn.Module],
+    squashed_actions: bool,
+    noise: float,
+    heads: Mapping[str, HeadFactory],
+) -> Agent:
+    """An agent of Dreamer V1 or V2; the widths are the keys of ``configs/model/dreamerv1.yaml`` and ``dreamerv2.yaml``.
+
+    Args:
+        latent: of (categoricals, classes), the distribution of z_t; a Gaussian has as many dimensions as their product.
+        cell: of (input size, belief size), the recurrent cell.
+        continue_layers: None makes no continue head: every step is discounted alike, ends of episodes included.
+        squashed_actions: tanh of a Normal (V1), or a Normal that the environment clips.
+        noise: on the policy's actions while it explores; 0 leaves exploring to the policy.
+    """
+    units = hidden if units is None else units
+    encoder = ObservationEncoder(
+        observations.images,
+        observations.vectors,
+        depth=depth,
+        units=units,
+        make_image=partial(ConvEncoder, depth=depth),
+        make_vector=partial(ELUVectorEncoder, units=units, layers=vector_layers),
+    )
+    z = latent(categoricals, classes)
+    core = GRUCore(z.size, actions.size, belief, hidden, cell)
+    sizes = Sizes(
+        state=z.size,
+        belief=belief,
+        embedding=encoder.out_features,
+        images=observations.images,
+        vectors=observations.vectors,
+        units=units,
+        depth=depth,
+        multipliers=(1, 2, 4, 8),
+        vector_layers=vector_layers,
+        blocks=1,
+    )
+    scalar = lambda layers: FeatureMLP(sizes.features, units, layers, 1, make_layers=elu_mlp)
+    return assemble(
+        observations,
+        actions,
+        sizes,
+        encoder=encoder,
+        prior=RSSMPrior(core, z, hidden, layers=1, make_layers=elu_mlp),
+        posterior=RSSMPosterior(belief, encoder.out_features, z, hidden, norm=nn.ELU()),
+        heads={name: factory(sizes) for name, factory in heads.items()},
+        reward=scalar(reward_layers),
+        continue_=None if continue_layers is None else scalar(continue_layers),
+        value=scalar(value_layers),
+        actor=elu_actor_head(
+            sizes.features, units, actor_layers, actions.size, discrete=actions.discrete, squashed=squashed_actions
+        ),
+        exploration=ExplorationNoise(noise, actions.discrete) if noise else None,
+        differentiable=True,
+    )
+
+
+def classic_decoder(sizes: Sizes) -> ObservationDecoder:
+    """The decoder of V1 and V2 as a head: transposed convolutions for images, ELU layers for vectors."""
+    return ObservationDecoder(
+        sizes,
+        make_image=lambda sizes, shape: ConvDecoder(sizes.features, shape, sizes.depth),
+        make_vector=lambda sizes, size: FeatureMLP(
+            sizes.features, sizes.units, sizes.vector_layers, size, make_layers=elu_mlp
+        ),
+    )

@@ -1,0 +1,156 @@
+"""Observation decoders: latents -> observation, the mirror image of the encoder.
+
+Images: belief and state to the smallest feature map, then [nearest upsampling x2 -> 5x5 convolution -> channel RMSNorm ->
+SiLU] per stage, the last one without norm, to pixels in (0, 1). Vectors: an MLP, in symlog space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import nn
+from torchrl.modules.functional import symexp
+
+from ..sizes import Sizes
+from .heads import FeatureMLP
+from .layers import BlockLinear, Linear, NormSiLU, init_convolution, normed_linear
+
+
+def doubled(value: torch.Tensor) -> torch.Tensor:
+    """Nearest upsampling x2 of value [N, H, W, C]."""
+    if not torch.compiler.is_compiling():
+        return F.interpolate(value.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1)
+    # Compiled, the gradient of an interpolation is scattered, that of an expansion summed.
+    return value[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
+
+
+class ImageDecoder(nn.Module):
+    """(state, belief) -> images [..., C, H, W] in (0, 1), float32.
+
+    The belief reaches the smallest feature map by a block-Linear, each block some of its channels everywhere; the state by an
+    MLP of one hidden layer, twice ``units`` wide. Their sum is normed.
+    """
+
+    compiles = ("forward",)
+
+    def __init__(
+        self,
+        state_size: int,
+        belief_size: int,
+        image_shape: tuple[int, int, int],
+        *,
+        depth: int,
+        units: int,
+        multipliers: tuple[int, ...] = (2, 3, 4, 4),
+        blocks: int = 8,
+        kernel: int = 5,
+    ):
+        super().__init__()
+        channels, height, width = image_shape
+        stride = 2 ** len(multipliers)
+        if height % stride or width % stride:
+            raise ValueError(
+                f"Images of {height}x{width} cannot be decoded: height and width must be divisible by the decoder's "
+                f"stride {stride} ({len(multipliers)} stages of x2 upsampling); resize the observation."
+            )
+        widths = [depth * multiplier for multiplier in reversed(multipliers)]  # from the smallest map upwards
+        self.smallest = (height // stride, width // stride, widths[0])
+        positions = self.smallest[0] * self.smallest[1] * widths[0]
+        # Each block of the belief draws some of the channels, everywhere.
+        self.blocks = math.gcd(blocks, widths[0])
+        self.belief_in = BlockLinear(belief_size, positions, self.blocks)
+        self.state_in = nn.Sequential(*normed_linear(state_size, 2 * units), Linear(2 * units, positions))
+        self.norms = nn.ModuleList(NormSiLU(stage) for stage in widths)
+        outs = [*widths[1:], channels]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, o, kernel, padding="same") for i, o in zip(widths, outs, strict=True)
+        )
+        for convolution in self.convolutions:
+            init_convolution(convolution, convolution.in_channels * kernel**2)
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
+        height, width, channels = self.smallest
+        drawn = self.belief_in(belief.to(state.dtype)).reshape(-1, self.blocks, height, width, channels // self.blocks)
+        value = self.state_in(state).reshape(-1, *self.smallest)  # [N, H, W, C]
+        value = value + drawn.permute(0, 2, 3, 1, 4).flatten(3)
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            value = doubled(norm(value)).permute(0, 3, 1, 2)  # channels last in memory, as in the encoder
+            value = convolution(value).permute(0, 2, 3, 1)
+        image = torch.sigmoid(value.permute(0, 3, 1, 2).float())
+        return image.reshape(*state.shape[:-1], *image.shape[1:])
+
+
+def _image(sizes: Sizes, shape: tuple[int, int, int]) -> ImageDecoder:
+    widths = dict(depth=sizes.depth, units=sizes.units, multipliers=sizes.multipliers, blocks=sizes.blocks)
+    return ImageDecoder(sizes.state, sizes.belief, shape, **widths)
+
+
+def _vector(sizes: Sizes, size: int) -> FeatureMLP:
+    return FeatureMLP(sizes.features, sizes.units, sizes.vector_layers, size)
+
+
+class ObservationDecoder(TensorDictModuleBase):
+    """Writes what the latents say every observation looks like, below ``"reconstruction"`` under the observation's key.
+
+    Reads ``("next", "state")``, ``("next", "belief")``; writes ``("next", "reconstruction", key)``: images in (0, 1),
+    vectors in symlog space. :meth:`decode` gives observations in their own units. ``make_image`` and ``make_vector`` build
+    other networks over (state, belief) for a shape and a size.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> sizes = Sizes(state=6, belief=8, embedding=5, images={"pixels": (3, 16, 16)}, vectors={"speed": 2},
+        ...               units=4, depth=2, multipliers=(1, 2), vector_layers=1, blocks=4)
+        >>> latents = TensorDict({"next": {"state": torch.zeros(5, 6), "belief": torch.zeros(5, 8)}}, [5])
+        >>> seen = ObservationDecoder(sizes)(latents)["next", "reconstruction"]
+        >>> seen["pixels"].shape, seen["speed"].shape
+        (torch.Size([5, 3, 16, 16]), torch.Size([5, 2]))
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        make_image: Callable[[Sizes, tuple[int, int, int]], nn.Module] | None = None,
+        make_vector: Callable[[Sizes, int], nn.Module] | None = None,
+        prefix: tuple[str, ...] = ("next",),
+        out_key: str = "reconstruction",
+    ):
+        super().__init__()
+        self.image_channels = {key: shape[0] for key, shape in sizes.images.items()}
+        self.vector_sizes = dict(sizes.vectors)
+        self.image = self.vector = None
+        if sizes.images:
+            shape = next(iter(sizes.images.values()))
+            self.image = (make_image or _image)(sizes, (sum(self.image_channels.values()), *shape[1:]))
+        if sizes.vectors:
+            self.vector = (make_vector or _vector)(sizes, sum(sizes.vectors.values()))
+        self.in_keys: list[NestedKey] = [(*prefix, "state"), (*prefix, "belief")]
+        self.out_keys: list[NestedKey] = [(*prefix, out_key, key) for key in (*self.image_channels, *self.vector_sizes)]
+
+    def predict(self, state: torch.Tensor, belief: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By key: images in (0, 1), vectors in symlog space."""
+        parts: dict[str, torch.Tensor] = {}
+        if self.image is not None:
+            images = self.image(state, belief).split(list(self.image_channels.values()), -3)
+            parts |= dict(zip(self.image_channels, images, strict=True))
+        if self.vector is not None:
+            vectors = self.vector(state, belief).split(list(self.vector_sizes.values()), -1)
+            parts |= dict(zip(self.vector_sizes, vectors, strict=True))
+        return parts
+
+    def decode(self, state: torch.Tensor, belief: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By key: images in (0, 1), vectors in their own units."""
+        predicted = self.predict(state, belief)
+        return {key: symexp(value) if key in self.vector_sizes else value for key, value in predicted.items()}
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        predicted = self.predict(*(tensordict.get(key) for key in self.in_keys))
+        for place in self.out_keys:
+            tensordict.set(place, predicted[place[-1]])
+        return tensordict

@@ -1,0 +1,177 @@
+"""What reads the latents: projection, reward, continue, value and actor heads.
+
+Each function returns a TensorDictModule on the key contract; ``prefix=("next",)`` makes the twin that training reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from tensordict.utils import NestedKey
+from torch import nn
+from torchrl.modules import SymExpTwoHot
+
+from ..rssm.latents import unimix_probs
+from ..sizes import Sizes
+from .distributions import BoundedNormal, OneHotAction
+from .layers import Linear, mlp
+
+NUM_BINS = 255
+
+
+class FeatureMLP(nn.Module):
+    """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in.
+
+    make_layers: builds the stack, its first layer a :class:`Linear`; ``mlp`` or ``elu_mlp``.
+    """
+
+    compiles = ("forward",)
+
+    num_bins = 1
+
+    def __init__(
+        self,
+        features: int,
+        units: int,
+        layers: int,
+        out_features: int,
+        scale: float = 1.0,
+        make_layers: Callable[..., nn.Sequential] = mlp,
+    ):
+        super().__init__()
+        self.layers = make_layers(features, units, layers, out_features, scale=scale)
+
+    @staticmethod
+    def keys(name: str) -> list[str]:
+        """Of what it writes, if it predicts ``name``."""
+        return [name]
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
+        first, *others = self.layers
+        value = first.joined(state, belief.to(state.dtype))
+        for layer in others:
+            value = layer(value)
+        return value.float()
+
+
+class TwoHotMLP(FeatureMLP):
+    """Logits [..., bins] over symexp-spaced values, and their expectation [..., 1] (exactly 0 at initialisation)."""
+
+    def __init__(self, features: int, units: int, layers: int, num_bins: int = NUM_BINS):
+        super().__init__(features, units, layers, num_bins, scale=0.0)
+        self.two_hot, self.num_bins = SymExpTwoHot(num_bins), num_bins
+
+    @staticmethod
+    def keys(name: str) -> list[str]:
+        return [f"{name}_logits", name]
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(state, belief)
+        return logits, self.two_hot(logits.detach())
+
+
+class ProjectionHead(nn.Module):
+    """k_t = P(h_t, z_t): one bias-free Linear from the latents to the size of the embedding.
+
+    ``layers`` normed linears of ``units`` features before it make it deeper, which the paper's is not.
+    """
+
+    compiles = ("forward",)
+
+    def __init__(self, features: int, embedding_size: int, *, layers: int = 0, units: int | None = None):
+        super().__init__()
+        if layers < 0 or (layers and not units):
+            raise ValueError(f"layers={layers} must not be negative, and units={units} must be given with any.")
+        self.hidden = mlp(features, units, layers)
+        self.linear = Linear(units if layers else features, embedding_size, bias=False)
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
+        first, *others = [*self.hidden, self.linear]
+        value = first.joined(state, belief.to(state.dtype))
+        for layer in others:
+            value = layer(value)
+        return value
+
+
+class NormalParameters(nn.Module):
+    """Network output [..., 2A] -> mean = tanh(.), std = 0.9 sigmoid(. + 2) + 0.1."""
+
+    def forward(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loc, scale = parameters.chunk(2, -1)
+        return torch.tanh(loc), 0.9 * torch.sigmoid(scale + 2) + 0.1
+
+
+class OneHotParameters(nn.Module):
+    """Network output [..., A] -> probabilities with a uniform mix."""
+
+    def __init__(self, unimix: float = 0.01):
+        super().__init__()
+        self.unimix = unimix
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return unimix_probs(logits, self.unimix)
+
+
+class ActorNetwork(FeatureMLP):
+    """MLP over the latents whose last layer is scaled by 0.01, then the distribution's parameters."""
+
+    def __init__(self, features: int, units: int, layers: int, out_features: int, parameters: nn.Module, **options):
+        super().__init__(features, units, layers, out_features, scale=0.01, **options)
+        self.to_parameters = parameters
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self.to_parameters(super().forward(state, belief))
+
+
+def latent_head(
+    network: nn.Module,
+    out_keys: Sequence[str],
+    *,
+    prefix: tuple[str, ...] = (),
+    in_keys: Sequence[NestedKey] = ("state", "belief"),
+) -> TensorDictModule:
+    """Wraps a network over (state, belief), at the root for imagination or below ``prefix`` for training."""
+    place = lambda key: (*prefix, key) if prefix else key
+    return TensorDictModule(network, in_keys=[place(k) for k in in_keys], out_keys=[place(k) for k in out_keys])
+
+
+def projection_head(sizes: Sizes, *, layers: int = 0, size: int | None = None) -> TensorDictModule:
+    """The projection as a head of ``build_agent``; ``size``: features, by default those of the embedding."""
+    network = ProjectionHead(sizes.features, size or sizes.embedding, layers=layers, units=sizes.units)
+    return latent_head(network, ["projected_latents"], prefix=("next",))
+
+
+def probabilistic_head(
+    network: nn.Module, keys: Sequence[str], distribution: type
+) -> ProbabilisticTensorDictSequential:
+    """A policy over latents: ``network`` writes the distribution's parameters ``keys``, then an action is drawn."""
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(network, in_keys=["state", "belief"], out_keys=list(keys)),
+        ProbabilisticTensorDictModule(
+            in_keys=list(keys),
+            out_keys=["action"],
+            distribution_class=distribution,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+
+
+def actor_head(features: int, units: int, layers: int, action_size: int, *, discrete: bool, unimix: float = 0.01):
+    """The policy over latents, state and belief -> action, with ``get_dist`` as TorchRL's losses expect.
+
+    Continuous: :class:`BoundedNormal`; discrete: :class:`OneHotAction`. The output layer is scaled by 0.01, so that an
+    untrained policy explores everything.
+    """
+    if discrete:
+        size, parameters, keys, distribution = action_size, OneHotParameters(unimix), ["probs"], OneHotAction
+    else:
+        size, parameters, keys, distribution = 2 * action_size, NormalParameters(), ["loc", "scale"], BoundedNormal
+    network = ActorNetwork(features, units, layers, size, parameters)
+    return probabilistic_head(network, keys, distribution)

@@ -1,0 +1,1 @@
+"""The recurrent state-space model: latents, one step, a sequence, imagination."""

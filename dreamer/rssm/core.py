@@ -1,0 +1,170 @@
+"""The recurrent state-space model.
+
+    h_t = f(h_{t-1}, z_{t-1}, a_{t-1})      belief, deterministic
+    z_t ~ p(z_t | h_t)                      prior, what imagination and the KL use
+    z_t ~ q(z_t | h_t, e_t)                 posterior, what an observation tells
+
+Both modules take and return what TorchRL's ``RSSMPriorV3`` and ``RSSMPosteriorV3`` do, so they are interchangeable.
+Beyond that they offer their work in two halves: what depends on the recurrence, and what :class:`RSSMRollout` does
+once for a whole sequence (projections of actions and embeddings, prior logits).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..networks.layers import BlockLinear, Linear, NormSiLU, bounded, mlp, normed_linear
+from .latents import CategoricalLatent
+
+
+def namesake(init: Callable[..., None]) -> Callable[..., None]:
+    """Of a class that TorchRL has one of the same name of, for Dreamer V1: wrong arguments name the right import."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(self: nn.Module, *args: object, **kwargs: object) -> None:
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            name, mine = type(self).__name__, [*signature.parameters][1:]
+            unknown = f" (got {', '.join(kwargs.keys() - set(mine))})" if kwargs.keys() - set(mine) else ""
+            raise TypeError(
+                f"{error}: r2dreamer.dreamer.{name} takes {', '.join(mine)}{unknown}.\n"
+                f"TorchRL's {name} is another class (Dreamer V1): from torchrl.modules import {name}."
+            ) from None
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+class BlockGRU(nn.Module):
+    """Gated recurrent cell with block-diagonal weights: (state, belief, action) -> belief.
+
+    Belief, state and action each pass Linear -> RMSNorm -> SiLU to ``hidden``. Every block sees all three beside its own
+    slice of the belief; since the three are the same for every block, that part is one dense Linear, nothing is copied.
+    """
+
+    compiles = ("advance",)
+
+    def __init__(self, state_size: int, action_size: int, belief_size: int, hidden: int, num_blocks: int = 8):
+        super().__init__()
+        if belief_size % num_blocks:
+            raise ValueError(f"belief_size={belief_size} must be divisible by num_blocks={num_blocks}.")
+        self.belief_size, self.num_blocks = belief_size, num_blocks
+        self.belief_in = normed_linear(belief_size, hidden)
+        self.state_in = normed_linear(state_size, hidden)
+        self.action_in = normed_linear(action_size, hidden)
+        self.hidden = BlockLinear(belief_size, belief_size, num_blocks, shared_features=3 * hidden)
+        self.norm = NormSiLU(belief_size)
+        self.gates = BlockLinear(belief_size, 3 * belief_size, num_blocks)
+
+    def project_action(self, action: torch.Tensor) -> torch.Tensor:
+        """The branch of the action [..., A] -> [..., hidden], which no recurrence touches."""
+        action = action.float()
+        return self.action_in(bounded(action))
+
+    def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
+        shared = torch.cat([self.belief_in(belief), self.state_in(state), projected_action], -1)  # [..., 3*hidden]
+        hidden = self.norm(self.hidden(belief, shared))  # [..., D]
+        return self.gate(self.gates(hidden), belief)
+
+    def gate(self, gates: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
+        gates = gates.float().unflatten(-1, (self.num_blocks, 3, -1))  # [..., G, 3, D/G]
+        reset, candidate, update = (gate.flatten(-2) for gate in gates.unbind(-2))  # each [..., D]
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)
+        return torch.lerp(belief, candidate, update)
+
+    def forward(self, state: torch.Tensor, belief: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.advance(state, belief, self.project_action(action))
+
+
+class RSSMPrior(nn.Module):
+    """p(z_t | h_t) and the recurrence before it: (state, belief, action) -> (prior logits, state, belief).
+
+    Args:
+        core: the recurrent cell; offers ``project_action`` and ``advance`` as :class:`BlockGRU` does.
+        latent: the distribution of z_t, with ``noise`` and ``draw``, of which its ``sample`` is made: the prior and a
+            sequence call those alone.
+        hidden, layers: the MLP from belief to logits, built by ``make_layers``.
+    """
+
+    compiles = ("predict", "logits")
+
+    @namesake
+    def __init__(
+        self,
+        core: nn.Module,
+        latent: CategoricalLatent,
+        hidden: int,
+        layers: int = 2,
+        make_layers: Callable[..., nn.Sequential] = mlp,
+    ):
+        super().__init__()
+        self.core, self.latent = core, latent
+        self.head = make_layers(core.belief_size, hidden, layers, latent.logits_size)
+
+    def logits(self, belief: torch.Tensor) -> torch.Tensor:
+        return self.latent.logits(self.head(belief))  # [..., S, K]
+
+    def forward(
+        self, state: torch.Tensor, belief: torch.Tensor, action: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.predict(state, belief, action, self.latent.noise(belief.shape[:-1], belief.device))
+
+    def predict(
+        self, state: torch.Tensor, belief: torch.Tensor, action: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """:meth:`forward`, its randomness given."""
+        belief = self.core(state, belief, action)
+        logits = self.logits(belief)
+        return logits, self.latent.draw(logits, noise), belief
+
+
+class RSSMPosterior(nn.Module):
+    """q(z_t | h_t, e_t): (belief, embedding) -> (posterior logits, state), one hidden layer.
+
+    The hidden layer's Linear over [belief, embedding] is held as two, so that a sequence projects its embeddings once.
+    ``norm`` follows it; by default RMSNorm and SiLU.
+    """
+
+    compiles = ("logits",)
+
+    @namesake
+    def __init__(
+        self,
+        belief_size: int,
+        embedding_size: int,
+        latent: CategoricalLatent,
+        hidden: int,
+        norm: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.latent = latent
+        joint = Linear(belief_size + embedding_size, hidden)  # initialised as one layer: fan-in counts both
+        self.belief_in = Linear(belief_size, hidden, bias=False)
+        self.embedding_in = Linear(embedding_size, hidden)
+        with torch.no_grad():
+            self.belief_in.weight.copy_(joint.weight[:, :belief_size])
+            self.embedding_in.weight.copy_(joint.weight[:, belief_size:])
+        self.norm = NormSiLU(hidden) if norm is None else norm
+        self.out = Linear(hidden, latent.logits_size)
+
+    def joint_parameters(self) -> tuple[nn.Parameter, ...]:
+        return self.belief_in.weight, self.embedding_in.weight
+
+    def project_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
+        return self.embedding_in(embedding)  # [..., hidden]
+
+    def logits(self, belief: torch.Tensor, projected_embedding: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.belief_in(belief) + projected_embedding)
+        return self.latent.logits(self.out(hidden))  # [..., S, K]
+
+    def forward(self, belief: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.logits(belief, self.project_embedding(embedding))
+        return logits, self.latent.sample(logits)

@@ -1,0 +1,81 @@
+"""What a user is told when something is missing, misspelt or broken: one paragraph with the remedy."""
+
+import difflib
+import importlib
+import sys
+
+import numpy as np
+
+from ..suites.registry import suites_with
+
+
+class WorkerError(RuntimeError):
+    """An environment failed while running: names its task, its index among the environments, its seed and traceback."""
+
+
+def require_linux(what, instead):
+    """Refuse what other systems lack (/proc, shared memory, locks), and say what can be done there."""
+    if not sys.platform.startswith("linux"):
+        raise OSError(f"{what} needs Linux, and this system is {sys.platform}. {instead}")
+
+
+def require_positive(**sizes):
+    """Refuse sizes that are not positive whole numbers; None means "not given" and passes."""
+    for name, value in sizes.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def unknown_task(task, known, suite, own=None):
+    """The error for a task that `suite` does not have, naming the nearest ones it has, or the suite that has it."""
+    elsewhere = " or ".join(f"env={name}" for name in suites_with(task) if name != own)
+    if elsewhere:
+        return ValueError(f"{suite} has no task {task!r}, but another suite has: use {elsewhere} env.task={task}.")
+    # Case must not hide a near miss: "cartpole-v1" is one key away from "CartPole-v1".
+    by_lower = {name.lower(): name for name in sorted(known)}
+    nearest = [by_lower[name] for name in difflib.get_close_matches(str(task).lower(), by_lower, n=3, cutoff=0.5)]
+    hint = f"The nearest: {', '.join(nearest)}." if nearest else f"Some it has: {', '.join(sorted(known)[:5])}."
+    return ValueError(f"{suite} has no task {task!r}. {hint}")
+
+
+def not_finite(name, value, step, task):
+    """The error for a number that would poison the replay and show up thousands of updates later as a NaN loss."""
+    return ValueError(
+        f"{_entry(name)} is not finite at step {step} of an episode of task {task!r}: {np.asarray(value).tolist()}. It is "
+        "stored as float32, in which numbers above 3.4e38 are infinite. The simulator diverged or the environment has a "
+        "bug; smaller actions, another seed or a fixed environment mend it."
+    )
+
+
+def fits(value, shape, dtype):
+    """Whether an array can be stored in this shape and dtype; a number may become a narrower one of its kind."""
+    if value is None or value.shape != shape:
+        return False
+    return value.dtype == dtype or np.can_cast(value.dtype, dtype, "same_kind")
+
+
+def unexpected(name, value, shape, dtype, step, task):
+    """The error for an entry that changed its shape or its kind of number in mid-run and would be broadcast or cut."""
+    found = "is missing" if value is None else f"is {value.dtype} of shape {list(value.shape)}"
+    return ValueError(
+        f"{_entry(name)} {found} at step {step} of an episode of task {task!r}. The environment's specs promise "
+        f"{np.dtype(dtype)} of shape {list(shape)}: return that at every reset and step, or change the specs."
+    )
+
+
+def _entry(name):
+    flags = ("reward", "done", "terminated", "truncated")
+    return str(name) if name in flags else f"observation {name!r}"
+
+
+def require(module, extra):
+    """Import an optional dependency, or say which line installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module!r} could not be imported ({error}). It comes with the extra {extra!r}: "
+            f'`pip install "torchrl-r2dreamer[{extra}]"`, or from a checkout `pip install -e ".[{extra}]"`.'
+        ) from error

@@ -1,0 +1,1 @@
+"""Records of experience, and what keeps them."""

@@ -1,0 +1,127 @@
+"""Atari games through the Arcade Learning Environment, as Atari 100k plays them: `make_atari("alien", seed=0)`."""
+
+import numpy as np
+
+from ..base.contract import finish
+from ..base.errors import require, require_positive, unknown_task
+from ..base.images import to_pixels
+from ..base.simulator import Simulator
+
+LIVES = ("unused", "discount", "reset")
+
+
+def make_atari(
+    task,
+    *,
+    seed,
+    image_size=64,
+    action_repeat=4,
+    lives="unused",
+    sticky=0.0,
+    noops=30,
+    grayscale=False,
+    full_actions=False,
+    time_limit=108_000,
+):
+    """One game, by its name in snake case ("alien", "bank_heist", ...), seeded; rewards as the game gives them.
+
+    lives: what a lost life does. "unused": nothing. "discount": the episode terminates, and the reset after it goes on
+        with the same game, so that the continue head learns that nothing follows a lost life. "reset": the episode
+        terminates and the game begins anew. With the last two a return is what one life earned, not the game's score.
+    sticky: probability that the game takes the previous action once more instead of the given one. The published curves
+        of DreamerV3 were played with 0.25.
+    noops: each game begins with 0 to this many idle frames. Without them and without sticky actions a game is the
+        same for every seed: the emulator has no other randomness.
+    full_actions: all 18 actions of the joystick instead of those the game reacts to.
+    time_limit: truncate a game after this many frames, the idle ones not counted.
+    """
+    require_positive(image_size=image_size, action_repeat=action_repeat, time_limit=time_limit)
+    if lives not in LIVES:
+        raise ValueError(f"lives={lives!r} must be one of {', '.join(LIVES)}.")
+    if not 0 <= sticky < 1:
+        raise ValueError(f"sticky={sticky!r} is a probability: at least 0 and below 1.")
+    if isinstance(noops, bool) or not isinstance(noops, int) or noops < 0:
+        raise ValueError(f"noops={noops!r} must be a whole number of at least 0.")
+    ale_py = require("ale_py", "atari")
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    ale, rom = ale_py.ALEInterface(), _find_rom(task)
+    ale.setFloat("repeat_action_probability", sticky)  # before the game is loaded: later it is ignored
+    ale.loadROM(rom)
+    actions = ale.getLegalActionSet() if full_actions else ale.getMinimalActionSet()
+    env = Atari(
+        ale,
+        rom,
+        actions,
+        image_size=image_size,
+        action_repeat=action_repeat,
+        lives=lives,
+        noops=noops,
+        grayscale=grayscale,
+        time_limit=time_limit,
+    )
+    return finish(env, task, seed)
+
+
+def _find_rom(task):
+    from ale_py import ALEInterface, roms
+
+    games = roms.get_all_rom_ids()
+    if task not in games:
+        raise unknown_task(task, games, "Atari")
+    path = roms.get_rom_path(task)
+    if path is None or ALEInterface.isSupportedROM(path) is None:  # loading it would end the process
+        raise ValueError(f"Atari's {task!r} is for two players only, or not supported by ALE: choose another game.")
+    return path
+
+
+class Atari(Simulator):
+    """One game; an image is the brighter of the last two frames, since many games draw things in every other one."""
+
+    def __init__(self, ale, rom, actions, *, image_size, action_repeat, lives, noops, grayscale, time_limit):
+        channels = 1 if grayscale else 3
+        super().__init__(observations={"pixels": (channels, image_size, image_size)}, actions=len(actions))
+        self.ale, self.rom, self.actions = ale, rom, actions
+        self.size, self.repeat, self.lives, self.noops = image_size, action_repeat, lives, noops
+        self.grayscale, self.time_limit = grayscale, time_limit
+        self.screens = [ale.getScreenRGB(), ale.getScreenRGB()]  # the last frame but one, the last one
+
+    def seed(self, number):
+        self.random = np.random.default_rng(number)
+        self.ale.setInt("random_seed", number % 2**31)
+        self.ale.loadROM(self.rom)  # takes up the seed
+        self.goes_on = False
+
+    def begin(self):
+        if not self.goes_on:
+            self._begin_game()
+        self.goes_on = False  # once: a reset that nobody expects begins a new game
+        self.lives_left = self.ale.lives()
+        return self.observe()
+
+    def _begin_game(self):
+        self.ale.reset_game()
+        for _ in range(self.random.integers(self.noops + 1)):
+            self.ale.act(0)
+            if self.ale.game_over():
+                self.ale.reset_game()
+        for screen in self.screens:
+            self.ale.getScreenRGB(screen)
+        self.frame = 0
+
+    def advance(self, action):
+        reward = 0.0
+        for _ in range(self.repeat):
+            reward += self.ale.act(self.actions[action])
+            self.frame += 1
+            self.screens.reverse()
+            self.ale.getScreenRGB(self.screens[1])
+            over, truncated = self.ale.game_over(), self.frame == self.time_limit
+            lives_before, self.lives_left = self.lives_left, self.ale.lives()
+            died = self.lives_left < lives_before and self.lives != "unused"
+            if over or truncated or died:
+                break
+        self.goes_on = self.lives == "discount" and died and not over and not truncated
+        return self.observe(), reward, over or died, truncated
+
+    def observe(self):
+        return {"pixels": to_pixels(np.maximum(*self.screens), self.size, self.grayscale)}

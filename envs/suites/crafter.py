@@ -1,0 +1,110 @@
+"""Crafter, a small open world with 22 things to achieve: `make_crafter("reward", seed=0)`, and its score."""
+
+import contextlib
+import functools
+import io
+
+import numpy as np
+
+from ..base.contract import finish
+from ..base.errors import require, require_positive, unknown_task
+from ..base.images import to_pixels
+from ..base.simulator import Simulator
+
+TASKS = ("reward", "noreward")
+ACHIEVEMENT = "achievement_"  # what the names of the metrics begin with
+SMALLEST_IMAGE = 18  # the picture is 9 cells wide, and a digit 60% of a cell
+
+
+def make_crafter(task, *, seed, image_size=64, action_repeat=1):
+    """One of the two tasks, "reward" or "noreward", seeded; every episode is another world.
+
+    Both report the 22 achievements below "metrics", as 1 from the moment they are unlocked in this episode; without
+    reward the agent is paid nothing for them. Death terminates, 10,000 frames truncate.
+
+    image_size: part of the task, as the darkness of the night is drawn, pixel by pixel, from the world's own generator.
+    """
+    require_positive(image_size=image_size, action_repeat=action_repeat)
+    if task not in TASKS:
+        raise unknown_task(task, TASKS, "Crafter")
+    if image_size < SMALLEST_IMAGE:
+        raise ValueError(f"image_size={image_size} is too small for Crafter's digits: use at least {SMALLEST_IMAGE}.")
+    with contextlib.redirect_stderr(io.StringIO()):  # Crafter tries the old gym, which prints that it is unmaintained
+        crafter = require("crafter", "crafter")
+    game = functools.partial(crafter.Env, size=(image_size, image_size), reward=task == "reward")
+    return finish(Crafter(game, crafter.constants, image_size, action_repeat), task, seed)
+
+
+class Crafter(Simulator):
+    """Upstream's game, made repeatable."""
+
+    def __init__(self, new_game, constants, image_size, action_repeat):
+        self.names = {name: ACHIEVEMENT + name for name in constants.achievements}
+        super().__init__(
+            observations={"pixels": (3, image_size, image_size)},
+            actions=len(constants.actions),
+            metrics=self.names.values(),
+        )
+        self.new_game, self.repeat = new_game, action_repeat
+
+    def seed(self, number):
+        self.game = repeatable(self.new_game(seed=number))
+
+    def begin(self):
+        return {"pixels": to_pixels(self.game.reset())}
+
+    def advance(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            image, reward, done, info = self.game.step(action)
+            total += reward
+            if done:
+                break
+        self.metrics = {self.names[name]: float(count > 0) for name, count in info["achievements"].items()}
+        return {"pixels": to_pixels(image)}, total, info["discount"] == 0, done
+
+
+def repeatable(game):
+    """The game whose episodes depend on its seed and the actions only; other games of this process stay as they are.
+
+    Upstream keeps the creatures of a region in a set, which iterates in the order of their memory addresses, and draws
+    by number which of them vanishes: with one seed, two processes differ from the first such draw among several on.
+    """
+    balance = game._balance_chunk
+    place = lambda creature: tuple(creature.pos)  # of two creatures never the same
+    game._balance_chunk = lambda chunk, creatures: balance(chunk, sorted(creatures, key=place))
+    return game
+
+
+def crafter_score(rates):
+    """exp(mean(ln(1 + s))) - 1, a geometric mean, of success rates given as fractions and counted in percent."""
+    return float(np.expm1(np.log1p(100 * np.asarray(rates)).mean()))
+
+
+class CrafterScores:
+    """From the returns and metrics of a number of episodes to {"crafter_score": ...}; nothing from no episode.
+
+    cumulative: count all episodes there ever were, as the published scores do. The score of a few episodes is biased: the
+        mean of logarithms takes an achievement that none of them happened to unlock for an impossible one.
+    """
+
+    def __init__(self, cumulative: bool = False):
+        self.cumulative = cumulative
+        self.load_state_dict({"episodes": 0, "successes": {}})
+
+    def __call__(self, returns: list[float], metrics: dict[str, list[float]]) -> dict[str, float]:
+        if not self.cumulative:
+            self.load_state_dict({"episodes": 0, "successes": {}})
+        self.episodes += len(returns)
+        for name, values in metrics.items():
+            if name.startswith(ACHIEVEMENT):
+                self.successes[name] = self.successes.get(name, 0.0) + sum(values)
+        if not self.episodes or not self.successes:
+            return {}
+        return {"crafter_score": crafter_score([count / self.episodes for count in self.successes.values()])}
+
+    def state_dict(self) -> dict:
+        return {"episodes": self.episodes, "successes": dict(self.successes)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.episodes, self.successes = state["episodes"], dict(state["successes"])

@@ -1,0 +1,64 @@
+"""Anybody's environment on the package's contract: `make_custom("my_module:make_env", seed=0)`."""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+
+from torchrl.envs import EnvBase
+
+from ..base.contract import finish
+
+
+def make_custom(factory, *, seed, task=None, **kwargs):
+    """The environment that `factory(**kwargs)` returns: a TorchRL `EnvBase`, seeded.
+
+    factory: a callable, or where to import one from, "package.module:function"; modules beside the script and in the
+    working directory are found.
+    task: a name for messages and metrics; default: the factory's.
+    Missing flags (`is_init`) are added; `check_environment` names whatever else the contract misses.
+    """
+    make = factory if callable(factory) else _import(factory)
+    if not callable(make):
+        raise ValueError(
+            f"env.factory={factory!r} is a {type(make).__name__}; it must name a function that returns one."
+        )
+    try:
+        inspect.signature(make).bind(**kwargs)
+    except (TypeError, ValueError) as error:  # ValueError: written in C, whose arguments nobody can tell
+        given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items()) or "no arguments"
+        raise ValueError(
+            f"env.factory={factory!r} cannot be called with {given}: {error}. What it needs is set by +env.make.NAME=VALUE."
+        ) from error
+    env = make(**kwargs)
+    if not isinstance(env, EnvBase):
+        raise ValueError(
+            f"{factory} returned a {type(env).__name__}, not a TorchRL environment (torchrl.envs.EnvBase). Wrap it: "
+            "torchrl.envs.GymWrapper for Gymnasium's, torchrl.envs.DMControlWrapper for dm_control's; or, if it is "
+            "registered with Gymnasium, use env=gym env.task=NAME."
+        )
+    return finish(env, task or factory, seed)
+
+
+def _import(path):
+    path = str(path)
+    module, separator, name = path.partition(":")
+    if not (module and separator and name):
+        raise ValueError(f'env.factory={path!r} must say "package.module:function", for example "my_module:make_env".')
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"env.factory={path!r}: {error}. The module must lie in the working directory ({os.getcwd()}), in an "
+            "installed package, or on PYTHONPATH."
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = [each for each, value in sorted(vars(found).items()) if callable(value) and each[0] != "_"]
+            shown = ", ".join(difflib.get_close_matches(part, public) or public[:8]) or "no functions"
+            raise ValueError(f"env.factory={path!r}: {found.__name__} has no {part!r}. It has: {shown}.")
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,112 @@
+"""Any Gymnasium environment on the package's contract: `make_gym("CartPole-v1", seed=0)`."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import traceback
+
+from ..base.contract import finish
+from ..base.errors import require, require_positive, unknown_task
+from ..base.gl import choose_gl, missing_gl
+from ..base.simulator import Simulator
+
+
+def make_gym(
+    task,
+    *,
+    seed,
+    from_pixels=False,
+    image_size=64,
+    action_repeat=1,
+    time_limit=None,
+    grayscale=False,
+    keys=None,
+):
+    """One Gymnasium environment, seeded.
+
+    from_pixels: observe the rendered image, and only that, under "pixels".
+    image_size: images are resized to this square; None keeps their own size.
+    time_limit: truncate after this many environment frames, instead of the task's own limit.
+    keys: of a dict observation, the names to keep (default: all).
+    """
+    gymnasium = require("gymnasium", "gym")
+    import_old_gym_quietly()
+    require_positive(image_size=image_size, action_repeat=action_repeat, time_limit=time_limit)
+    from .gym_wrappers import ActionRepeat, ContractActions, ContractObservations, Rendered
+
+    env = _build(gymnasium, task, from_pixels, time_limit)
+    env = ActionRepeat(ContractActions(env, task), action_repeat)
+    if from_pixels:
+        choose_gl()
+        with _explained(task):
+            env = Rendered(env)
+    return finish(Gym(ContractObservations(env, image_size, grayscale, keys, task)), task, seed)
+
+
+class Gym(Simulator):
+    """A Gymnasium environment that observes a flat dict; TorchRL's GymWrapper takes ten times as long for a step."""
+
+    def __init__(self, env):
+        shapes = {name: space.shape for name, space in env.observation_space.items()}
+        space = env.action_space
+        super().__init__(observations=shapes, actions=int(space.n) if hasattr(space, "n") else (space.low, space.high))
+        self.env, self.next_seed = env, None
+
+    def seed(self, number):
+        self.next_seed = number
+
+    def begin(self):
+        seed, self.next_seed = self.next_seed, None  # further episodes go on with the same generator
+        return self.env.reset(seed=seed)[0]
+
+    def advance(self, action):
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation, reward, terminated, truncated
+
+    def close(self, *, raise_if_closed=True):
+        super().close(raise_if_closed=raise_if_closed)
+        self.env.close()
+
+
+def import_old_gym_quietly():
+    """TorchRL imports the old `gym` where it is installed (Memory Maze needs it), which prints a notice when it is."""
+    if importlib.util.find_spec("gym") is not None:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+            importlib.import_module("gym")
+
+
+@contextlib.contextmanager
+def _explained(task):
+    """What is missing to build or to draw a task, said with its remedy."""
+    from gymnasium.error import DependencyNotInstalled, Error
+
+    try:
+        yield
+    except DependencyNotInstalled as error:
+        raise ImportError(f"Gymnasium's task {task!r} needs a package that is missing: {error}") from error
+    except (Error, ValueError):
+        raise
+    except TypeError as error:
+        raise ValueError(f"Gymnasium's task {task!r} cannot be made from its name alone: {error}") from error
+    except Exception as error:
+        files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+        if any("mujoco" in file for file in files):
+            raise missing_gl(error) from error
+        raise
+
+
+def _build(gymnasium, task, from_pixels, time_limit):
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame must not open a window to render an array
+    kwargs = {"render_mode": "rgb_array"} if from_pixels else {}
+    if time_limit is not None:
+        kwargs["max_episode_steps"] = time_limit
+    if str(task).startswith("ALE/") or "NoFrameskip" in str(task):
+        require("ale_py", "atari")  # which registers them
+    try:
+        with _explained(task):
+            return gymnasium.make(task, disable_env_checker=True, **kwargs)
+    except gymnasium.error.DeprecatedEnv as error:
+        raise ValueError(f"Gymnasium no longer has {task!r}: {error}") from error
+    except gymnasium.error.Error as error:  # not registered, or not even a name
+        raise unknown_task(task, gymnasium.registry, "Gymnasium", own="gym") from error

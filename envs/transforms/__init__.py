@@ -1,0 +1,1 @@
+"""Transforms for environments of any library: DMC-Subtle and the adversarial patch."""

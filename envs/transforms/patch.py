@@ -1,0 +1,342 @@
+"""A patch of pixels that an agent sees and that can be optimised against it."""
+
+import copy
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import avg_pool2d
+from torchrl.envs.transforms import Transform
+
+from ..base.errors import require_positive
+
+MODES = ("direct", "eps", "perturb")
+PLACEMENTS = ("bottom_center", "top_center", "center", "fixed", "random", "saliency")
+
+
+class AdversarialPatch(Transform):
+    """Pastes a rectangle into images: with gradients on batches, as bytes in an environment. One object does both.
+
+    Called on a TensorDict (`patch(batch)`, or from a replay buffer) it turns the images of the root and of `"next"` into
+    floats in [0, 1] that carry the gradient of `delta`. In an environment the images keep their dtype. Pixels outside of the
+    rectangle stay as they are, to the bit. One corner is drawn for each sequence or episode.
+
+    mode: what the rectangle shows. "direct": clip(delta, 0, 1). "eps": `base` + clip(delta, -eps, eps), an opaque sticker of
+        low contrast. "perturb": the pixels underneath + clip(delta, -eps, eps), and never further from them than eps.
+    base: grey level or colour, in [0, 1]; what "eps" starts from and what the L2 norm of "direct" is measured to.
+    placement: where; "fixed" at (x0, y0), "random" anew in each sequence and episode, "saliency" where
+        :meth:`place_by_saliency` finds that it matters, inside of `allowed`, a mask [H, W].
+    eot_translations: number of draws over which a loss is averaged (expectation over transformation), each shifted by at most
+        `eot_max_shift` pixels and brightened by at most `eot_max_brightness`; 0 is one draw, as it is. Environments show
+        the patch as it is.
+    quantize: to 8 bits, as environments do, with a straight-through gradient.
+    onset: the first step of an episode at which an environment shows the patch.
+    seed: of the first `delta` and of all draws. In a `ParallelEnv` give each worker's patch its own.
+
+        env = TransformedEnv(make_dmc("walker_walk", seed=0, from_pixels=True), AdversarialPatch.load("patch.npz"))
+
+    >>> from tensordict import TensorDict
+    >>> patch = AdversarialPatch((2, 5), placement="center")
+    >>> seen = patch(TensorDict({"pixels": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, [4]))["pixels"]
+    >>> seen.sum().backward()
+    >>> patch.delta.grad.unique()  # every pixel of the patch is in each of 4 images
+    tensor([4.])
+    """
+
+    def __init__(
+        self, patch_hw=(16, 16), *, mode="direct", eps=None, base=0.5, placement="bottom_center", x0=None, y0=None,
+        allowed=None, eot_translations=0, eot_max_shift=2, eot_max_brightness=0.0, quantize=True, onset=0, channels=3,
+        pixels_key="pixels", seed=0,
+    ):  # fmt: skip
+        super().__init__(in_keys=[pixels_key], out_keys=[pixels_key])
+        height, width = patch_hw
+        require_positive(patch_height=height, patch_width=width, channels=channels)
+        _require(mode in MODES, f"mode={mode!r} must be one of {', '.join(MODES)}.")
+        _require(
+            (eps is None) == (mode == "direct"),
+            f"eps={eps} with mode={mode!r}: eps bounds the modes 'eps' and 'perturb'; 'direct' takes eps=None.",
+        )
+        _require(eps is None or 1 / 255 <= eps <= 1, f"eps={eps} must lie in [1/255, 1]: images have 8 bits.")
+        colour = torch.as_tensor(base, dtype=torch.float32).expand(channels).clone()
+        _require((colour >= 0).all() and (colour <= 1).all(), f"base={base} must lie in [0, 1].")
+        _require(placement in PLACEMENTS, f"placement={placement!r} must be one of {', '.join(PLACEMENTS)}.")
+        _require(
+            (x0 is not None and y0 is not None) if placement == "fixed" else x0 is None and y0 is None,
+            f"x0={x0}, y0={y0} with placement={placement!r}: placement='fixed' needs both, the others neither.",
+        )
+        _require(
+            allowed is None or placement == "saliency",
+            f"allowed is a mask for placement='saliency', not for placement={placement!r}.",
+        )
+        for name, value in dict(eot_translations=eot_translations, eot_max_shift=eot_max_shift, onset=onset).items():
+            _require(isinstance(value, int) and value >= 0, f"{name}={value} must be a whole number, not negative.")
+        _require(0 <= eot_max_brightness <= 1, f"eot_max_brightness={eot_max_brightness} must lie in [0, 1].")
+        self.settings = dict(
+            patch_hw=[height, width], mode=mode, eps=eps, base=colour.tolist(), placement=placement, x0=x0, y0=y0,
+            eot_translations=eot_translations, eot_max_shift=eot_max_shift, eot_max_brightness=eot_max_brightness,
+            quantize=quantize, onset=onset, channels=channels, pixels_key=pixels_key, seed=seed,
+        )  # fmt: skip
+        self.patch_hw, self.mode, self.placement, self.onset = (height, width), mode, placement, onset
+        self.eot = eot_translations, eot_max_shift, eot_max_brightness
+        self.quantize = quantize
+        self.reseed(seed)
+        if mode == "direct":
+            low, high = torch.zeros(channels), torch.ones(channels)
+        else:
+            # On the 8-bit grid, so that rounding cannot leave the bound.
+            bound = torch.full((channels,), math.floor(eps * 255 + 1e-4) / 255 if mode == "perturb" else eps)
+            low, high = (-bound, bound) if mode == "perturb" else (-torch.minimum(bound, colour), bound)
+            high = torch.minimum(high, 1 - colour) if mode == "eps" else high
+        middle, spread = (low + high) / 2, (high - low) / 4  # U[0.25, 0.75] in the mode "direct"
+        noise = torch.rand(height, width, channels, generator=self._generator()) * 2 - 1
+        self.delta = nn.Parameter(middle + spread * noise)
+        for name, value in dict(low=low, high=high, colour=colour).items():
+            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("allowed", None if allowed is None else torch.as_tensor(allowed, dtype=torch.bool))
+        self.register_buffer("heat", None)  # [H, W]
+        self.register_buffer("found", None)  # the corner that saliency chose
+        self._corners = self._steps = None  # of the episodes under way
+
+    def __repr__(self):
+        return f"AdversarialPatch({self.patch_hw[0]}x{self.patch_hw[1]}, {self.mode!r}, {self.placement!r})"
+
+    # -- what it shows
+
+    def content(self):
+        """[ph, pw, C]: delta within its bounds, on `colour` in the mode "eps"."""
+        clipped = torch.minimum(torch.maximum(self.delta, self.low), self.high)
+        return self.colour + clipped if self.mode == "eps" else clipped
+
+    @torch.no_grad()
+    def project_(self):
+        """Takes delta back into its bounds, after a step of an optimiser."""
+        self.delta.copy_(torch.minimum(torch.maximum(self.delta, self.low), self.high))
+
+    def total_variation(self):
+        """Mean |difference| of neighbours, vertical plus horizontal."""
+        content = self.content()
+        steps = (content.diff(dim=0), content.diff(dim=1))
+        return sum(step.abs().sum() / max(step.numel(), 1) for step in steps)
+
+    def l2(self):
+        """Mean square of what the patch adds to the pixels, or to `base`."""
+        content = self.content()
+        return (content if self.mode == "perturb" else content - self.colour).square().mean()
+
+    def paste(self, pixels, corners, brightness=None):
+        """Images [N, ..., C, H, W], bytes or floats in [0, 1], with the patch, as floats; one corner (y, x) each [N, 2]."""
+        image = pixels if pixels.is_floating_point() else pixels / 255
+        height, width = self.patch_hw
+        self.check_image(pixels.shape[-3:])
+        lead = corners.shape[:-1]
+        between = (1,) * (pixels.ndim - 3 - len(lead))
+        row = torch.arange(image.shape[-2], device=image.device) - corners[..., :1]  # [N, H]
+        column = torch.arange(image.shape[-1], device=image.device) - corners[..., 1:]  # [N, W]
+        inside = ((row >= 0) & (row < height)).unsqueeze(-1) & ((column >= 0) & (column < width)).unsqueeze(-2)
+        row, column = row.clamp(0, height - 1).unsqueeze(-1), column.clamp(0, width - 1).unsqueeze(-2)
+        shown = self.content()[row, column].movedim(-1, -3)  # [N, C, H, W]
+        shown = shown.reshape(*lead, *between, *shown.shape[-3:])
+        under = {"direct": None, "eps": self.colour[:, None, None], "perturb": image}[self.mode]
+        if self.mode == "perturb":
+            shown = image + shown
+        if brightness is not None:
+            shown = shown + brightness.reshape(*lead, *between, 1, 1, 1)
+        shown = shown.clamp(0, 1)
+        if self.quantize:
+            rounded = (shown.detach() * 255).round()
+            if under is not None and brightness is None:  # to the nearest level that is inside the bounds
+                low, high = (bound.reshape(-1, 1, 1) + under for bound in (self.low, self.high))
+                rounded = rounded.clamp((low * 255 - 1e-3).ceil(), (high * 255 + 1e-3).floor()).clamp(0, 255)
+            rounded = rounded / 255
+            shown = rounded + (shown - shown.detach())  # in this order the value is exactly the rounded one
+        return torch.where(inside.reshape(*lead, *between, 1, *inside.shape[-2:]), shown, image)
+
+    # -- where it shows it
+
+    def corners(self, count, image_hw):
+        """One corner (y, x) for each of `count` sequences, int64 [count, 2]."""
+        self.check_image((self.settings["channels"], *image_hw))
+        room_y, room_x = (side - patch for side, patch in zip(image_hw, self.patch_hw, strict=True))
+        if self.placement == "random":
+            fractions = torch.rand(count, 2, generator=self._generator())
+            corners = (fractions * torch.tensor([room_y + 1, room_x + 1])).long()
+            return corners.to(self.delta.device)
+        if self.placement == "saliency":
+            _require(
+                self.found is not None, "placement='saliency' has no place yet: call place_by_saliency(heat) first."
+            )
+            corner = tuple(self.found.tolist())
+        else:
+            corner = {
+                "bottom_center": (room_y, room_x // 2),
+                "top_center": (0, room_x // 2),
+                "center": (room_y // 2, room_x // 2),
+                "fixed": (self.settings["y0"], self.settings["x0"]),
+            }[self.placement]
+        return torch.tensor(corner, device=self.delta.device).repeat(count, 1)
+
+    def views(self, count, image_hw):
+        """The draws (corners [count, 2], brightness [count] or None) that a loss is averaged over."""
+        draws, shift, brightness = self.eot
+        corners = self.corners(count, image_hw)
+        if not draws:
+            return [(corners, None)]
+        room = torch.tensor([side - patch for side, patch in zip(image_hw, self.patch_hw, strict=True)])
+        generator, views = self._generator(), []
+        for _ in range(draws):
+            shifted = corners.cpu() + torch.randint(-shift, shift + 1, (count, 2), generator=generator)
+            brighter = brightness * (torch.rand(count, generator=generator) * 2 - 1)
+            views.append((shifted.clamp_min(0).minimum(room).to(corners.device), brighter.to(corners.device)))
+        return views
+
+    def place_by_saliency(self, heat):
+        """Chooses the corner below which `heat` [H, W] has the largest mean, and keeps the map."""
+        _require(self.placement == "saliency", f"placement={self.placement!r} is not chosen by saliency.")
+        self.check_image((self.settings["channels"], *heat.shape))
+        box = lambda value: avg_pool2d(value.double()[None, None], self.patch_hw, stride=1)[0, 0]
+        mean = box(heat)  # [H - ph + 1, W - pw + 1]
+        if self.allowed is not None:
+            _require(
+                self.allowed.shape == heat.shape,
+                f"allowed is a mask of {tuple(self.allowed.shape)}, the images are {tuple(heat.shape)}.",
+            )
+            mean = mean.masked_fill(box(self.allowed) < 1 - 1e-9, -math.inf)
+        _require(
+            bool(mean.isfinite().any()), f"No rectangle of {self.patch_hw} lies wholly inside of the mask `allowed`."
+        )
+        index = int(mean.argmax())
+        self.heat = heat.detach().float().clone()
+        self.found = torch.tensor([index // mean.shape[1], index % mean.shape[1]], device=self.delta.device)
+
+    def showing(self, delta):
+        """A patch of the same size, bounds and place that shows something else."""
+        other = copy.deepcopy(self)
+        with torch.no_grad():
+            other.delta.copy_(delta)
+        other.project_()
+        return other
+
+    def reseed(self, seed):
+        """Draws begin anew, as those of a patch made with this seed."""
+        self.seed, self.draws = int(seed), 0
+
+    def _generator(self):
+        # A new one for each draw: a generator of torch's own cannot be sent to another process.
+        self.draws += 1
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)
+
+    def check_image(self, shape):
+        """Refuses images [C, H, W] that this patch does not fit."""
+        channels, *sides = shape
+        _require(
+            channels == self.settings["channels"],
+            f"The images have {channels} channels, the patch has {self.settings['channels']}: set channels={channels}.",
+        )
+        _require(
+            all(patch <= side for patch, side in zip(self.patch_hw, sides, strict=True)),
+            f"patch_hw={self.patch_hw} is larger than the images of {tuple(sides)}; choose a smaller one.",
+        )
+        x0, y0 = self.settings["x0"] or 0, self.settings["y0"] or 0
+        _require(
+            0 <= y0 <= sides[0] - self.patch_hw[0] and 0 <= x0 <= sides[1] - self.patch_hw[1],
+            f"A patch of {self.patch_hw} at x0={x0}, y0={y0} leaves the images of {tuple(sides)}.",
+        )
+
+    # -- the transform
+
+    def forward(self, tensordict):
+        """The images of a batch [N, ...], at the root and below "next", as floats that carry gradients."""
+        (key,) = self.in_keys
+        keys = [each for each in (key, ("next", key)) if tensordict.get(each, None) is not None]
+        if not keys:
+            raise KeyError(f"{self}: neither {key!r} nor ('next', {key!r}) is in {tensordict}.")
+        corners = None
+        for each in keys:
+            pixels = tensordict.get(each)
+            if corners is None:
+                corners = self.corners(pixels.shape[0], pixels.shape[-2:])
+            tensordict.set(each, self.paste(pixels, corners))
+        return tensordict
+
+    def _reset(self, tensordict, tensordict_reset):
+        pixels = self._pixels(tensordict_reset)
+        begins = tensordict.get("_reset", None)
+        batch = pixels.shape[:-3]
+        corners = self.corners(batch.numel(), pixels.shape[-2:]).reshape(*batch, 2)
+        steps = torch.zeros(batch, dtype=torch.int64, device=corners.device)
+        if begins is not None and self._steps is not None:
+            begins = begins.reshape(batch).to(corners.device)
+            corners = torch.where(begins.unsqueeze(-1), corners, self._corners)
+            steps = torch.where(begins, steps, self._steps)
+        self._corners, self._steps = corners, steps
+        return self._show(tensordict_reset)
+
+    def _step(self, tensordict, next_tensordict):
+        if self._steps is None:  # stepped from a TensorDict of the caller's own
+            self._reset(tensordict, next_tensordict.copy())
+        self._steps = self._steps + 1
+        return self._show(next_tensordict)
+
+    @torch.no_grad()
+    def _show(self, tensordict):
+        pixels = self._pixels(tensordict)
+        patched = self.paste(pixels.to(self.delta.device), self._corners).to(pixels.device)
+        if not pixels.is_floating_point():
+            patched = (patched * 255).round().to(pixels.dtype)
+        shown = (self._steps >= self.onset).reshape(*self._steps.shape, 1, 1, 1).to(pixels.device)
+        return tensordict.set(self.in_keys[0], torch.where(shown, patched, pixels))
+
+    def transform_observation_spec(self, observation_spec):
+        self.check_image(self._pixels(observation_spec).shape[-3:])
+        return observation_spec
+
+    def _pixels(self, entries):
+        (key,) = self.in_keys
+        pixels = entries.get(key, None)
+        _require(
+            pixels is not None and pixels.ndim >= 3,
+            f"The environment has no images under {key!r} to patch: set pixels_key to one it has.",
+        )
+        return pixels
+
+    # -- on disk
+
+    def save(self, path):
+        """Writes everything that it is, as an archive of plain arrays: nothing in it is executed when it is loaded."""
+        path = Path(path)
+        _require(path.suffix == ".npz", f"path={path} must end in .npz.")
+        arrays = {name: value for name, value in self.state_dict().items() if value is not None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        settings = np.array(json.dumps(self.settings))
+        np.savez(partial, settings=settings, **{name: value.cpu().numpy() for name, value in arrays.items()})
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, path):
+        """What :meth:`save` wrote: the same pixels, placement, bounds and draws."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            settings = json.loads(arrays.pop("settings").item())
+            patch = cls(allowed=arrays.pop("allowed", None), **settings)
+            delta = torch.from_numpy(arrays.pop("delta"))
+            _require(delta.shape == patch.delta.shape, f"its delta has the shape {tuple(delta.shape)}.")
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a patch that was saved by AdversarialPatch.save: {error}") from error
+        with torch.no_grad():
+            patch.delta.copy_(delta)
+        for name, value in arrays.items():  # heat and found
+            setattr(patch, name, torch.from_numpy(value))
+        return patch
+
+
+def _require(holds, otherwise):
+    if not holds:
+        raise ValueError(otherwise)

@@ -1,0 +1,277 @@
+"""DMC-Subtle: what matters in a task of the DeepMind Control suite, made small.
+
+`make_dmc_subtle("reacher", seed=0)` is the paper's task: 64x64 pixels, two simulator steps an action. `DMCSubtle()` puts the
+same small things into a DMControlEnv of TorchRL's, and `DMCSubtle(geoms="target", shrink=1 / 20)` any other.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from numbers import Real
+
+import numpy as np
+from torchrl.envs import DMControlWrapper, TransformedEnv
+from torchrl.envs.transforms import Transform
+
+from ..base.contract import finish
+from ..base.errors import unknown_task
+from ..suites.dmc import Control, build_dmc
+from .recompile import KINDS, adopt, compile_edited, distance, domain_of, nearest, nearest_source, sources_of
+
+
+@dataclass(frozen=True)
+class Official:
+    """One of the paper's tasks: the stock task it is built on, what shrinks, and to which fraction."""
+
+    stock: tuple
+    names: dict
+    shrink: float
+    size: float | None = None  # the radius the stock task itself sets when an episode begins
+
+
+OFFICIAL = {
+    "reacher": Official(("reacher", "hard"), {"geom": ["target"]}, 1 / 3, size=0.015),
+    "finger_turn": Official(("finger", "turn_hard"), {"site": ["target"]}, 1 / 2, size=0.03),
+    "point_mass": Official(("point_mass", "easy"), {"geom": ["target", "pointmass"]}, 1 / 6),
+    "ball_in_cup_catch": Official(("ball_in_cup", "catch"), {"geom": ["ball"], "tendon": ["string"]}, 1 / 12),
+    "cartpole_swingup": Official(("cartpole", "swingup"), {"class": ["pole"]}, 1 / 20),
+}
+
+
+def make_dmc_subtle(
+    task, *, seed, image_size=64, action_repeat=2, camera=None, shrink=None, physics="official", from_pixels=True
+):
+    """One of the five tasks, "reacher" for example, seeded; `shrink` and `physics` as in DMCSubtle."""
+    if task not in OFFICIAL:
+        raise unknown_task(task, OFFICIAL, "DMC-Subtle")
+    view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
+    env = build_dmc(*OFFICIAL[task].stock, action_repeat=action_repeat, **view)
+    DMCSubtle(task, shrink=shrink, physics=physics).put_on(env)
+    return finish(env, task, seed)
+
+
+class DMCSubtle(Transform):
+    """Shrinks things in a DeepMind Control environment, however it is rendered; its specs stay as they are.
+
+    The image's size is the environment's, and TorchRL's default is 240x320: the paper's is `RenderPixels(64)`. The environment itself changes when it gets this transform, also for whoever holds it without. Reset it next.
+
+    task: one of the paper's five; None is the one of the environment's domain. Or, instead of a task, what shrinks:
+        geoms, sites, tendons, default classes (their geoms and sites) of the environment's XML, one name or several.
+    shrink: what sizes are multiplied by, a number in (0, 1] or a fraction such as "1/20". None is the paper's size,
+        also where the environment has an easier task of the same domain, with a bigger target.
+    physics: "official" compiles the edited XML as the paper does: masses, inertias and the rewarded region change too.
+        "frozen" shrinks only what is seen; states and rewards stay as they were, to the bit.
+    xml, assets: what the environment was compiled from. Not needed for the tasks of the suite.
+
+    Example: the paper's reacher, and another task with a small target.
+        >>> from r2dreamer.envs import DMCSubtle, RenderPixels
+        >>> from torchrl.envs import Compose, DMControlEnv, TransformedEnv
+        >>> env = DMControlEnv("reacher", "hard", frame_skip=2)
+        >>> env = TransformedEnv(env, Compose(DMCSubtle(), RenderPixels(64)))
+        >>> env.reset()["pixels"].shape
+        torch.Size([3, 64, 64])
+        >>> env = TransformedEnv(DMControlEnv("swimmer", "swimmer6"), DMCSubtle(geoms="target", shrink=1 / 4))
+    """
+
+    def __init__(
+        self, task=None, *, geoms=(), sites=(), tendons=(), classes=(), shrink=None, physics="official", xml=None,
+        assets=None,
+    ):  # fmt: skip
+        super().__init__()
+        if task is not None and task not in OFFICIAL:
+            raise unknown_task(task, OFFICIAL, "DMC-Subtle")
+        given = {kind: names for kind, names in zip(KINDS, (geoms, sites, tendons, classes), strict=True) if names}
+        names = {kind: [names] if isinstance(names, str) else list(names) for kind, names in given.items()}
+        if names and (task is not None or shrink is None):
+            raise ValueError(
+                f"DMCSubtle names {_said(names)} and has task={task!r}, shrink={shrink!r}. Names go with a shrink, such "
+                'as shrink=1/20, and without a task: a task, such as DMCSubtle("reacher"), brings its own names.'
+            )
+        if physics not in ("official", "frozen"):
+            raise ValueError(
+                f"physics={physics!r} must be 'official', where masses and rewards follow the edited XML, or 'frozen', "
+                f"where only what is seen shrinks.{nearest(physics, ('official', 'frozen'))}"
+            )
+        self.task, self.names, self.shrink, self.physics = task, names, _fraction(shrink), physics
+        self.source = None if xml is None else (xml, assets)
+
+    def __repr__(self):
+        what = _said(self.names) or f"task={self.task!r}"
+        return f"{type(self).__name__}({what}, shrink={self.shrink}, physics={self.physics!r})"
+
+    def set_container(self, container):
+        super().set_container(container)
+        env = container
+        while isinstance(env, Transform):  # a Compose, perhaps not on an environment yet: then this is called again
+            env = env.__dict__["_container"]
+            env = None if env is None else env()
+        if env is None:
+            return
+        while isinstance(env, TransformedEnv):
+            env = env.base_env
+        self.put_on(env)
+
+    def put_on(self, env):
+        """Shrink what is to be shrunk in an environment that holds one of dm_control's."""
+        if not isinstance(env, DMControlWrapper | Control):
+            raise ValueError(
+                f"DMCSubtle works on a DMControlEnv or DMControlWrapper of this process, not on {type(env).__name__}. "
+                "Of several environments each gets its own, inside its worker: ParallelEnv(4, lambda: TransformedEnv("
+                'DMControlEnv("reacher", "easy", from_pixels=True), DMCSubtle())).'
+            )
+        physics, task = env._env.physics, env._env.task
+        begin = vars(task).get("initialize_episode")
+        shrunk = begin if isinstance(begin, Shrunk) else Shrunk(begin or partial(type(task).initialize_episode, task))
+        domain = domain_of(physics)
+        shrunk.add(self._edit(domain), physics, [self.source] if self.source else sources_of(env, domain))
+        task.initialize_episode = shrunk
+
+    def _edit(self, domain):
+        frozen = self.physics == "frozen"
+        if self.names:
+            return Edit(self.names, self.shrink, None, frozen)
+        tasks = {official.stock[0]: name for name, official in OFFICIAL.items()}
+        task = tasks.get(domain) if self.task is None else self.task
+        if task is None or tasks.get(domain) != task:
+            whose = f"one of the domain {domain!r}" if domain else "one that is not of the suite"
+            meant = f" {task!r}: that is one of {OFFICIAL[task].stock[0]!r}" if task else ""
+            raise ValueError(
+                f"DMCSubtle was put on an environment, {whose}, for which it has no task{meant}. Its tasks: {', '.join(OFFICIAL)}. "
+                'Anywhere else say what shrinks, as in DMCSubtle(geoms="target", shrink=1/4).'
+            )
+        official = OFFICIAL[task]
+        if self.shrink is None:
+            return Edit(official.names, official.shrink, official.size, frozen)
+        return Edit(official.names, self.shrink, None, frozen)
+
+
+# -- what is shrunk, while episodes run -------------------------------------------------------------------------------
+
+
+@dataclass
+class Edit:
+    """What one DMCSubtle does: names by kind, the factor, and perhaps the size that it is the factor of."""
+
+    names: dict
+    shrink: float
+    size: float | None
+    frozen: bool
+
+    def __str__(self):
+        how = "frozen" if self.frozen else "official"
+        return f"{_said(self.names)} shrunk to {self.shrink:.4g} of the size, physics={how!r}"
+
+
+@dataclass
+class Part:
+    """The numbers of one thing's size in a compiled model."""
+
+    edit: Edit
+    field: str
+    index: int
+    numbers: np.ndarray
+
+    def read(self, model):
+        return getattr(model, self.field)[self.index : self.index + 1][self.numbers]  # a copy
+
+    def write(self, model, sizes):
+        getattr(model, self.field)[self.index : self.index + 1][self.numbers] = sizes
+
+    def shrink(self, model):
+        self.write(model, self.small(self.read(model)))
+
+    def small(self, sizes):
+        return (sizes if self.edit.size is None else np.full_like(sizes, self.edit.size)) * self.edit.shrink
+
+
+class Shrunk:
+    """What is shrunk in one environment. It takes the place of its task's `initialize_episode`."""
+
+    def __init__(self, begin):
+        self.begin = begin
+        self.parts, self.edits = {}, []
+
+    def __call__(self, physics):
+        parts = [part for part in self.parts.values() if not part.edit.frozen]
+        sizes = [part.read(physics.model) for part in parts]
+        marks = [np.nextafter(size, np.inf) for size in sizes]  # which no task sets, though it may set what is there
+        for part, mark in zip(parts, marks, strict=True):
+            part.write(physics.model, mark)
+        self.begin(physics)
+        for part, size, mark in zip(parts, sizes, marks, strict=True):
+            now = part.read(physics.model)  # where it is not the mark, the task set it, to what is big
+            part.write(physics.model, np.where(now == mark, size, part.small(now)))
+        self.render_small(physics)
+
+    def add(self, edit, physics, sources):
+        if any(part.edit == edit for part in self.parts.values()):
+            return  # as when TorchRL puts a clone on the environment, to give a later transform its parent
+        source, before = nearest_source(sources, physics.model.ptr, self.edits)
+        _, touched = compile_edited(source, [replace(edit, shrink=1.0)]) if self.parts else (None, [])
+        others = [self.parts[key].edit for key in touched if key in self.parts]
+        if others:
+            raise ValueError(
+                f"This environment already has {others[0]}, and DMCSubtle would make that {edit}. Build a new "
+                "environment for another size."
+            )
+        # Which numbers are a size shows at any shrink: what is frozen need not compile with the mass of a small one.
+        probe = replace(edit, shrink=0.5) if edit.frozen else edit
+        after, touched = compile_edited(source, [*self.edits, probe])
+        if distance(before, after) == math.inf:
+            raise ValueError(f"DMCSubtle cannot make {edit}: the smaller mesh compiles to another number of faces.")
+        parts = {}
+        for field, index in touched:
+            old, new = (getattr(model, field)[index : index + 1] for model in (before, after))
+            parts[field, index] = Part(edit, field, index, (old != new) & (old * probe.shrink == new))
+        if not edit.frozen:
+            adopt(physics, before, after, parts.values())
+            self.edits.append(edit)
+        self.parts |= parts
+        self.render_small(physics)
+
+    def render_small(self, physics):
+        """Have a physics render what is frozen small; it forgets that when it is pickled, so every episode says it."""
+        if not isinstance(physics.render, SmallRender) and any(part.edit.frozen for part in self.parts.values()):
+            physics.render = SmallRender(physics, self)
+
+
+class SmallRender:
+    """A physics' `render`; what is frozen is small only while it runs."""
+
+    def __init__(self, physics, shrunk):
+        self.render, self.physics, self.shrunk = physics.render, physics, shrunk
+
+    def __call__(self, *args, **kwargs):
+        model = self.physics.model
+        parts = [part for part in self.shrunk.parts.values() if part.edit.frozen]
+        sizes = [part.read(model) for part in parts]
+        try:
+            for part in parts:
+                part.shrink(model)
+            return self.render(*args, **kwargs)
+        finally:
+            for part, size in zip(parts, sizes, strict=True):
+                part.write(model, size)
+
+
+# -- what a user is told ----------------------------------------------------------------------------------------------
+
+
+def _fraction(shrink):
+    if shrink is None:
+        return None
+    try:
+        number = float(Fraction(shrink)) if isinstance(shrink, str) else shrink
+    except (ValueError, ZeroDivisionError):
+        number = math.nan
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < number <= 1:
+        raise ValueError(
+            f"shrink={shrink!r} must be a number above 0 and at most 1, or a fraction such as '1/20': sizes are "
+            "multiplied by it, so a third of the size is shrink=1/3."
+        )
+    return float(number)
+
+
+def _said(names):
+    return ", ".join(f"{kind} {name!r}" for kind, group in names.items() for name in group)

@@ -1,0 +1,1 @@
+"""Stepping many environments at once."""

@@ -1,0 +1,1 @@
+"""What attack.py and saliency.py are made of."""

@@ -1,0 +1,98 @@
+"""The search for a patch: Adam on the attack's loss, and which patch of all is kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from omegaconf import DictConfig
+from tensordict import TensorDictBase
+from tqdm import tqdm
+
+from r2dreamer.envs import AdversarialPatch
+from r2dreamer.losses import PlanningAttackLoss, total_loss
+
+from ..cli.script import Interrupt
+from .windows import Windows
+
+
+@dataclass
+class Search:
+    """The best patch so far on the windows held out, and how the search went."""
+
+    patch: AdversarialPatch
+    score: float = float("inf")
+    step: int = 0
+    curve: list[dict[str, float | None]] = field(default_factory=list)
+
+    def offer(self, patch: AdversarialPatch, step: int, held_out: dict[str, float], training: float | None) -> None:
+        self.curve.append({"step": step, "training_loss": training} | held_out)
+        if not math.isfinite(held_out["loss"]):
+            raise FloatingPointError(f"The attack's loss on the windows held out is {held_out['loss']} at step {step}.")
+        if held_out["loss"] < self.score:
+            self.score, self.step = held_out["loss"], step
+            self.patch = copy.deepcopy(patch)  # as it was when it was scored
+
+
+def measure(
+    loss: PlanningAttackLoss, batches: Sequence[TensorDictBase], precision: torch.dtype, seed: int
+) -> dict[str, float]:
+    """Means of the loss and its diagnostics over batches of windows; the same random numbers at every call."""
+    patch, sums = copy.deepcopy(loss.patch), {}
+    patch.reseed(patch.seed)  # of the copy: the draws of the patch itself go on
+    device = patch.delta.device
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for batch in batches:
+            pixels = batch["next", loss.tensor_keys.pixels]
+            # As an environment shows it, without the draws that a loss is averaged over.
+            views = [(patch.corners(len(batch), pixels.shape[-2:]), None)]
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                terms = loss(batch.to(device), views=views)
+            terms.set("loss", total_loss(terms))
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * len(batch)
+    return {name: value / sum(map(len, batches)) for name, value in sums.items()}
+
+
+def optimize(
+    loss: PlanningAttackLoss,
+    windows: Windows,
+    held_out: Sequence[TensorDictBase],
+    cfg: DictConfig,
+    *,
+    precision: torch.dtype,
+    seed: int,
+    interrupt: Interrupt,
+    progress: bool,
+    title: str,
+) -> Search:
+    """Adam on the patch, projected into its bounds after each step; the best one on the windows held out is kept."""
+    patch, device = loss.patch, loss.patch.delta.device
+    optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps, cfg.lr * cfg.final_lr_fraction)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    search = Search(copy.deepcopy(patch))
+    search.offer(patch, 0, measure(loss, held_out, precision, seed), None)
+    with tqdm(total=cfg.steps, desc=title, disable=not progress) as bar:
+        for step in range(1, cfg.steps + 1):
+            if interrupt.requested:
+                break
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                objective = total_loss(loss(windows.sample(cfg.batch_size, generator).to(device)))
+            optimizer.zero_grad()
+            scaler.scale(objective).backward()
+            scaler.step(optimizer)  # in fp16 it unscales first, and skips what overflowed
+            scaler.update()
+            schedule.step()
+            patch.project_()
+            if step % cfg.eval_every == 0 or step == cfg.steps:
+                search.offer(patch, step, measure(loss, held_out, precision, seed), objective.item())
+                bar.set_postfix(best=f"{search.score:.4g}", at=search.step, refresh=False)
+            bar.update()
+    return search

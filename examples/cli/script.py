@@ -1,0 +1,156 @@
+"""What every example script is wrapped in: its configuration, Ctrl-C, and errors a user can read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from typing import ClassVar
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from r2dreamer.envs.base.errors import require_linux
+from r2dreamer.envs.vector.workers import hang_up_ignored
+
+from ..settings.schema import check
+from ..settings.targets import SettingError
+from .children import leave_with_parent
+from .messages import USER_ERRORS, HeldBack, cannot_compose, default_of, paragraph, wants_traceback, what_is_wrong
+from .output import guarded_output
+
+
+def script(config_name: str, foreign: bool = False) -> Callable:
+    """Makes `main(cfg)` a command line: hydra's overrides of this configuration, checked; errors as paragraphs.
+
+    foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
+    """
+
+    def decorate(main: Callable) -> Callable:
+        @functools.wraps(main)
+        def command(cfg: DictConfig | None = None) -> None:
+            if foreign:
+                os.environ["PYTHONSAFEPATH"] = "1"  # for the workers, too
+            elif os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # a _target_ may be a module of the user's
+            leave_with_parent()
+            with hang_up_ignored():  # Python's own helper process, which TorchRL starts
+                resource_tracker.ensure_running()
+            with guarded_output(Interrupt.output_lost):
+                compose(main, config_name, cfg)
+
+        return command
+
+    return decorate
+
+
+def compose(main: Callable, config_name: str, cfg: DictConfig | None) -> None:
+    """Hydra's part: the configuration from the command line, then `main`."""
+    held = HeldBack(sys.stderr)
+    run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
+    try:
+        with contextlib.redirect_stderr(held):
+            run(friendly_errors(checked(main, config_name, held)))(cfg)
+    except SystemExit as left:
+        error = left.__context__
+        if held.text and error is None:  # of argparse, after its usage
+            held.text = f"{held.text.splitlines()[-1]}\nSettings are given as key=value; --help says more.\n"
+        elif held.text and isinstance(error, Exception) and not wants_traceback():
+            held.text = paragraph(cannot_compose(error, config_name))
+        raise
+    finally:
+        held.release()
+
+
+def checked(main: Callable, config_name: str, held: HeldBack) -> Callable:
+    """`main`, once every setting is found to be of its kind."""
+
+    @functools.wraps(main)
+    def wrapped(cfg: DictConfig) -> None:
+        held.release()
+        try:
+            check(cfg, config_name)
+        except SettingError as error:
+            others = [each for each in sys.argv[1:] if each.partition("=")[0].lstrip("+") != error.key]
+            default = None if len(others) == len(sys.argv) - 1 else default_of(error.key, config_name, others)
+            if default is not None:
+                error.add_note(f"Without it {error.key}={default} is used.")
+            raise
+        with contextlib.redirect_stderr(held.stream):
+            main(cfg)
+
+    return wrapped
+
+
+def leave_at_once() -> None:
+    print("Left at once, without saving.", file=sys.stderr)
+    sys.exit(130)
+
+
+def friendly_errors(main: Callable) -> Callable:
+    """A user's mistake ends the program with one paragraph and status 1; HYDRA_FULL_ERROR=1 brings the traceback."""
+
+    @functools.wraps(main)
+    def wrapped(cfg: DictConfig) -> None:
+        try:
+            require_linux("This script", "Run it in WSL or a container, or use the packages in a loop of your own.")
+            main(cfg)
+        except KeyboardInterrupt:
+            leave_at_once()
+        except (*USER_ERRORS, HydraException, OmegaConfBaseException) as error:
+            if wants_traceback():
+                raise
+            print(paragraph(what_is_wrong(error)), end="", file=sys.stderr)
+            sys.exit(1)
+        except RuntimeError as error:
+            # What a KeyboardInterrupt becomes on its way out of tensordict's `with params.to_module(...)`.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                leave_at_once()
+            raise
+
+    return wrapped
+
+
+class Interrupt:
+    """Ctrl-C, SIGTERM, SIGHUP or output that nobody reads: finish the step, save, leave with status 0.
+
+    Ctrl-C after any of them: leave now, with status 130.
+    """
+
+    active: ClassVar[Interrupt | None] = None
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> Interrupt:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup a run outlives its terminal
+            numbers.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
+        Interrupt.active = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Interrupt.active = None
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @classmethod
+    def output_lost(cls) -> None:
+        if cls.active is not None:
+            cls.active.requested = True
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested = True
+            with contextlib.suppress(OSError):  # unbuffered: the signal may have come in the middle of a print
+                message = b"\nInterrupted: finishing this step, then leaving. Press Ctrl-C again to leave at once.\n"
+                os.write(sys.__stderr__.fileno(), message)

@@ -1,0 +1,1 @@
+"""What latents.py is made of."""

@@ -1,0 +1,101 @@
+"""What was found about latents: one line a cell as JSON, a table, a figure of R2 against size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..figures.curves import PALETTE, PUBLISHED, _figure, _finish
+
+# What a probe reads: its line and its marker.
+READ = {"latents": ("-", "o"), "embedding": (":", "x"), "pixels": ("--", "s"), "other facts": ("-.", "^")}
+FLOOR = -0.1  # of the figure; a probe that misleads is drawn there
+
+
+def write_results(results: Sequence[dict], out: Path) -> list[Path]:
+    """results.jsonl, table.md and latents.png in ``out``; what was written."""
+    lines, table = out / "results.jsonl", out / "table.md"
+    lines.write_text("".join(json.dumps(result) + "\n" for result in results))
+    table.write_text(markdown(results))
+    figure = draw(results, out / "latents.png")
+    return [lines, table, *([figure] if figure else [])]
+
+
+def gather(results: Sequence[dict]) -> dict[tuple, dict[str, list[float]]]:
+    """R2 of every seed, by (task, fact, shrink), then by what was probed: "r2dreamer, latents" or "pixels"."""
+    found: dict[tuple, dict[str, list[float]]] = {}
+    for result in results:
+        for read, scores in result["scores"].items():
+            label = f"{result['member']}, {read}" if read in ("latents", "embedding") else read
+            for fact, score in scores.items():
+                place = found.setdefault((result["task"], fact, result["shrink"]), {})
+                place.setdefault(label, []).append(score["r2"])
+    return found
+
+
+def markdown(results: Sequence[dict]) -> str:
+    """A row for each thing probed, a column for each fact and size; the mean over seeds, and their range."""
+    found = gather(results)
+    labels = dict.fromkeys(label for scores in found.values() for label in scores)
+    heads = [f"{task}: {fact}, {shrink:.3g}" for task, fact, shrink in found]
+    rows = [["R2 on held-out episodes", *heads], ["---"] + ["---:"] * len(heads)]
+    for label in labels:
+        rows.append([label, *(_said(scores.get(label, [])) for scores in found.values())])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _said(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
+
+
+def draw(results: Sequence[dict], out: Path) -> Path | None:
+    """A row of panels for each task, a panel for each fact: R2 against size, a line for each thing probed."""
+    found = gather(results)
+    facts: dict[str, list[str]] = {}
+    for task, fact, _ in found:
+        facts.setdefault(task, [])
+        if fact not in facts[task]:
+            facts[task].append(fact)
+    columns = max(map(len, facts.values()), default=1)
+    figure = _figure(width=4.2 * columns, height=3.0 * max(len(facts), 1) + 1)
+    if figure is None:
+        return None
+    grid = figure.subplots(len(facts), columns, squeeze=False)
+    members = list(
+        dict.fromkeys(result["member"] for result in results if result["member"] not in ("baselines", "untrained"))
+    )
+    for row, (task, names) in zip(grid, facts.items(), strict=True):
+        for axes, fact in zip(row, names, strict=False):
+            _panel(axes, {place[2]: scores for place, scores in found.items() if place[:2] == (task, fact)}, members)
+            axes.set_title(f"{task}: {fact}", loc="left", fontsize=10)
+        for axes in row[len(names) :]:
+            axes.remove()
+    return _finish(figure, out, legend_title="R2 on held-out episodes, mean over seeds; small marks are seeds")
+
+
+def _panel(axes, by_shrink: dict[float, dict[str, list[float]]], members: Sequence[str]) -> None:
+    for label in dict.fromkeys(label for scores in by_shrink.values() for label in scores):
+        member, _, read = label.rpartition(", ")
+        color = PALETTE[members.index(member) % len(PALETTE)] if member in members else PUBLISHED
+        line, marker = READ[read]
+        style = dict(color=color, linestyle=line, marker=marker, markersize=5, linewidth=1.8 if line == "-" else 1.1)
+        points = [(shrink, value) for shrink, scores in sorted(by_shrink.items()) for value in scores.get(label, [])]
+        shrinks = list(dict.fromkeys(shrink for shrink, _ in points))
+        means = [max(FLOOR, np.mean(by_shrink[shrink][label])) for shrink in shrinks]
+        axes.plot(shrinks, means, label=label, **style)
+        axes.plot(*zip(*[(x, max(FLOOR, y)) for x, y in points], strict=True), marker, markersize=3, color=color)
+    axes.axhline(0, color="#4a4a4a", linewidth=0.8)
+    axes.set_xscale("log")
+    shrinks = sorted(by_shrink)
+    axes.set_xticks(shrinks, [f"{shrink:.3g}" for shrink in shrinks], minor=False)
+    axes.minorticks_off()
+    axes.set_ylim(FLOOR - 0.03, 1.03)
+    axes.set_xlabel("size, fraction of the stock task's")
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,1 @@
+"""What the timings are compared with."""

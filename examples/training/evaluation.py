@@ -1,0 +1,195 @@
+"""Plays a policy greedily for some episodes and leaves everything else as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from .episodes import Episode, Scores, reported, summarise
+
+LONGEST_FILM = 1000  # frames; a game of Atari can last 27,000 steps
+LONGEST_EPISODE = 30_000  # steps; of what does not end within them nobody knows whether it ever does
+
+
+@dataclass
+class EvaluationResult:
+    """The episodes; `frames` is the first episode of the first environment, uint8 [T, H, W, 3]."""
+
+    episodes: list[Episode] = field(default_factory=list)
+    frames: np.ndarray | None = None
+
+    @property
+    def returns(self) -> list[float]:
+        return [episode.reward for episode in self.episodes]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [episode.length for episode in self.episodes]
+
+    @property
+    def cut_off(self) -> int:
+        """How many episodes had not ended after `max_steps`."""
+        return sum(episode.cut_off for episode in self.episodes)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.returns)
+
+    @property
+    def std(self) -> float:
+        """Over the episodes, as numpy's default: divided by their number."""
+        return statistics.pstdev(self.returns)
+
+    def summary(self, scores: Scores | None = None) -> dict[str, float]:
+        """The entries of a metrics line."""
+        values = summarise(self.episodes, scores) | {"return_std": self.std}
+        return {f"eval/{name}": value for name, value in values.items()}
+
+
+def evaluate(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    episodes: int,
+    max_steps: int | None = None,
+    record: bool = False,
+    pixels_key: str = "pixels",
+    frame_fn: Callable[[], np.ndarray] | None = None,
+    seed: int | None = None,
+) -> EvaluationResult:
+    """Mode actions, no gradient, the undiscounted return of whole episodes.
+
+    Each environment plays its first episode after a reset, however long; taking the episodes that end first would
+    prefer the short ones. Of what an environment reports below "metrics" the largest value counts. If `env` holds fewer than `episodes` environments they play several rounds.
+
+    max_steps: policy steps after which an episode is cut off.
+    frame_fn: gives an image [H, W, 3] of the first environment where it has no `pixels_key`.
+    seed: for the sampling inside the policy (latents); the environments keep their own seeds, set by the caller.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes={episodes} must be at least 1.")
+    result = EvaluationResult()
+    greedy = set_exploration_type(ExplorationType.DETERMINISTIC)
+    with untouched_generators(seed), _eval_mode(policy), torch.no_grad(), greedy:
+        while len(result.episodes) < episodes:
+            camera = _Camera(pixels_key, frame_fn) if record and not result.episodes else None
+            result.episodes += _play_round(env, policy, max_steps, camera)[: episodes - len(result.episodes)]
+            if camera is not None:
+                result.frames = camera.film()
+    return result
+
+
+def _play_round(env, policy, max_steps, camera):
+    """Every environment's first episode after a reset, in their order."""
+    count = env.batch_size.numel()
+    env_device = env.device or torch.device("cpu")
+    policy_device = next((parameter.device for parameter in policy.parameters()), env_device)
+    playing = torch.ones(count, dtype=torch.bool)
+    returns = torch.zeros(count, dtype=torch.float64)
+    lengths = torch.zeros(count, dtype=torch.int64)
+    root = env.reset()
+    metrics = reported(root, (count,))
+    tracks_init = "is_init" in root
+    root.set("is_init", torch.ones_like(root["done"]))
+    steps = 0
+    while playing.any() and (max_steps is None or steps < max_steps):
+        if camera is not None and playing[0]:
+            camera.shoot(root)
+        acted = root.update(policy(root.to(policy_device)).to(env_device))
+        carried = acted.copy()
+        stepped, root = env.step_and_maybe_reset(acted)
+        after = stepped["next"]
+        done = after["done"].reshape(count).cpu()
+        if camera is not None and playing[0] and done[0]:
+            camera.shoot(after, live=False)
+        returns += torch.where(playing, after["reward"].reshape(count).double().cpu(), 0.0)
+        for name, now in reported(after, (count,)).items():
+            metrics[name] = torch.where(playing, torch.maximum(metrics[name], now), metrics[name])
+        lengths += playing
+        playing &= ~done
+        steps += 1
+        # When one member ends, a ParallelEnv returns only the environments' own entries for all of them: put back
+        # what the policy carries. Those of the ended member do not matter, its episode was the one that counts.
+        for key, value in carried.items():
+            if key not in root:
+                root.set(key, value)
+        if not tracks_init:
+            root.set("is_init", after["done"].clone())
+    return [
+        Episode(
+            returns[index].item(),
+            lengths[index].item(),
+            {name: each[index].item() for name, each in metrics.items()},
+            cut_off=playing[index].item(),
+        )
+        for index in range(count)
+    ]
+
+
+class _Camera:
+    """Collects frames of the first environment."""
+
+    def __init__(self, pixels_key: str, frame_fn: Callable[[], np.ndarray] | None):
+        self.pixels_key, self.frame_fn, self.frames = pixels_key, frame_fn, []
+
+    def shoot(self, observation: TensorDictBase, live: bool = True) -> None:
+        """live: the environment still is where `observation` was made; an ended one has been reset already."""
+        if len(self.frames) == LONGEST_FILM:
+            return
+        pixels = observation.get(self.pixels_key, None)
+        if pixels is not None:
+            self.frames.append(_to_image(pixels[0] if observation.batch_size else pixels))
+        elif self.frame_fn is not None and live:
+            self.frames.append(np.asarray(self.frame_fn()))
+
+    def film(self) -> np.ndarray | None:
+        return np.stack(self.frames) if self.frames else None
+
+
+def _to_image(pixels: torch.Tensor) -> np.ndarray:
+    """[C, H, W] (or already [H, W, C]) to uint8 [H, W, 3]; of stacked frames the newest."""
+    image = pixels.detach().cpu()
+    if image.shape[-1] not in (1, 3):
+        image = image.movedim(0, -1)
+    if image.is_floating_point():
+        image = (image.clamp(0, 1) * 255).byte()
+    image = image[..., -3:] if image.shape[-1] % 3 == 0 else image[..., -1:].expand(*image.shape[:2], 3)
+    return image.numpy().copy()
+
+
+@contextlib.contextmanager
+def untouched_generators(seed: int | None) -> Iterator[None]:
+    """Global random states come back as they were, so that training does not depend on whether it is evaluated."""
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+                np.random.seed(seed % 2**32)
+                random.seed(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def _eval_mode(policy: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

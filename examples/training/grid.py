@@ -1,0 +1,91 @@
+"""A grid of trainings from a command line in hydra's multirun syntax, and how each of them stands."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from ..settings.schema import check
+from .files import refuse_links
+from .manifest import own_directories
+from .setup import TRAINING, first_difference
+from .stored import plain_config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its overrides, and what they make of name, directory, length and task."""
+
+    overrides: tuple[str, ...]
+    name: str
+    logdir: Path
+    total_frames: int
+    task: str = ""
+
+    @property
+    def variant(self) -> str:
+        """The name without its task: what has the same variant and task are the seeds of one thing."""
+        return self.name.removeprefix(f"{self.task}-")
+
+    @property
+    def finished(self) -> bool:
+        """Whether a checkpoint of its last frame is there; earlier ones are resumed."""
+        steps = [int(path.name.split("_")[1]) for path in own_directories(self.logdir / "checkpoints")]
+        return max(steps, default=-1) >= self.total_frames
+
+
+def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:
+    """`a=1,2 b=range(0,2)` to the four lists of overrides it stands for, the last one varying fastest.
+
+    Example:
+        >>> expand(["env=probe", "seed=0,1"])
+        [('env=probe', 'seed=0'), ('env=probe', 'seed=1')]
+    """
+    choices = []
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        if override.is_sweep_override():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line])
+    return list(itertools.product(*choices))
+
+
+def check_finished(run: Run, cfg: DictConfig) -> None:
+    """A finished run of other settings in this run's place is not taken for it."""
+    saved = run.logdir / "config.yaml"
+    if not run.finished or not saved.exists():
+        return
+    before = plain_config(OmegaConf.to_container(OmegaConf.load(saved)), saved)
+    if found := first_difference(before, cfg, TRAINING, run.overrides):
+        key, old, new = found
+        raise ValueError(
+            f"{run.logdir} holds a finished run with {key}={old}, and {' '.join(run.overrides)} asks for {key}={new}: "
+            "move it away, or put the new one elsewhere, for example with 'logdir=runs/other/${name}/seed${seed}'."
+        )
+
+
+def plan(arguments: Sequence[str]) -> list[Run]:
+    """The runs of a grid; two of them in one directory are refused, and one where another has finished."""
+    runs: dict[Path, Run] = {}
+    with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
+        for overrides in expand(arguments):
+            cfg = hydra.compose("config", list(overrides))
+            check(cfg, "config")
+            run = Run(
+                overrides, cfg.name, refuse_links(cfg.logdir), cfg.total_frames, f"{cfg.env.suite}-{cfg.env.task}"
+            )
+            if run.logdir in runs:
+                raise ValueError(
+                    f"{' '.join(runs[run.logdir].overrides)} and {' '.join(overrides)} share logdir={run.logdir}: vary "
+                    "the seed or an experiment with a name of its own (for a member of the family experiment=ablation_... or "
+                    "member_...), or put what you vary into the name, for example 'name=lr-${algorithm.optimizer.lr}'."
+                )
+            check_finished(run, cfg)
+            runs[run.logdir] = run
+    return list(runs.values())

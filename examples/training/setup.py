@@ -1,0 +1,314 @@
+"""What happens before training: sizes are checked, the run's directory is opened and locked, the agent is built."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TextIO
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torchrl.envs import EnvBase
+
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, joint_positions
+from r2dreamer.envs import check_environment, count_workers
+from r2dreamer.envs.base.gl import watch
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError(
+        f"The example scripts lock a run's directory with fcntl, which {sys.platform} does not have. Run them on Linux (WSL, a "
+        "container), or use r2dreamer.dreamer, r2dreamer.losses and r2dreamer.envs in a loop of your own."
+    ) from error
+
+from .budget import check_environments, check_update
+from .checkpoint import Checkpoints, LoadedCheckpoint
+from .devices import resolve_device
+from .files import refuse_links
+from .metrics import MetricsWriter
+from .snapshot import check_exact, check_state
+from .stored import plain_config
+
+MISSING = object()
+# What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
+FIXED = (
+    "model",
+    "env.suite",
+    "env.task",
+    "env.num_envs",
+    "env.action_repeat",
+    "env.make",
+    "algorithm",
+    "replay.capacity",
+    "seed",
+)
+# Optimisers by what took their place: a run that was saved with the one is resumed with the other.
+SUCCESSORS = {"torchrl.trainers.algorithms.DreamerV3Optimizer": "r2dreamer.losses.DreamerOptimizer"}
+# And what else a finished run must have had to be the one that a command asks for.
+TRAINING = (*FIXED, "total_frames", "batch_size", "batch_length", "train_ratio", "warmup_steps", "precision")
+
+
+def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
+    """Makes the run's directory and locks it, finds what to resume, refuses what cannot work."""
+    check_plan(cfg)
+    if cfg.checkpoint.exact and not cfg.checkpoint.replay:
+        raise ValueError(
+            "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which it cannot without the "
+            "replay: add checkpoint.replay=true, or use checkpoint.exact=false."
+        )
+    if not hydra.utils.get_class(cfg.collector._target_).repeats:
+        if cfg.checkpoint.exact:
+            raise ValueError(
+                "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which no run does whose "
+                "environments step while it learns; use collector=sync, or checkpoint.exact=false."
+            )
+        if not count_workers(cfg.env.parallel, cfg.env.num_envs):
+            raise ValueError(
+                "collector=async steps the environments while the learner learns, which needs workers of their own: "
+                "add env.parallel=true, or use collector=sync."
+            )
+    logdir = refuse_links(cfg.logdir)
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+        lock = (logdir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"logdir={logdir} cannot be written ({error}); choose another with logdir=PATH.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+    except OSError as error:
+        raise ValueError(
+            f"Another process is training in logdir={logdir}; two would spoil each other's metrics and checkpoints. "
+            "Wait for it, stop it, or choose another directory with logdir=PATH."
+        ) from error
+
+    checkpoints, saved = Checkpoints(logdir / "checkpoints", keep=cfg.checkpoint.keep), None
+    if cfg.resume in ("auto", True):
+        saved = checkpoints.load(check_state=check_state)
+    elif cfg.resume is not False:
+        saved = checkpoints.load(cfg.resume, check_state=check_state)
+        if saved is None:
+            raise ValueError(
+                f"resume={cfg.resume} holds no checkpoint; give a run's directory or one checkpoint of it."
+            )
+    elif (logdir / "metrics.jsonl").exists():
+        raise ValueError(
+            f"resume=false, but logdir={logdir} already holds a run, which would be overwritten. Continue it with "
+            "resume=auto, choose another directory with logdir=PATH, or delete it."
+        )
+    if saved is not None:
+        check_same_run(plain_config(saved.state["config"], saved.path), cfg, saved.path)
+        check_exact(cfg, saved)
+        if saved.step >= cfg.total_frames and not lacks_curve(logdir, saved, cfg):
+            raise ValueError(
+                f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on "
+                "with a larger total_frames, or begin a new run with another seed or logdir."
+            )
+    return logdir, lock, checkpoints, saved
+
+
+def lacks_curve(logdir: Path, saved: LoadedCheckpoint, cfg: DictConfig) -> bool:
+    """Whether this very run ended between its last checkpoint and its learning curve."""
+    metrics, curve = logdir / "metrics.jsonl", logdir / "curve.png"
+    if saved.state["config"].get("total_frames") != cfg.total_frames or not metrics.exists():
+        return False
+    return not curve.exists() or curve.stat().st_mtime < metrics.stat().st_mtime
+
+
+def check_plan(cfg: DictConfig) -> None:
+    """Refuses settings that are each possible and cannot go together."""
+    for key, value in cfg.env.make.items():  # frames are counted and scores chosen by what stands below env
+        if key in cfg.env and cfg.env[key] != value:
+            raise ValueError(
+                f"env.make.{key}={value}, but env.{key}={cfg.env[key]}: say env.{key}={value}, which sets both."
+            )
+    if cfg.replay.place.storage.startswith("cuda"):
+        resolve_device(cfg.replay.place.storage, "replay.place.storage")
+    batch = cfg.collect_steps * cfg.env.num_envs * cfg.env.action_repeat  # frames
+    if batch > cfg.total_frames:
+        raise ValueError(
+            f"collect_steps={cfg.collect_steps} of env.num_envs={cfg.env.num_envs} environments are {batch} frames, more than "
+            f"total_frames={cfg.total_frames}. At most collect_steps={cfg.total_frames * cfg.collect_steps // batch} fit."
+        )
+    steps = cfg.total_frames // (cfg.env.action_repeat * cfg.env.num_envs)  # of each; an episode has a record more
+    if cfg.train_ratio and 2 * steps < cfg.batch_length:
+        raise ValueError(
+            f"total_frames={cfg.total_frames} are {steps} steps of each of {cfg.env.num_envs} environments, too few for one "
+            f"window of batch_length={cfg.batch_length}: nothing would be learnt. Use more frames or shorter windows."
+        )
+    policy_steps = cfg.total_frames // cfg.env.action_repeat
+    if cfg.train_ratio and cfg.warmup_steps >= policy_steps:
+        raise ValueError(
+            f"warmup_steps={cfg.warmup_steps} is not below the {policy_steps} policy steps of total_frames={cfg.total_frames}: "
+            "nothing would be learnt. Use fewer warmup_steps, or more frames."
+        )
+
+
+def build(
+    make_environment: Callable[..., EnvBase],
+    cfg: DictConfig,
+    device: torch.device,
+    precision: torch.dtype | None = None,
+) -> tuple[Agent, list[str]]:
+    """The agent for this environment: one is made, checked against the key contract, and closed again.
+
+    precision: in which the agent is to be trained; what does not fit into memory then is refused.
+    """
+    with watch("The first environment, which is made and tried in this process,", cfg.timeout):
+        environment = make_environment(seed=0)
+        check_environment(environment)
+    observations = ObservationSpace.from_spec(environment.observation_spec)
+    actions = ActionSpace.from_spec(environment.action_spec)
+    environment.close()
+    if precision is not None:
+        check_environments(cfg, observations)
+        check_fits(cfg, observations, actions, device, precision)
+    torch.manual_seed(cfg.seed)
+    agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
+    for part in agent.parts().values():
+        part.to(device)
+    return agent, [*observations.images, *observations.vectors]
+
+
+def check_fits(
+    cfg: DictConfig,
+    observations: ObservationSpace,
+    actions: ActionSpace,
+    device: torch.device,
+    precision: torch.dtype,
+) -> str:
+    """What an update takes, in a line; refuses a model or a batch that cannot fit, before one is made."""
+    with torch.device("meta"):  # has shapes and no memory
+        agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
+    return check_update(cfg, agent, device, precision)
+
+
+def make_agent(algorithm: DictConfig, model: DictConfig, observations: ObservationSpace, actions: ActionSpace) -> Agent:
+    """The algorithm's builder with the model's widths."""
+    builder = hydra.utils.instantiate(algorithm.agent)
+    known = inspect.signature(builder).parameters
+    for key, value in model.items():
+        if key not in known:
+            raise ValueError(
+                f"model.{key}={value} means nothing to {algorithm.agent._target_}, which this algorithm builds its agent "
+                "with: leave model=... out, or take the algorithm's own (model=size12M and its like for R2-Dreamer and "
+                "Dreamer V3, model=dreamerv1, model=dreamerv2)."
+            )
+    return builder(observations, actions, **hydra.utils.instantiate(model))
+
+
+def objective(section: DictConfig, agent: Agent) -> nn.Module:
+    """What the section names; of a partial, the one whose own networks are made for this agent."""
+    made = hydra.utils.instantiate(section)
+    return made if isinstance(made, nn.Module) else made(agent)
+
+
+def parameter_groups(learner: nn.Module, agent: Agent) -> list[dict]:
+    """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm.
+
+    ``joint`` names the parameters that are pieces of one tensor, for an optimiser that clips each tensor.
+    """
+    groups = {"model": [], "actor": [], "value": [], "probe": []}
+    owners = {"actor_loss": "actor", "value_loss": "value", "probe": "probe"}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            groups[owners.get(name.partition(".")[0], "model")].append(parameter)
+    pieces = lambda parameters: joint_positions(parameters, *agent.parts().values())
+    return [{"name": name, "params": each, "joint": pieces(each)} for name, each in groups.items() if each]
+
+
+def parameter_counts(agent: Agent, learner: nn.Module) -> dict[str, int]:
+    """Of the agent's parts and of what trains beside it: an objective's prototypes and projections, a probe decoder."""
+    beside = {"objective": learner.world_model_loss.representation, "probe": learner.probe}
+    counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in beside.items()}
+    return agent.parameter_counts() | {name: count for name, count in counts.items() if count}
+
+
+def check_weights(agent: Agent, step: int, updates: int) -> None:
+    """A finite loss can have a NaN gradient, which would be saved, or end in NaN actions."""
+    for name, part in agent.parts().items():
+        if not all(parameter.isfinite().all() for parameter in part.parameters()):
+            raise FloatingPointError(f"The weights of the {name} are NaN or Inf at frame {step:,}, update {updates:,}.")
+
+
+def open_metrics(cfg: DictConfig, logdir: Path, saved: LoadedCheckpoint | None) -> MetricsWriter:
+    """Goes on where metrics.jsonl ended at the checkpoint; a new file, also when another run is taken further here."""
+    ours = saved is not None and saved.path.resolve().is_relative_to(logdir.resolve())
+    loggers = [hydra.utils.instantiate(logger, logdir=logdir) for logger in (cfg.logger or {}).values()]
+    return MetricsWriter(logdir, loggers=loggers, resume_position=saved.state["metrics"] if ours else None)
+
+
+def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
+    before, now = with_successor(before), with_successor(now)
+    if found := first_difference(before, now, FIXED):
+        key, old, new = found
+        raise ValueError(
+            f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
+            f"Repeat {key}={old}, or start afresh in another logdir."
+        )
+
+
+def with_successor(cfg: DictConfig) -> DictConfig:
+    """The configuration with the optimiser's successor, which goes on from its state."""
+    target = OmegaConf.select(cfg, "algorithm.optimizer._target_")
+    if target not in SUCCESSORS:
+        return cfg
+    cfg = cfg.copy()
+    OmegaConf.update(cfg, "algorithm.optimizer._target_", SUCCESSORS[target])
+    return cfg
+
+
+def first_difference(
+    before: DictConfig, now: DictConfig, keys: Sequence[str], overrides: Sequence[str] | None = None
+) -> tuple[str, object, object] | None:
+    """Below these keys the first value that two configurations differ in: its own key, and both values.
+
+    A key that the older one lacks, because it was added later, has its default there.
+
+    Args:
+        overrides: the command that `now` is of. Default: that of this process.
+    """
+    # Resolved as a whole first: a section's interpolations point outside of it.
+    before, now = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
+    for section in keys:
+        for key, old, new in differences(OmegaConf.select(before, section), OmegaConf.select(now, section), section):
+            old = default_of(key, new, overrides) if old is MISSING else old
+            if old != new:
+                return key, old, new
+    return None
+
+
+def differences(old: object, new: object, key: str) -> Iterator[tuple[str, object, object]]:
+    """The keys of all values that differ, and both; the old one is MISSING where only the new one has the key."""
+    if old is MISSING and isinstance(new, DictConfig):
+        old = OmegaConf.create({})
+    if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+        for name in sorted({*old, *new}, key=str):
+            if name in old or new[name] is not None:
+                yield from differences(old.get(name) if name in old else MISSING, new.get(name), f"{key}.{name}")
+    elif old != new:  # of a whole section, what it builds says enough
+        yield key, *(each.get("_target_", each) if isinstance(each, DictConfig) else each for each in (old, new))
+
+
+def default_of(key: str, given: object, overrides: Sequence[str] | None) -> object:
+    """What a key would be if the command did not mention it; `given` where there is no command."""
+    if overrides is None:
+        if not HydraConfig.initialized():
+            return given
+        overrides = HydraConfig.get().overrides.task
+    groups = key.split(".")[1:]  # augmentation=... sets algorithm.augmentation
+    named = lambda override: override.lstrip("+").partition("=")[0]
+    others = [each for each in overrides if not f"{named(each)}.".startswith(f"{key}.") and named(each) not in groups]
+    if len(others) == len(overrides):
+        return given
+    begun = GlobalHydra.instance().is_initialized()  # as in a command
+    with nullcontext() if begun else hydra.initialize_config_module("r2dreamer.configs", version_base=None):
+        cfg = hydra.compose("config", others)
+    return OmegaConf.select(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), key)

@@ -1,0 +1,113 @@
+"""A trained agent and its environment from a checkpoint alone, for every tool that plays one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from tensordict.nn import TensorDictModule
+from torchrl.envs import EnvBase
+
+from r2dreamer.dreamer import Agent, CategoricalLatent, TwoHotMLP, latent_head
+from r2dreamer.losses import PlanningAttackLoss
+
+from ..train import Learner
+from .checkpoint import Checkpoints
+from .setup import build
+from .stored import runnable_config
+
+LATENTS = [("next", "state"), ("next", "belief"), ("next", "posterior_logits")]
+
+
+@dataclass
+class Trained:
+    """An agent that sees, and the configuration of the run that trained it."""
+
+    agent: Agent
+    run: DictConfig
+    path: Path
+    step: int
+    make_environment: Callable[..., EnvBase]
+
+    @property
+    def directory(self) -> Path:
+        """The run's, or that of a checkpoint which stands alone."""
+        return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        return {"name": self.run.name, "seed": self.run.seed, "frames": self.step}
+
+    def pixels_key(self, wanted: str | None = None) -> str:
+        images = self.agent.observations.images
+        key = next(iter(images)) if wanted is None else wanted
+        if key not in images:
+            raise ValueError(f"pixels_key={key} is not among the images this agent sees: {', '.join(images)}.")
+        return key
+
+    def attack_loss(self, patch: torch.nn.Module, *, key: str, **settings) -> PlanningAttackLoss:
+        """The attack on this agent; what it discounts by and how it mixes its categoricals are the run's own."""
+        agent = self.agent
+        if not (isinstance(agent.posterior.latent, CategoricalLatent) and isinstance(agent.reward, TwoHotMLP)):
+            raise ValueError(
+                f"{self.path} holds an agent of another family (Dreamer V1 or V2, built by "
+                f"{self.run.algorithm.agent._target_.rpartition('.')[2]}), and the attack reads categorical states and two-hot "
+                "heads: give a checkpoint of R2-Dreamer, Dreamer V3 or another member that build_agent builds."
+            )
+        prior_keys = ["prior_logits", ("next", "state"), ("next", "belief")]
+        loss = PlanningAttackLoss(
+            patch,
+            agent.world_model.select_subsequence(out_keys=LATENTS),
+            TensorDictModule(agent.prior, in_keys=["state", "belief", "action"], out_keys=prior_keys),
+            agent.actor,
+            latent_head(agent.reward, ["reward_logits", "reward"]),
+            agent.value_model,
+            continue_model=agent.continue_model,
+            num_reward_bins=agent.reward.num_bins,
+            num_value_bins=agent.value.num_bins,
+            discount=self.run.algorithm.actor.discount,
+            unimix=agent.posterior.latent.unimix,
+            **settings,
+        )
+        loss.set_keys(pixels=key)
+        return loss.to(next(agent.value.parameters()).device)
+
+
+def load_trained(
+    path: str | None, device: torch.device, trust: str | Sequence[str] | None = None, *, images: bool = True
+) -> Trained:
+    """The agent in a run's newest checkpoint, or in one particular checkpoint.
+
+    trust: modules beside this package whose functions may make the environment or the agent.
+    images: whether an agent that sees none is refused.
+    """
+    if path is None:
+        raise ValueError("checkpoint=DIR is missing: give a run's directory, or one of its checkpoints.")
+    loaded = Checkpoints(path).load(path, replay=False)
+    if not {"config", "learner"} <= loaded.state.keys():
+        raise ValueError(f"{loaded.path} holds {sorted(loaded.state)}; it was not saved by examples/train.py.")
+    run = runnable_config(loaded.state["config"], loaded.path, trust)
+    try:
+        make_environment = hydra.utils.instantiate(run.env.make_evaluation)
+        agent, _ = build(make_environment, run, device)
+        Learner(agent, run.algorithm, torch.float32).load_state_dict(loaded.state["learner"]["model"])
+    except (RuntimeError, KeyError, TypeError, OmegaConfBaseException, InstantiationException) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{loaded.path} holds no world model, actor and critic of the family that examples/train.py of this version "
+            f"trains ({first}). Give a checkpoint of such a run, or use the version that saved this one."
+        ) from error
+    if images and not agent.observations.images:
+        raise ValueError(
+            f"{loaded.path} is of an agent that sees no images ({', '.join(agent.observations.vectors)}), and this is "
+            "about pixels. Give a checkpoint of a run that does, for example env=dmc_vision or env.from_pixels=true."
+        )
+    for part in agent.parts().values():
+        part.eval()
+    return Trained(agent, run, loaded.path, loaded.step, make_environment)

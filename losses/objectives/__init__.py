@@ -1,0 +1,1 @@
+"""One file for each representation objective; base.py holds their interface."""

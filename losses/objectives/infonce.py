@@ -1,0 +1,48 @@
+"""InfoNCE between projected latents and embedding.
+
+L = -mean_n ln softmax_m(k_n . e_m)[n]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensordict import TensorDictBase
+
+from ..functional import info_nce_loss
+from ..ranks import gather_ranks
+from .base import TWO_VIEWS, Objective, Terms, two_views
+
+
+class InfoNCE(Objective):
+    """Each projected latent must pick its own embedding among those of the whole batch.
+
+    Raw dot products, as in the R2-Dreamer paper's comparison; ``cosine`` and ``temperature`` give the usual contrastive
+    form. The embedding is detached, as in :class:`BarlowTwins`. Negatives come from every rank.
+
+    Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from r2dreamer.losses import R2DreamerWorldModelLoss
+        >>> views = TensorDict({"next": {"projected_latents": 9 * torch.eye(6).view(2, 3, 6),
+        ...                              "encoded_latents": torch.eye(6).view(2, 3, 6)}}, [2, 3])
+        >>> terms, diagnostics = InfoNCE()(views, R2DreamerWorldModelLoss.default_keys())
+        >>> terms["infonce"] < 0.01, diagnostics["infonce_accuracy"]
+        (tensor(True), tensor(1.))
+    """
+
+    terms = ("infonce",)
+    reads = TWO_VIEWS
+
+    def __init__(self, weight: float = 1.0, cosine: bool = False, temperature: float = 1.0):
+        super().__init__(weight)
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} must be positive; 1.0 leaves the scores as they are.")
+        self.cosine, self.temperature = cosine, temperature
+
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
+        projected, target = (gather_ranks(view) for view in two_views(tensordict, keys))
+        loss, accuracy = info_nce_loss(projected, target.detach(), cosine=self.cosine, temperature=self.temperature)
+        return {"infonce": self.weight * loss}, {"infonce_accuracy": accuracy}

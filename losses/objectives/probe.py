@@ -1,0 +1,37 @@
+"""A decoder that only looks: what do the latents of a member without decoder know about the observation?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+
+from .base import Objective, Terms
+from .reconstruction import Reconstruction
+
+
+class ProbeDecoder(Objective):
+    """Trains a decoder of its own on detached latents; nothing but this decoder ever gets a gradient from it.
+
+    Its term ``probe`` is the decoder's :class:`Reconstruction` loss. Reads what the decoder reads, and the observation.
+    """
+
+    terms = ("probe",)
+
+    def __init__(self, decoder: TensorDictModuleBase, weight: float = 1.0):
+        super().__init__(weight)
+        self.decoder, self.reconstruction = decoder, Reconstruction()
+
+    @classmethod
+    def of(cls, agent: Any, *, decoder: Callable[[Any], TensorDictModuleBase], weight: float = 1.0) -> ProbeDecoder:
+        """decoder: makes one for an agent's ``sizes``; the random numbers after it are those without a probe."""
+        with torch.random.fork_rng(devices=[]):
+            return cls(decoder(agent.sizes), weight)
+
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
+        terms, diagnostics = self.reconstruction(self.decoder(tensordict.detach()), keys)
+        renamed = {name.replace("reconstruction", "probe"): value for name, value in diagnostics.items()}
+        return {"probe": self.weight * terms["reconstruction"]}, renamed
