@@ -33,14 +33,14 @@ from omegaconf import DictConfig, OmegaConf
 from r2dreamer.dreamer import Agent
 from r2dreamer.envs.transforms.subtle import OFFICIAL
 from r2dreamer.examples.cli.script import script
-from r2dreamer.examples.probing.probing import baseline_scores, model_scores
 from r2dreamer.examples.probing.recording import record, recorded
 from r2dreamer.examples.probing.report import write_results
+from r2dreamer.examples.probing.scores import baseline_scores, model_scores
 from r2dreamer.examples.probing.worldmodel import train_world_model
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
-from r2dreamer.examples.training.files import output
+from r2dreamer.examples.training.files import output_path
+from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.setup import build
-from r2dreamer.examples.training.trained import load_trained
 
 BASELINES, UNTRAINED = "baselines", "untrained"  # stand in a member's place
 
@@ -168,7 +168,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.checkpoint:
         trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run
-        out = output(cfg.out, trained.directory, "latents")
+        out = output_path(cfg.out, trained.directory, "latents")
         claim(out, settings | {"checkpoint": str(trained.path)})
         shrink = run.env.get("shrink") or (OFFICIAL[run.env.task].shrink if run.env.suite == "dmc_subtle" else 1)
         whose = [(BASELINES, None), (UNTRAINED, None), (run.name, trained.agent)]

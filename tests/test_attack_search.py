@@ -23,7 +23,7 @@ from r2dreamer.examples.attacks.windows import Windows, collect_episodes
 from r2dreamer.examples.cli.script import Interrupt
 from r2dreamer.examples.training.episodes import Episode
 from r2dreamer.examples.training.evaluation import EvaluationResult
-from r2dreamer.examples.training.trained import Trained
+from r2dreamer.examples.training.loading import Trained
 from r2dreamer.losses import total_loss
 
 PROBE = functools.partial(make_probe, "remember_first_frame", image_size=16)

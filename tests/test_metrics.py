@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from r2dreamer.examples.training.disk import replace_text
+from r2dreamer.examples.training.files import replace_text
 from r2dreamer.examples.training.metrics import (
     Averages,
     MetricsWriter,
@@ -204,7 +204,7 @@ def test_lines_wait_while_the_disk_is_full_with_one_warning_and_no_half_line(tmp
         assert (position["lines"], position["step"]) == (1, 3)
         with monkeypatch.context() as full:
             full.setattr(
-                "r2dreamer.examples.training.disk.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
+                "r2dreamer.examples.training.files.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
             )
             with pytest.raises(OSError, match="No space"):  # before TensorBoard's thread meets it
                 TensorBoardLogger.scalars(board, 3, {"a": 3})

@@ -15,12 +15,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torchrl.checkpoint import CheckpointError
 
 from r2dreamer.envs import WorkerError
 
 from ..settings.kinds import say
 from ..settings.targets import SettingError
-from ..training.checkpoint import CheckpointError
 
 USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent
 
-from ..train import Learner
+from ..training.learner import Learner
 from ..training.metrics import Averages, rename_loss
 
 AT_ONCE = 50  # episodes of one forward pass

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .disk import REMEDY, explained, require_room, warn
+from .files import REMEDY, explained, require_room, warn
 from .video import encode_gif
 
 

@@ -14,10 +14,9 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torchrl.envs import EnvBase
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, joint_positions
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.envs import check_environment, count_workers
 from r2dreamer.envs.base.gl import watch
 
@@ -34,8 +33,8 @@ from .checkpoint import Checkpoints, LoadedCheckpoint
 from .devices import resolve_device
 from .files import refuse_links
 from .metrics import MetricsWriter
+from .saved_config import plain_config
 from .snapshot import check_exact, check_state
-from .stored import plain_config
 
 MISSING = object()
 # What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
@@ -151,22 +150,27 @@ def check_plan(cfg: DictConfig) -> None:
         )
 
 
+def spaces(make_environment: Callable[..., EnvBase], timeout: float) -> tuple[ObservationSpace, ActionSpace]:
+    """What an agent observes and does here. One environment is made, checked against the key contract, and closed."""
+    with watch("The first environment, which is made and tried in this process,", timeout):
+        environment = make_environment(seed=0)
+        check_environment(environment)
+    found = ObservationSpace.from_spec(environment.observation_spec), ActionSpace.from_spec(environment.action_spec)
+    environment.close()
+    return found
+
+
 def build(
     make_environment: Callable[..., EnvBase],
     cfg: DictConfig,
     device: torch.device,
     precision: torch.dtype | None = None,
 ) -> tuple[Agent, list[str]]:
-    """The agent for this environment: one is made, checked against the key contract, and closed again.
+    """A new agent for this environment.
 
     precision: in which the agent is to be trained; what does not fit into memory then is refused.
     """
-    with watch("The first environment, which is made and tried in this process,", cfg.timeout):
-        environment = make_environment(seed=0)
-        check_environment(environment)
-    observations = ObservationSpace.from_spec(environment.observation_spec)
-    actions = ActionSpace.from_spec(environment.action_spec)
-    environment.close()
+    observations, actions = spaces(make_environment, cfg.timeout)
     if precision is not None:
         check_environments(cfg, observations)
         check_fits(cfg, observations, actions, device, precision)
@@ -202,40 +206,6 @@ def make_agent(algorithm: DictConfig, model: DictConfig, observations: Observati
                 "Dreamer V3, model=dreamerv1, model=dreamerv2)."
             )
     return builder(observations, actions, **hydra.utils.instantiate(model))
-
-
-def objective(section: DictConfig, agent: Agent) -> nn.Module:
-    """What the section names; of a partial, the one whose own networks are made for this agent."""
-    made = hydra.utils.instantiate(section)
-    return made if isinstance(made, nn.Module) else made(agent)
-
-
-def parameter_groups(learner: nn.Module, agent: Agent) -> list[dict]:
-    """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm.
-
-    ``joint`` names the parameters that are pieces of one tensor, for an optimiser that clips each tensor.
-    """
-    groups = {"model": [], "actor": [], "value": [], "probe": []}
-    owners = {"actor_loss": "actor", "value_loss": "value", "probe": "probe"}
-    for name, parameter in learner.named_parameters():
-        if parameter.requires_grad:
-            groups[owners.get(name.partition(".")[0], "model")].append(parameter)
-    pieces = lambda parameters: joint_positions(parameters, *agent.parts().values())
-    return [{"name": name, "params": each, "joint": pieces(each)} for name, each in groups.items() if each]
-
-
-def parameter_counts(agent: Agent, learner: nn.Module) -> dict[str, int]:
-    """Of the agent's parts and of what trains beside it: an objective's prototypes and projections, a probe decoder."""
-    beside = {"objective": learner.world_model_loss.representation, "probe": learner.probe}
-    counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in beside.items()}
-    return agent.parameter_counts() | {name: count for name, count in counts.items() if count}
-
-
-def check_weights(agent: Agent, step: int, updates: int) -> None:
-    """A finite loss can have a NaN gradient, which would be saved, or end in NaN actions."""
-    for name, part in agent.parts().items():
-        if not all(parameter.isfinite().all() for parameter in part.parameters()):
-            raise FloatingPointError(f"The weights of the {name} are NaN or Inf at frame {step:,}, update {updates:,}.")
 
 
 def open_metrics(cfg: DictConfig, logdir: Path, saved: LoadedCheckpoint | None) -> MetricsWriter:
