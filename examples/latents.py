@@ -37,6 +37,7 @@ from r2dreamer.examples.probing.recording import record, recorded
 from r2dreamer.examples.probing.report import write_results
 from r2dreamer.examples.probing.scores import baseline_scores, model_scores
 from r2dreamer.examples.probing.worldmodel import train_world_model
+from r2dreamer.examples.settings.compose import compose
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.files import output_path
 from r2dreamer.examples.training.loading import load_trained
@@ -81,7 +82,7 @@ def composed(cell: Cell, overrides: list[str]) -> DictConfig:
     algorithm = "none" if cell.member in (BASELINES, UNTRAINED) else cell.member
     where = [f"env.task={cell.task}", f"env.shrink={cell.shrink}", "env.physics=frozen", f"seed={cell.seed}"]
     chosen = ["experiment=latents", "env=dmc_subtle", f"algorithm={algorithm}", *where, *overrides]
-    return hydra.compose("config", chosen)
+    return compose(*chosen)
 
 
 def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent | None = None) -> dict:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from typing import TextIO
 
 import hydra
@@ -19,6 +20,7 @@ from torchrl.checkpoint import CheckpointError
 
 from r2dreamer.envs import WorkerError
 
+from ..settings.compose import compose
 from ..settings.kinds import say
 from ..settings.targets import SettingError
 
@@ -79,11 +81,10 @@ def cannot_compose(error: Exception, config_name: str) -> str:
 def composed(config_name: str, overrides: list[str]) -> DictConfig:
     """The configuration with as many of these overrides as make one."""
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
-        try:
-            return hydra.compose(config_name, overrides)
-        except Exception:  # another override is wrong, too
-            return hydra.compose(config_name)
+    try:
+        return compose(*overrides, name=config_name)
+    except Exception:  # another override is wrong, too
+        return compose(name=config_name)
 
 
 def groups() -> dict[str, list[str]]:
@@ -125,6 +126,18 @@ def keys_of(cfg: DictConfig) -> list[str]:
 
 def wants_traceback() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def own_traceback(error: BaseException) -> str:
+    """The traceback without hydra's frames, of an error that may come from the user's own code."""
+    shown = traceback.TracebackException.from_exception(error)
+    waiting = [shown]
+    while waiting:
+        each = waiting.pop()
+        frames = [frame for frame in each.stack if f"{os.sep}hydra{os.sep}" not in frame.filename]
+        each.stack = traceback.StackSummary.from_list(frames)
+        waiting += filter(None, (each.__cause__, each.__context__))
+    return "".join(shown.format())
 
 
 def paragraph(text: str) -> str:

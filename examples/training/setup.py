@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
 import hydra
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
@@ -28,6 +26,7 @@ except ImportError as error:
         "container), or use r2dreamer.dreamer, r2dreamer.losses and r2dreamer.envs in a loop of your own."
     ) from error
 
+from ..settings.compose import compose
 from .budget import check_environments, check_update
 from .checkpoint import Checkpoints, LoadedCheckpoint
 from .devices import resolve_device
@@ -278,7 +277,4 @@ def default_of(key: str, given: object, overrides: Sequence[str] | None) -> obje
     others = [each for each in overrides if not f"{named(each)}.".startswith(f"{key}.") and named(each) not in groups]
     if len(others) == len(overrides):
         return given
-    begun = GlobalHydra.instance().is_initialized()  # as in a command
-    with nullcontext() if begun else hydra.initialize_config_module("r2dreamer.configs", version_base=None):
-        cfg = hydra.compose("config", others)
-    return OmegaConf.select(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), key)
+    return OmegaConf.select(OmegaConf.create(OmegaConf.to_container(compose(*others), resolve=True)), key)
