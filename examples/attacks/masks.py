@@ -20,7 +20,8 @@ def object_mask(
 ) -> Mask | None:
     """A function from the image [C, H, W] that `env` shows now to the object's mask [H, W]; None where nothing tells.
 
-    objects: names of geoms, sites, tendons or bodies; "pole" is "pole_1" and "pole_2", too.
+    Args:
+        objects: names of geoms, sites, tendons or bodies; "pole" is "pole_1" and "pole_2", too.
     """
     if colour is not None:
         wanted = torch.tensor(list(colour), dtype=torch.uint8).view(-1, 1, 1)

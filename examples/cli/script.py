@@ -38,7 +38,8 @@ from .output import guarded_output
 def script(config_name: str, foreign: bool = False) -> Callable:
     """Makes `main(cfg)` a command line: hydra's overrides of this configuration, checked; errors as paragraphs.
 
-    foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
+    Args:
+        foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
     """
 
     def decorate(main: Callable) -> Callable:

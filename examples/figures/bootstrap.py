@@ -7,10 +7,10 @@ import numpy as np
 DRAWS = 4000
 
 
-def bootstrap_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
     """Means [draws, ...] of resampled runs [runs, ...]; the same runs are drawn for every trailing entry."""
     generator = np.random.default_rng(seed)
-    chosen = generator.integers(len(values), size=(DRAWS, len(values)))  # [draws, runs]
+    chosen = generator.integers(len(values), size=(draws, len(values)))  # [draws, runs]
     counts = np.apply_along_axis(np.bincount, 1, chosen, minlength=len(values))
     return np.tensordot(counts / len(values), values, 1)
 

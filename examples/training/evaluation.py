@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -70,11 +71,13 @@ def evaluate(
     """Mode actions, no gradient, the undiscounted return of whole episodes.
 
     Each environment plays its first episode after a reset, however long; taking the episodes that end first would
-    prefer the short ones. Of what an environment reports below "metrics" the largest value counts. If `env` holds fewer than `episodes` environments they play several rounds.
+    prefer the short ones. Of what an environment reports below "metrics" the largest value counts. If `env` holds fewer
+    than `episodes` environments they play several rounds.
 
-    max_steps: policy steps after which an episode is cut off.
-    frame_fn: gives an image [H, W, 3] of the first environment where it has no `pixels_key`.
-    seed: for the sampling inside the policy (latents); the environments keep their own seeds, set by the caller.
+    Args:
+        max_steps: policy steps after which an episode is cut off.
+        frame_fn: gives an image [H, W, 3] of the first environment where it has no `pixels_key`.
+        seed: for the sampling inside the policy (latents); the environments keep their own seeds, set by the caller.
     """
     if episodes < 1:
         raise ValueError(f"episodes={episodes} must be at least 1.")
@@ -170,18 +173,16 @@ def _to_image(pixels: torch.Tensor) -> np.ndarray:
 @contextlib.contextmanager
 def untouched_generators(seed: int | None) -> Iterator[None]:
     """Global random states come back as they were, so that training does not depend on whether it is evaluated."""
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            if seed is not None:
-                torch.manual_seed(seed)
-                np.random.seed(seed % 2**32)
-                random.seed(seed)
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    generators = GlobalRNGState()
+    before = generators.state_dict()
+    try:
+        if seed is not None:
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+        yield
+    finally:
+        generators.load_state_dict(before)
 
 
 @contextlib.contextmanager

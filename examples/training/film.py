@@ -31,9 +31,10 @@ def evaluate_seeds(
 ) -> EvaluationResult:
     """One episode from each of `seeds` with mode actions; the first one is filmed if `record`.
 
-    seed: for the sampling inside the policy.
-    max_steps: where an episode is cut off, with a warning; None plays on until it ends.
-    make_environment: films the episode where the observations hold no image; None leaves such a film out.
+    Args:
+        seed: for the sampling inside the policy.
+        max_steps: where an episode is cut off, with a warning; None plays on until it ends.
+        make_environment: films the episode where the observations hold no image; None leaves such a film out.
     """
     reseed(environments, seeds)
     actions = []  # of the first environment

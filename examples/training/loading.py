@@ -84,8 +84,9 @@ def load_trained(
 ) -> Trained:
     """The agent in a run's newest checkpoint, or in one particular checkpoint.
 
-    trust: modules beside this package whose functions may make the environment or the agent.
-    images: whether an agent that sees none is refused.
+    Args:
+        trust: modules beside this package whose functions may make the environment or the agent.
+        images: whether an agent that sees none is refused.
     """
     if path is None:
         raise ValueError("checkpoint=DIR is missing: give a run's directory, or one of its checkpoints.")

@@ -167,7 +167,8 @@ def build(
 ) -> tuple[Agent, list[str]]:
     """A new agent for this environment.
 
-    precision: in which the agent is to be trained; what does not fit into memory then is refused.
+    Args:
+        precision: in which the agent is to be trained; what does not fit into memory then is refused.
     """
     observations, actions = spaces(make_environment, cfg.timeout)
     if precision is not None:
