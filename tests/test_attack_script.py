@@ -272,7 +272,7 @@ def test_reading_a_run_makes_no_learner_and_no_optimiser(trained, tmp_path, monk
     found, same = load_trained(str(trained), torch.device("cpu")).agent, load_pretrained(trained)
     for name, part in found.parts().items():
         for one, other in zip(part.parameters(), same.parts()[name].parameters(), strict=True):
-            assert torch.equal(one, other) and not one.requires_grad and not part.training
+            assert torch.equal(one, other) and not one.requires_grad
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     out = [f"checkpoint={trained}", f"out={tmp_path}/out", "video=false", "episodes=1"]
     evaluate.main(config(*out, name="evaluate"))
