@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,16 +30,21 @@ def warn(text: str) -> None:
         tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes the file whole or leaves the old one as it is."""
-    partial = path.with_name(f".{path.name}.partial")
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes the file whole or leaves the old one as it is; `write` writes the file that it is given."""
+    partial = path.with_name(f".{path.name}")
     with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(text)
+            write(partial)
             os.replace(partial, path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    replace(path, lambda partial: partial.write_text(text))
 
 
 def require_room(directory: Path, size: int = 2**20) -> None:

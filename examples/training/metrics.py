@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .files import REMEDY, explained, require_room, warn
+from .files import REMEDY, explained, replace_text, require_room, warn
 from .video import encode_gif
 
 
@@ -344,9 +344,7 @@ class WandbLogger:
         if step <= self.sent:
             return
         self.run.log(values, step=step)
-        partial = self.state_file.with_suffix(".partial")
-        partial.write_text(json.dumps({"id": self.run_id, "step": step}))
-        os.replace(partial, self.state_file)
+        replace_text(self.state_file, json.dumps({"id": self.run_id, "step": step}))
 
     def flush(self) -> None:
         """W&B has no way to ask for it."""

@@ -216,23 +216,12 @@ def open_metrics(cfg: DictConfig, logdir: Path, saved: LoadedCheckpoint | None) 
 
 
 def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
-    before, now = with_successor(before), with_successor(now)
     if found := first_difference(before, now, FIXED):
         key, old, new = found
         raise ValueError(
             f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
             f"Repeat {key}={old}, or start afresh in another logdir."
         )
-
-
-def with_successor(cfg: DictConfig) -> DictConfig:
-    """The configuration with the optimiser's successor, which goes on from its state."""
-    target = OmegaConf.select(cfg, "algorithm.optimizer._target_")
-    if target not in SUCCESSORS:
-        return cfg
-    cfg = cfg.copy()
-    OmegaConf.update(cfg, "algorithm.optimizer._target_", SUCCESSORS[target])
-    return cfg
 
 
 def first_difference(
@@ -250,9 +239,13 @@ def first_difference(
     for section in keys:
         for key, old, new in differences(OmegaConf.select(before, section), OmegaConf.select(now, section), section):
             old = default_of(key, new, overrides) if old is MISSING else old
-            if old != new:
+            if successor(old) != successor(new):
                 return key, old, new
     return None
+
+
+def successor(value: object) -> object:
+    return SUCCESSORS.get(value, value) if isinstance(value, str) else value
 
 
 def differences(old: object, new: object, key: str) -> Iterator[tuple[str, object, object]]:
