@@ -41,7 +41,7 @@ class InfiniteReward(World):
 
 class Faulty(World):
     def step(self, action):
-        return {}["speed"]
+        return super().step(action) if self.steps < 7 else {}["speed"]
 
 class TwoHands(World):
     action_space = spaces.MultiDiscrete([2, 3])
@@ -206,12 +206,12 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(server, tmp_path
         assert word in message, message
 
 
-def test_an_error_of_the_users_own_environment_is_shown_without_frames_of_hydra(server, tmp_path):
+def test_an_error_of_the_users_own_environment_is_shown_as_it_was_raised(server, tmp_path):
     (tmp_path / "world.py").write_text(WORLD)
     run = server.run(tmp_path, *task("Faulty"), "env.parallel=false", "logdir=log")
     said, _, shown = run.stderr.strip().partition("\nTraceback")
     assert run.status == 1 and said.rpartition("\n")[2].startswith("KeyError ended the program; ")
-    assert "hydra" not in shown and 'return {}["speed"]' in shown and shown.endswith("KeyError: 'speed'")
+    assert "hydra" not in shown and 'else {}["speed"]' in shown and shown.endswith("KeyError: 'speed'")
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,21 @@ from r2dreamer.losses import DreamerActorLoss, R2DreamerWorldModelLoss, collapse
 
 
 class Learner(nn.Module):
-    """Three losses, one optimiser, one slow critic."""
+    """Three losses, one optimiser, one slow critic.
 
-    def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile=None, capture="auto"):
+    Args:
+        algorithm: the section of that name of a configuration, ``configuration("algorithm=r2dreamer").algorithm``.
+        precision: what losses are computed in; weights stay float32.
+        compile: None, "parts" or "step", as the setting of that name. capture: "auto", True or False, likewise.
+
+    Example:
+        >>> learner = Learner(agent, configuration("algorithm=r2dreamer").algorithm)  # doctest: +SKIP
+        >>> losses, latents = learner.update(replay.sample())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, agent: Agent, algorithm: DictConfig, precision: torch.dtype = torch.float32, compile=None, capture="auto"
+    ):
         super().__init__()
         make = hydra.utils.instantiate
         self.world_model_loss = R2DreamerWorldModelLoss(
