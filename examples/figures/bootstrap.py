@@ -15,10 +15,9 @@ def bootstrap_means(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np
     return np.tensordot(counts / len(values), values, 1)
 
 
-def percentiles(means: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(means, [tail, 100 - tail], axis=0)
-    return low, high
+def percentiles(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The interval that holds 95 % of the means."""
+    return tuple(np.percentile(means, [2.5, 97.5], axis=0))
 
 
 def bootstrap_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
@@ -65,7 +64,6 @@ def evaluate(
     max_steps: int | None = None,
     record: bool = False,
     pixels_key: str = "pixels",
-    frame_fn: Callable[[], np.ndarray] | None = None,
     seed: int | None = None,
 ) -> EvaluationResult:
     """Mode actions, no gradient, the undiscounted return of whole episodes.
@@ -76,7 +74,6 @@ def evaluate(
 
     Args:
         max_steps: policy steps after which an episode is cut off.
-        frame_fn: gives an image [H, W, 3] of the first environment where it has no `pixels_key`.
         seed: for the sampling inside the policy (latents); the environments keep their own seeds, set by the caller.
     """
     if episodes < 1:
@@ -85,15 +82,23 @@ def evaluate(
     greedy = set_exploration_type(ExplorationType.DETERMINISTIC)
     with untouched_generators(seed), _eval_mode(policy), torch.no_grad(), greedy:
         while len(result.episodes) < episodes:
-            camera = _Camera(pixels_key, frame_fn) if record and not result.episodes else None
-            result.episodes += _play_round(env, policy, max_steps, camera)[: episodes - len(result.episodes)]
-            if camera is not None:
-                result.frames = camera.film()
+            filmed = [] if record and not result.episodes else None
+            result.episodes += _play_round(env, policy, max_steps, pixels_key, filmed)[
+                : episodes - len(result.episodes)
+            ]
+            if filmed:
+                result.frames = np.stack(filmed)
     return result
 
 
-def _play_round(env, policy, max_steps, camera):
-    """Every environment's first episode after a reset, in their order."""
+def _play_round(env, policy, max_steps, pixels_key, filmed):
+    """Every environment's first episode after a reset, in their order; `filmed` takes the first one's images."""
+
+    def film(observation):
+        if filmed is not None and playing[0] and len(filmed) < LONGEST_FILM and pixels_key in observation:
+            pixels = observation[pixels_key]
+            filmed.append(_to_image(pixels[0] if observation.batch_size else pixels))
+
     count = env.batch_size.numel()
     env_device = env.device or torch.device("cpu")
     policy_device = next((parameter.device for parameter in policy.parameters()), env_device)
@@ -106,15 +111,14 @@ def _play_round(env, policy, max_steps, camera):
     root.set("is_init", torch.ones_like(root["done"]))
     steps = 0
     while playing.any() and (max_steps is None or steps < max_steps):
-        if camera is not None and playing[0]:
-            camera.shoot(root)
+        film(root)
         acted = root.update(policy(root.to(policy_device)).to(env_device))
         carried = acted.copy()
         stepped, root = env.step_and_maybe_reset(acted)
         after = stepped["next"]
         done = after["done"].reshape(count).cpu()
-        if camera is not None and playing[0] and done[0]:
-            camera.shoot(after, live=False)
+        if done[0]:
+            film(after)
         returns += torch.where(playing, after["reward"].reshape(count).double().cpu(), 0.0)
         for name, now in reported(after, (count,)).items():
             metrics[name] = torch.where(playing, torch.maximum(metrics[name], now), metrics[name])
@@ -137,26 +141,6 @@ def _play_round(env, policy, max_steps, camera):
         )
         for index in range(count)
     ]
-
-
-class _Camera:
-    """Collects frames of the first environment."""
-
-    def __init__(self, pixels_key: str, frame_fn: Callable[[], np.ndarray] | None):
-        self.pixels_key, self.frame_fn, self.frames = pixels_key, frame_fn, []
-
-    def shoot(self, observation: TensorDictBase, live: bool = True) -> None:
-        """live: the environment still is where `observation` was made; an ended one has been reset already."""
-        if len(self.frames) == LONGEST_FILM:
-            return
-        pixels = observation.get(self.pixels_key, None)
-        if pixels is not None:
-            self.frames.append(_to_image(pixels[0] if observation.batch_size else pixels))
-        elif self.frame_fn is not None and live:
-            self.frames.append(np.asarray(self.frame_fn()))
-
-    def film(self) -> np.ndarray | None:
-        return np.stack(self.frames) if self.frames else None
 
 
 def _to_image(pixels: torch.Tensor) -> np.ndarray:
