@@ -21,8 +21,7 @@ from tqdm import tqdm
 from r2dreamer.envs import AdversarialPatch, env_seeds, make_vector_env, reseed
 from r2dreamer.examples.attacks.gallery import contact_sheet, draw_patch, draw_search, side_by_side
 from r2dreamer.examples.attacks.report import BELIEFS, compare, markdown, percent_drop, verdict
-from r2dreamer.examples.attacks.search import Search, measure, optimize
-from r2dreamer.examples.attacks.windows import Windows, collect_episodes
+from r2dreamer.examples.attacks.search import Search, Windows, collect_episodes, measure, optimize
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.evaluation import EvaluationResult, evaluate

@@ -13,9 +13,8 @@ from omegaconf import DictConfig
 
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device
-from r2dreamer.examples.training.evaluation import LONGEST_EPISODE
+from r2dreamer.examples.training.evaluation import LONGEST_EPISODE, evaluate_seeds
 from r2dreamer.examples.training.files import output_path
-from r2dreamer.examples.training.film import evaluate_seeds
 from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.video import write_video
 

@@ -35,8 +35,7 @@ from r2dreamer.envs.transforms.subtle import OFFICIAL
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.probing.recording import record, recorded
 from r2dreamer.examples.probing.report import write_results
-from r2dreamer.examples.probing.scores import baseline_scores, model_scores
-from r2dreamer.examples.probing.worldmodel import train_world_model
+from r2dreamer.examples.probing.scores import baseline_scores, model_scores, train_world_model
 from r2dreamer.examples.settings.compose import compose
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.files import output_path, replace, replace_text

@@ -34,8 +34,8 @@ from r2dreamer.examples.figures.curves import draw_curve
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.diagnosis import Diagnosis, largest_entropy
 from r2dreamer.examples.training.episodes import EpisodeReturns
+from r2dreamer.examples.training.evaluation import evaluate_seeds
 from r2dreamer.examples.training.files import replace_text, warn
-from r2dreamer.examples.training.film import evaluate_seeds
 from r2dreamer.examples.training.learner import Learner, check_weights, parameter_counts
 from r2dreamer.examples.training.metrics import Averages, progress, rename_loss
 from r2dreamer.examples.training.openloop import film_open_loop
