@@ -21,13 +21,12 @@ from tqdm import tqdm
 from r2dreamer.envs import AdversarialPatch, env_seeds, make_vector_env, reseed
 from r2dreamer.examples.attacks.gallery import contact_sheet, draw_patch, draw_search, side_by_side
 from r2dreamer.examples.attacks.report import BELIEFS, compare, markdown, percent_drop, verdict
-from r2dreamer.examples.attacks.search import Search, measure, optimize
-from r2dreamer.examples.attacks.windows import Windows, collect_episodes
+from r2dreamer.examples.attacks.search import Search, Windows, collect_episodes, measure, optimize
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.evaluation import EvaluationResult, evaluate
-from r2dreamer.examples.training.files import output
-from r2dreamer.examples.training.trained import Trained, load_trained
+from r2dreamer.examples.training.files import output_path
+from r2dreamer.examples.training.loading import Trained, load_trained
 from r2dreamer.examples.training.video import write_video
 from r2dreamer.losses import PlanningAttackLoss
 
@@ -175,7 +174,7 @@ def main(cfg: DictConfig) -> None:
     trained = load_trained(cfg.checkpoint, device, cfg.trust)
     if trained.run.threads:
         torch.set_num_threads(trained.run.threads)
-    out = output(cfg.out, trained.directory, "attack")
+    out = output_path(cfg.out, trained.directory, "attack")
     attack = Attack(trained, cfg, device)
     other = None if cfg.other is None else prepare_other(cfg, attack)
     record = {"agent": trained.identity, "config": OmegaConf.to_container(cfg, resolve=True)}

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 import hydra
 
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
-from r2dreamer.examples.training.memory import keep_memory  # isort: skip
+from r2dreamer.examples.training.malloc import keep_memory  # isort: skip
 
 if __name__ == "__main__":
     keep_memory()  # as the trainer does, whose update is timed here
@@ -44,9 +44,9 @@ from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay.replay import make_replay
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.timing.peers import torchrl_dreamer
-from r2dreamer.examples.train import Learner
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
-from r2dreamer.examples.training.setup import check_fits, make_agent, parameter_counts
+from r2dreamer.examples.training.learner import Learner, parameter_counts
+from r2dreamer.examples.training.setup import check_fits, make_agent
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:

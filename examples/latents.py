@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -33,14 +33,14 @@ from omegaconf import DictConfig, OmegaConf
 from r2dreamer.dreamer import Agent
 from r2dreamer.envs.transforms.subtle import OFFICIAL
 from r2dreamer.examples.cli.script import script
-from r2dreamer.examples.probing.probing import baseline_scores, model_scores
 from r2dreamer.examples.probing.recording import record, recorded
 from r2dreamer.examples.probing.report import write_results
-from r2dreamer.examples.probing.worldmodel import train_world_model
+from r2dreamer.examples.probing.scores import baseline_scores, model_scores, train_world_model
+from r2dreamer.examples.settings.compose import compose
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
-from r2dreamer.examples.training.files import output
+from r2dreamer.examples.training.files import output_path, replace, replace_text
+from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.setup import build
-from r2dreamer.examples.training.trained import load_trained
 
 BASELINES, UNTRAINED = "baselines", "untrained"  # stand in a member's place
 
@@ -81,7 +81,7 @@ def composed(cell: Cell, overrides: list[str]) -> DictConfig:
     algorithm = "none" if cell.member in (BASELINES, UNTRAINED) else cell.member
     where = [f"env.task={cell.task}", f"env.shrink={cell.shrink}", "env.physics=frozen", f"seed={cell.seed}"]
     chosen = ["experiment=latents", "env=dmc_subtle", f"algorithm={algorithm}", *where, *overrides]
-    return hydra.compose("config", chosen)
+    return compose(*chosen)
 
 
 def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent | None = None) -> dict:
@@ -109,7 +109,7 @@ def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent 
         scores = model_scores(trained or agent, records, episodes)
     result = asdict(cell) | {"minutes": round((time.time() - start) / 60, 2), "scores": scores, "losses": losses}
     result |= origin()
-    write_whole(path, lambda partial: partial.write_text(json.dumps(result)))
+    replace_text(path, json.dumps(result))
     return result
 
 
@@ -120,7 +120,7 @@ def fitted(agent: Agent, run: DictConfig, cfg: DictConfig, records, path: Path) 
         amount = {"updates": cfg.updates, "batch_size": run.batch_size, "progress": cfg.progress}
         losses = train_world_model(agent, run.algorithm, records, run.seed, precision=precision, **amount)
         saved = {"weights": agent.world_model.state_dict(), "losses": losses}
-        write_whole(path, lambda partial: torch.save(saved, partial))
+        replace(path, lambda partial: torch.save(saved, partial))
     saved = torch.load(path, weights_only=True)
     agent.world_model.load_state_dict(saved["weights"])
     return saved["losses"]
@@ -128,17 +128,10 @@ def fitted(agent: Agent, run: DictConfig, cfg: DictConfig, records, path: Path) 
 
 def results_in(out: Path, members: Sequence[str]) -> list[dict]:
     """All results of a directory, also those of other commands: by task, size and member."""
-    results = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("[!.]*.json"))]
     place = {member: number for number, member in enumerate(members)}
     order = lambda result: (result["task"], -result["shrink"], place.get(result["member"], len(place)), result["seed"])
     return sorted(results, key=order)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that a kill leaves whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(partial := path.with_name(path.name + ".partial"))
-    partial.replace(path)
 
 
 def origin() -> dict[str, str]:
@@ -157,7 +150,7 @@ def claim(out: Path, settings: dict) -> None:
             f"{out} holds results with {name}={before.get(name)}, and this command says {settings.get(name)}. Repeat the "
             "former, or give another directory with out=DIR."
         )
-    write_whole(path, lambda partial: partial.write_text(json.dumps(settings)))
+    replace_text(path, json.dumps(settings))
 
 
 @script("latents", foreign=True)
@@ -168,7 +161,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.checkpoint:
         trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run
-        out = output(cfg.out, trained.directory, "latents")
+        out = output_path(cfg.out, trained.directory, "latents")
         claim(out, settings | {"checkpoint": str(trained.path)})
         shrink = run.env.get("shrink") or (OFFICIAL[run.env.task].shrink if run.env.suite == "dmc_subtle" else 1)
         whose = [(BASELINES, None), (UNTRAINED, None), (run.name, trained.agent)]

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from r2dreamer.envs import env_seeds
 from r2dreamer.examples.attacks.gallery import contact_sheet, overlay, side_by_side
+from r2dreamer.examples.attacks.masks import object_mask
 from r2dreamer.examples.attacks.occlusion import OcclusionSaliency, inside_fraction
-from r2dreamer.examples.attacks.segment import segmenter
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device
 from r2dreamer.examples.training.evaluation import LONGEST_FILM, evaluate
-from r2dreamer.examples.training.files import output
-from r2dreamer.examples.training.trained import Trained, load_trained
+from r2dreamer.examples.training.files import output_path
+from r2dreamer.examples.training.loading import Trained, load_trained
 from r2dreamer.examples.training.video import write_video
 
 
@@ -34,15 +34,15 @@ def watch(trained: Trained, cfg: DictConfig, key: str, seed: int) -> dict[str, l
     seen = {"frames": [], "policy": [], "value": [], "masks": [], "returns": []}
     for each in env_seeds(seed, cfg.episodes, "eval"):
         environment = trained.make_environment(seed=each)
-        segment = segmenter(environment, run.env.task, cfg.objects, cfg.colour)
+        mask = object_mask(environment, run.env.task, cfg.objects, cfg.colour)
         bar = tqdm(total=cfg.max_steps, disable=not cfg.progress)
 
-        def look(module, inputs, segment=segment, bar=bar):
+        def look(module, inputs, mask=mask, bar=bar):
             (observed,) = inputs
             for name, heat in saliency(observed).items():
                 seen[name].append(heat.cpu())
-            if segment is not None:  # the simulator still is where the image was made
-                seen["masks"].append(segment(observed[key]))
+            if mask is not None:  # the simulator still is where the image was made
+                seen["masks"].append(mask(observed[key]))
             bar.update()
 
         hook = trained.agent.policy.register_forward_pre_hook(look)
@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
     if trained.run.threads:
         torch.set_num_threads(trained.run.threads)
     key = trained.pixels_key(cfg.pixels_key)
-    out = output(cfg.out, trained.directory, "saliency")
+    out = output_path(cfg.out, trained.directory, "saliency")
     seen = watch(trained, cfg, key, trained.run.seed if cfg.seed is None else cfg.seed)
     masks = torch.stack(seen["masks"]) if seen["masks"] else None
 

@@ -10,7 +10,7 @@ The process keeps freed memory, which makes updates faster on a CPU; R2DREAMER_M
 import time
 
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
-from r2dreamer.examples.training.memory import keep_memory  # isort: skip
+from r2dreamer.examples.training.malloc import keep_memory  # isort: skip
 
 if __name__ == "__main__":
     keep_memory()  # before torch as well
@@ -20,119 +20,28 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
-from torch import nn
+from torchrl.checkpoint import CheckpointError
 from torchrl.envs.utils import ExplorationType
 from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
-from r2dreamer.dreamer import Agent, compile_parts
-from r2dreamer.dreamer.fast.capture import PREPARING, captured
+from r2dreamer.dreamer.fast.capture import PREPARING
 from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.replay.records import RecordBuilder
 from r2dreamer.envs.replay.replay import check_memory, make_replay, record_bytes
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.figures.curves import draw_curve
-from r2dreamer.examples.training.checkpoint import CheckpointError
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.diagnosis import Diagnosis, largest_entropy
-from r2dreamer.examples.training.disk import replace_text, warn
 from r2dreamer.examples.training.episodes import EpisodeReturns
-from r2dreamer.examples.training.film import evaluate_seeds
+from r2dreamer.examples.training.evaluation import evaluate_seeds
+from r2dreamer.examples.training.files import replace_text, warn
+from r2dreamer.examples.training.learner import Learner, check_weights, parameter_counts
 from r2dreamer.examples.training.metrics import Averages, progress, rename_loss
 from r2dreamer.examples.training.openloop import film_open_loop
-from r2dreamer.examples.training.schedule import LinearFall
-from r2dreamer.examples.training.setup import (
-    build,
-    check_weights,
-    objective,
-    open_metrics,
-    open_run,
-    parameter_counts,
-    parameter_groups,
-)
+from r2dreamer.examples.training.setup import build, open_metrics, open_run
 from r2dreamer.examples.training.snapshot import restore, snapshot
 from r2dreamer.examples.training.video import write_video
-from r2dreamer.losses import R2DreamerWorldModelLoss, collapse_metrics, total_loss
-
-
-class Learner(nn.Module):
-    """Three losses, one optimiser, one slow critic."""
-
-    def __init__(self, agent: Agent, algorithm: DictConfig, precision: torch.dtype, compile=None, capture="auto"):
-        super().__init__()
-        make = hydra.utils.instantiate
-        self.world_model_loss = R2DreamerWorldModelLoss(
-            agent.world_model,
-            objective(algorithm.representation, agent),
-            kl=make(algorithm.kl),
-            num_reward_bins=agent.reward.num_bins,
-            **make(algorithm.world_model),
-        )
-        self.posterior_mean = agent.posterior.latent.expected
-        self.augmentation = make(algorithm.augmentation)
-        value_loss = make(algorithm.value)(agent.value_model, num_value_bins=agent.value.num_bins)
-        bootstrap, ends = value_loss.bootstrap_model, agent.continue_model
-        self.actor_loss = make(algorithm.actor)(agent.actor, bootstrap, agent.imagination, continue_model=ends)
-        self.value_loss = value_loss
-        self.probe = objective(algorithm.probe, agent)  # last: with it or without, all else begins the same
-        device = next(agent.encoder.parameters()).device
-        self.to(device)  # the losses have buffers of their own
-        self.replay_value_weight = algorithm.replay_value_weight
-        self.optimizer = make(algorithm.optimizer, parameter_groups(self, agent))
-        fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
-        self.anneal = LinearFall(self.optimizer, self.actor_loss, *fractions)
-        self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
-        self.precision, self.device = precision, device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
-        if compile == "parts":
-            compile_parts(agent.rollout, *agent.parts().values(), self)
-        self.gradients = captured(self.losses_and_gradients, device, capture)
-
-    def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
-        """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
-        losses, posterior = self.world_model_loss(self.augmentation(batch))
-        probe_terms, _ = self.probe(posterior, self.world_model_loss.tensor_keys)
-        losses.update({f"loss_{name}": term for name, term in probe_terms.items()})
-        latents = posterior.get("next").select("state", "belief")
-        start = latents.detach().flatten(0, 1)  # imagination begins at every posterior state and trains none of them
-        actor_losses, imagined = self.actor_loss(start)
-        value_losses, _ = self.value_loss(imagined)
-        losses.update(actor_losses).update(value_losses)
-        if self.replay_value_weight:
-            losses.set("loss_replay_value", self.replay_value_weight * self.replay_value_loss(batch, latents, imagined))
-        embedding = posterior.get(("next", "encoded_latents"))
-        # Not the samples, which vary also where the posterior knows nothing.
-        expected = self.posterior_mean(posterior.get(("next", "posterior_logits")).detach())
-        losses.update(collapse_metrics(embedding=embedding, state=expected))
-        return losses, latents.detach()
-
-    def replay_value_loss(self, batch: TensorDict, latents: TensorDict, imagined: TensorDict) -> torch.Tensor:
-        """The critic along the replayed sequence; the latents are attached, so that its error reaches the world model."""
-        replayed = latents.copy()
-        replayed.set("bootstrap", imagined.get("lambda_target")[:, 0].reshape(*batch.shape, 1))
-        replayed.set("next", batch.get("next").select("reward", "done", "terminated"))
-        horizon = 1 / (1 - self.actor_loss.discount)
-        loss = self.value_loss.replay_value_loss(replayed, horizon=horizon, lmbda=self.actor_loss.lmbda)
-        return loss.get("loss_replay_value")
-
-    def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
-        """One step of the one optimiser over everything, then the slow critic moves."""
-        losses, latents = self.gradients(batch)
-        self.scaler.unscale_(self.optimizer)
-        self.scaler.step(self.optimizer)  # clips each tensor's gradient by its norm (AGC), then LaProp
-        self.scaler.update()
-        self.slow_critic.step()
-        self.world_model_loss.representation.after_update()
-        return losses, latents
-
-    def losses_and_gradients(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
-        """Nothing in here may wait for the device: on a GPU it is captured, and runs without Python from then on."""
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            losses, latents = self.compute_losses(batch)
-        self.optimizer.zero_grad()
-        self.scaler.scale(total_loss(losses)).backward()
-        return losses.detach(), latents
 
 
 class Trainer:
@@ -147,7 +56,7 @@ class Trainer:
             torch.set_num_threads(cfg.threads)
         self.suite = suite = hydra.utils.instantiate(cfg.env, _convert_="all")
         self.agent, keys = build(suite["make"], cfg, self.device, precision)
-        self.stream = hydra.utils.instantiate(cfg.collector, self.agent.policy)
+        self.collection = hydra.utils.instantiate(cfg.collector, self.agent.policy)
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile, cfg.capture)
 
         streams, sizes = cfg.env.num_envs, self.agent.latent_sizes
@@ -169,14 +78,14 @@ class Trainer:
         self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, **workers)
         collector = VectorCollector(  # TorchRL's Collector, with a shorter way from step to step
             self.environments,
-            self.stream.policy,
+            self.collection.policy,
             keep=sizes,  # the latents the policy acted on, beside each transition
             frames_per_batch=streams * cfg.collect_steps,
             total_frames=-1,
             policy_device=self.device,
             exploration_type=ExplorationType.RANDOM,
         )
-        self.stream.start(collector)
+        self.collection.start(collector)
         if self.saved:
             restore(self)
         replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))  # nothing refuses it any more
@@ -191,7 +100,7 @@ class Trainer:
         return self.count["policy_steps"] * self.cfg.env.action_repeat
 
     def now(self) -> dict[str, float]:
-        return self.count | {"time": time.perf_counter(), "waited": self.stream.waited}
+        return self.count | {"time": time.perf_counter(), "waited": self.collection.waited}
 
     def train_seeds(self) -> list[int]:
         return env_seeds(self.cfg.seed, self.cfg.env.num_envs, "train", self.count["restarts"])
@@ -207,7 +116,7 @@ class Trainer:
         with Interrupt() as interrupt, tqdm(total=total, initial=self.frames, disable=not cfg.progress) as bar:
             while self.frames < total and not interrupt.requested:
                 before = self.frames
-                self.collect(self.stream.next(self.count["updates"]))
+                self.collect(self.collection.next(self.count["updates"]))
                 if self.count["policy_steps"] >= self.first_update and self.replay.can_sample():
                     self.update()
                 due = lambda every, before=before: self.frames // every > before // every
@@ -234,7 +143,7 @@ class Trainer:
         """The updates owed for the policy steps made since the last ones."""
         self.learner.anneal(self.frames / self.cfg.total_frames)
         if self.unprepared > 0:
-            self.stream.pause()  # what compiles or captures concerns the whole process
+            self.collection.pause()  # what compiles or captures concerns the whole process
         for _ in range(self.ratio(self.count["policy_steps"])):
             batch = self.replay.sample(device=self.device)
             losses, latents = self.learner.update(batch)
@@ -248,7 +157,7 @@ class Trainer:
     def log(self) -> dict[str, str]:
         before, self.clock = self.clock, self.now()
         line = {rename_loss(name): value for name, value in self.averages.pop().items()} | self.returns.pop()
-        line |= progress(before, self.clock, self.cfg.env.action_repeat) | {"count/policy_lag": self.stream.lag}
+        line |= progress(before, self.clock, self.cfg.env.action_repeat) | {"count/policy_lag": self.collection.lag}
         self.metrics.write(self.frames, line)
         for sign in self.diagnosis.look(line):
             warn(f"At {self.frames} frames {sign}")
@@ -256,7 +165,7 @@ class Trainer:
 
     def evaluate(self) -> str:
         """Mode actions in environments of their own, the same seeds every time; the return, and when it was measured."""
-        self.stream.pause()
+        self.collection.pause()
         cfg = self.cfg
         last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
         film = {"record": cfg.eval.video, "make_environment": self.suite["make_evaluation"] if last else None}
@@ -272,12 +181,12 @@ class Trainer:
 
     def restart_environments(self) -> None:
         """New episodes everywhere, from seeds that depend on the run's seed and on how often this happened."""
-        self.stream.pause()
+        self.collection.pause()
         self.replay.truncate_streams()
         self.records.reset()
         self.returns.reset()
         reseed(self.environments, self.train_seeds())
-        self.stream.restart()
+        self.collection.restart()
 
     def save(self, leaving: bool = False) -> None:
         """leaving: an extra checkpoint because the run ends early; it must succeed, as must the one at the end."""
@@ -286,7 +195,7 @@ class Trainer:
                 return  # an exact run repeats from its last regular checkpoint
             self.count["restarts"] += 1
             self.restart_environments()
-        self.stream.pause()  # the generators are saved, too
+        self.collection.pause()  # the generators are saved, too
         check_weights(self.agent, self.frames, self.count["updates"])
         try:
             self.checkpoints.save(self.frames, snapshot(self), self.replay if self.cfg.checkpoint.replay else None)
@@ -296,7 +205,7 @@ class Trainer:
             warn(f"{error} Training goes on; the next checkpoint tries again.")
 
     def close(self) -> None:
-        for part in (self.stream, self.evaluation, self.metrics, self.lock):
+        for part in (self.collection, self.evaluation, self.metrics, self.lock):
             part.close()
 
 
@@ -306,7 +215,8 @@ def main(cfg: DictConfig) -> None:
     try:
         trainer.run()
     except Exception as error:
-        if trainer.stream.failed or isinstance(error, WorkerError):  # environments are lost, what was learned is not
+        # Environments are lost, what was learned is not.
+        if trainer.collection.failed or isinstance(error, WorkerError):
             trainer.save(leaving=True)
         elif isinstance(error, RuntimeError):
             check_weights(trainer.agent, trainer.frames, trainer.count["updates"])

@@ -70,7 +70,8 @@ class PlanningAttackLoss(DreamerLoss):
         reward_logits: NestedKey = "reward_logits"
         value: NestedKey = "state_value"
         value_logits: NestedKey = "state_value_logits"
-        continue_pred: NestedKey = "continue_pred"
+        continue_pred: NestedKey = "continue_pred"  # a logit
+        continuation: NestedKey = "continuation"  # a probability, where the head writes no logit
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
@@ -268,8 +269,9 @@ class PlanningAttackLoss(DreamerLoss):
         reward = self._predict(self.reward_model, judged, keys.reward, keys.reward_logits, self.reward_two_hot)
         terminal = torch.zeros_like(reward)  # [N, H, 1]
         if self.continue_model is not None:
-            ends = self.continue_model(judged.select(*self.continue_model.in_keys)).get(keys.continue_pred)
-            terminal = 1 - ends.float().sigmoid()
+            predicted = self.continue_model(judged.select(*self.continue_model.in_keys))
+            logit = predicted.get(keys.continue_pred, None)
+            terminal = 1 - (predicted.get(keys.continuation).float() if logit is None else logit.float().sigmoid())
         value = torch.zeros_like(reward)
         if self.bootstrap:
             last = self._predict(self.value_model, judged[:, -1:], keys.value, keys.value_logits, self.value_two_hot)

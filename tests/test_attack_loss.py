@@ -28,7 +28,7 @@ def patch_of(hw=(6, 4), delta=None, **settings):
 # -- a world small enough to work by hand: a belief is an image's only pixel --------------------------------------------
 
 
-def toy_loss(patch, *, gain=0.5, continuation=None, reward=lambda belief: belief, **settings):
+def toy_loss(patch, *, gain=0.5, continuation=None, ends="continue_pred", reward=lambda belief: belief, **settings):
     """belief' = belief + action, action = gain * belief, reward = belief', value = 10 belief."""
 
     def world(pixels):
@@ -49,7 +49,7 @@ def toy_loss(patch, *, gain=0.5, continuation=None, reward=lambda belief: belief
         actor,
         head(reward, "reward"),
         head(lambda belief: 10 * belief, "state_value"),
-        continue_model=None if continuation is None else head(continuation, "continue_pred"),
+        continue_model=None if continuation is None else head(continuation, ends),
         **{"imagination_horizon": 2, "discount": 0.5, "unimix": 0.0, **settings},
     )
 
@@ -86,6 +86,8 @@ def test_the_value_at_the_end_and_continue_probabilities_count():
     assert without["imagined_return"].item() == pytest.approx(0.9 + 0.5 * 1.05)
     half = toy_loss(toy_patch(0.2), continuation=torch.zeros_like)(toy_records(0.8))
     assert half["imagined_return"].item() == pytest.approx(0.9 + 0.25 * 1.05 + 0.0625 * 10.5)
+    same = toy_loss(toy_patch(0.2), continuation=lambda belief: 0.5 + 0 * belief, ends="continuation")(toy_records(0.8))
+    assert same["imagined_return"].item() == pytest.approx(half["imagined_return"].item())
 
 
 def test_terms_have_their_weights_and_signs():

@@ -13,12 +13,14 @@ from hydra.errors import InstantiationException
 from launcher import TINY, config, wait_for
 from torchrl.checkpoint import CheckpointError
 
+from r2dreamer.dreamer import load_pretrained
 from r2dreamer.envs import AdversarialPatch
-from r2dreamer.examples import attack
+from r2dreamer.examples import attack, evaluate, saliency
 from r2dreamer.examples.attacks.occlusion import OcclusionSaliency
 from r2dreamer.examples.settings.schema import check
 from r2dreamer.examples.training.checkpoint import Checkpoints
-from r2dreamer.examples.training.trained import load_trained
+from r2dreamer.examples.training.learner import Learner
+from r2dreamer.examples.training.loading import load_trained
 
 SEEING = [
     "env=probe",
@@ -122,7 +124,7 @@ def damaged(server, trained, tmp_path_factory):
     blind = server.run(folder, "env=gym", "env.task=Pendulum-v1", *TINY, "total_frames=40", "logdir=blind")
     assert blind.status == 0, blind.stderr
     state = Checkpoints(trained / "checkpoints").load(replay=False).state
-    family = {**state, "learner": {**state["learner"], "model": {"policy.weight": torch.zeros(3)}}}
+    family = {**state, "agent": {**state["agent"], "weights": {"encoder": {"policy.weight": torch.zeros(3)}}}}
     Checkpoints(folder / "weights" / "checkpoints").save(1, family)
     config = {name: value for name, value in state["config"].items() if name != "algorithm"}
     Checkpoints(folder / "config" / "checkpoints").save(1, {**state, "config": config})
@@ -259,3 +261,20 @@ def test_the_agent_of_a_checkpoint_is_the_trained_one(trained, tmp_path):
     assert found.step == 120 and found.directory == trained and found.pixels_key() == "pixels"
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load_trained(str(tmp_path), torch.device("cpu"))
+
+
+def test_reading_a_run_makes_no_learner_and_no_optimiser(trained, tmp_path, monkeypatch, capsys):
+    def forbidden(*_, **__):
+        raise AssertionError("weights are read without one")
+
+    for part in (Learner, torch.optim.Optimizer):
+        monkeypatch.setattr(part, "__init__", forbidden)
+    found, same = load_trained(str(trained), torch.device("cpu")).agent, load_pretrained(trained)
+    for name, part in found.parts().items():
+        for one, other in zip(part.parameters(), same.parts()[name].parameters(), strict=True):
+            assert torch.equal(one, other) and not one.requires_grad
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    out = [f"checkpoint={trained}", f"out={tmp_path}/out", "video=false", "episodes=1"]
+    evaluate.main(config(*out, name="evaluate"))
+    saliency.main(config(*out, "progress=false", "max_steps=2", name="saliency"))
+    assert "over 1 episodes" in capsys.readouterr().out

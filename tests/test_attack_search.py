@@ -18,12 +18,11 @@ from r2dreamer.envs import make_probe, make_vector_env
 from r2dreamer.examples.attack import controls, play
 from r2dreamer.examples.attacks.gallery import overlay, side_by_side
 from r2dreamer.examples.attacks.report import compare, markdown, paired_difference, percent_drop, verdict
-from r2dreamer.examples.attacks.search import measure, optimize
-from r2dreamer.examples.attacks.windows import Windows, collect_episodes
+from r2dreamer.examples.attacks.search import Windows, collect_episodes, measure, optimize
 from r2dreamer.examples.cli.script import Interrupt
 from r2dreamer.examples.training.episodes import Episode
 from r2dreamer.examples.training.evaluation import EvaluationResult
-from r2dreamer.examples.training.trained import Trained
+from r2dreamer.examples.training.loading import Trained
 from r2dreamer.losses import total_loss
 
 PROBE = functools.partial(make_probe, "remember_first_frame", image_size=16)

@@ -39,13 +39,17 @@ class NaNSpeed(World):
 class InfiniteReward(World):
     spoilt = "reward"
 
+class Faulty(World):
+    def step(self, action):
+        return super().step(action) if self.steps < 7 else {}["speed"]
+
 class TwoHands(World):
     action_space = spaces.MultiDiscrete([2, 3])
 
 class Graph(World):
     observation_space = spaces.Dict(graph=spaces.Graph(spaces.Box(0, 1, (2,)), None))
 
-for name in ("World", "NaNSpeed", "InfiniteReward", "TwoHands", "Graph"):
+for name in ("World", "NaNSpeed", "InfiniteReward", "Faulty", "TwoHands", "Graph"):
     gymnasium.register(f"{name}-v0", globals()[name])
 """
 
@@ -200,6 +204,14 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(server, tmp_path
     message = refused(server, tmp_path, *task(name), "logdir=log")
     for word in words:
         assert word in message, message
+
+
+def test_an_error_of_the_users_own_environment_is_shown_as_it_was_raised(server, tmp_path):
+    (tmp_path / "world.py").write_text(WORLD)
+    run = server.run(tmp_path, *task("Faulty"), "env.parallel=false", "logdir=log")
+    said, _, shown = run.stderr.strip().partition("\nTraceback")
+    assert run.status == 1 and said.rpartition("\n")[2].startswith("KeyError ended the program; ")
+    assert "hydra" not in shown and 'else {}["speed"]' in shown and shown.endswith("KeyError: 'speed'")
 
 
 @pytest.mark.parametrize(

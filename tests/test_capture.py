@@ -15,7 +15,7 @@ from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.dreamer.fast.capture import captured
 from r2dreamer.dreamer.networks.distributions import BoundedNormal, OneHotAction
 from r2dreamer.dreamer.rssm.latents import CategoricalLatent
-from r2dreamer.examples.train import Learner
+from r2dreamer.examples.training.learner import Learner
 from r2dreamer.examples.training.setup import make_agent
 
 MEMBERS = ["r2dreamer", "dreamer", "infonce", "dreamerpro", "none", "vicreg", "dreamerv1", "dreamerv2"]

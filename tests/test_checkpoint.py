@@ -186,9 +186,9 @@ def test_checkpoints_without_the_replay(tmp_path):
     run.collect(20)
     checkpoints.save(1, run.state(), run.replay)
     for step in (2, 3):
-        checkpoints.save(step, run.state(), None, rng=False)
+        checkpoints.save(step, run.state(), None)
     loaded = Checkpoints(tmp_path).load()
-    assert not loaded.restore_replay(Run().replay) and not loaded.restore_rng()
+    assert not loaded.restore_replay(Run().replay)
     assert not list((tmp_path / "journal").iterdir())
     run.collect(1)
     checkpoints.save(4, run.state(), run.replay)

@@ -158,7 +158,7 @@ def test_the_trainers_own_collector_carries_the_latents(tmp_path):
     overrides = ["experiment=quickstart", f"logdir={tmp_path}", "progress=false", "logger=none", "env.eval_episodes=1"]
     trainer = Trainer(config(*overrides))
     try:
-        steps = torch.cat([next(trainer.stream.batches).clone() for _ in range(12)], 1)
+        steps = torch.cat([next(trainer.collection.batches).clone() for _ in range(12)], 1)
     finally:
         trainer.close()
     assert steps["is_init"][:, 1:].any()

@@ -13,7 +13,7 @@ from torch import nn
 from r2dreamer.dreamer import RandomShift
 from r2dreamer.examples import train
 from r2dreamer.examples.training.checkpoint import Checkpoints
-from r2dreamer.examples.training.setup import parameter_counts
+from r2dreamer.examples.training.learner import parameter_counts
 from r2dreamer.losses import DreamerPro, R2DreamerWorldModelLoss, sinkhorn
 
 RECORDED = pathlib.Path(__file__).parent / "data" / "loss_values.npz"

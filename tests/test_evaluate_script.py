@@ -11,7 +11,7 @@ import torch
 
 from r2dreamer.examples import evaluate
 from r2dreamer.examples.training.checkpoint import Checkpoints
-from r2dreamer.examples.training.film import film
+from r2dreamer.examples.training.evaluation import film
 from r2dreamer.examples.training.manifest import write_manifest
 
 

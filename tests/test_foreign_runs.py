@@ -21,8 +21,8 @@ from r2dreamer.dreamer.pretrained import BUILDERS, check_target, pack
 from r2dreamer.examples import attack, evaluate, saliency
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.checkpoint import Checkpoints
-from r2dreamer.examples.training.stored import UNUSED, plain_config, runnable_config
-from r2dreamer.examples.training.trained import load_trained
+from r2dreamer.examples.training.loading import load_trained
+from r2dreamer.examples.training.saved_config import UNUSED, plain_config, runnable_config
 
 BUILD = dict(_target_="r2dreamer.dreamer.build_agent", belief=16, hidden=12, classes=4, categoricals=7, depth=2)
 BUILD |= dict(encoder_multipliers=[1, 2], heads={})
@@ -178,7 +178,7 @@ def tool(script, checkpoint, *overrides):
     with pytest.MonkeyPatch.context() as before:
         before.setenv("PYTHONSAFEPATH", "")
         before.setattr(sys, "path", list(sys.path))
-        script.main(config(f"checkpoint={checkpoint}", *overrides, name=script.__name__))
+        script.main(config(f"checkpoint={checkpoint}", *overrides, name=script.__name__.rpartition(".")[2]))
 
 
 def refusal(script, checkpoint, capsys, *overrides):
@@ -267,6 +267,18 @@ def test_every_tool_refuses_and_says_what_to_add(run, tmp_path, script, capsys):
     assert "env.make_evaluation.factory=os:system is not part of what a saved run may call" in said
     assert "if os is yours, or you have read it, add trust=os. (" in said
     assert not marker.exists()
+
+
+def test_a_run_saved_under_former_module_names_is_evaluated_and_resumed(run, tmp_path, capsys):
+    def change(config):
+        config["collector"] = {"_target_": "support.streams.Alternating"}
+        config["logger"] = {"tensorboard": {"_target_": "support.metrics.TensorBoardLogger"}}
+
+    path = edited(run, tmp_path, change)
+    tool(evaluate, path, "episodes=1", "video=false")
+    assert "episode 0: return" in capsys.readouterr().out
+    trainer = train_here(tmp_path, *CARTPOLE, "total_frames=104", "eval.every=1000")
+    assert trainer.saved.path == path and trainer.frames == 104
 
 
 def test_nothing_is_looked_up_while_a_configuration_is_read(run, tmp_path, monkeypatch):

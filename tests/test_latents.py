@@ -13,11 +13,10 @@ from r2dreamer.envs.base.contract import finish
 from r2dreamer.envs.base.simulator import Simulator
 from r2dreamer.examples import latents
 from r2dreamer.examples.probing.facts import facts
-from r2dreamer.examples.probing.probing import baseline_scores, model_scores
 from r2dreamer.examples.probing.recording import record
 from r2dreamer.examples.probing.report import markdown
 from r2dreamer.examples.probing.ridge import heldout_r2
-from r2dreamer.examples.probing.worldmodel import train_world_model
+from r2dreamer.examples.probing.scores import baseline_scores, model_scores, train_world_model
 from r2dreamer.examples.training.setup import build
 
 SIZE = 16

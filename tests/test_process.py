@@ -14,7 +14,7 @@ from r2dreamer.envs.replay.replay import free_bytes
 MAPPED = """
 import ctypes, sys
 import r2dreamer.examples
-from r2dreamer.examples.training.memory import keep_memory
+from r2dreamer.examples.training.malloc import keep_memory
 {before}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -47,8 +47,8 @@ def test_only_who_asks_keeps_large_blocks_on_the_heap(before, environment, mappe
 def test_a_script_that_trains_asks_before_torch_is_imported(script):
     code = f"""
 import runpy, sys
-import r2dreamer.examples.training.memory
-r2dreamer.examples.training.memory.keep_memory = lambda: sys.exit(print("asked", "torch" in sys.modules))
+import r2dreamer.examples.training.malloc
+r2dreamer.examples.training.malloc.keep_memory = lambda: sys.exit(print("asked", "torch" in sys.modules))
 runpy.run_path({str(EXAMPLES / script)!r} + ".py", run_name="__main__")
 """
     assert python(code) == ["asked", "False"]

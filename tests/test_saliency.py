@@ -14,10 +14,10 @@ from test_attack_loss import opinionated
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import make_dmc, make_dmc_subtle, make_probe
+from r2dreamer.examples.attacks.masks import object_mask
 from r2dreamer.examples.attacks.occlusion import OcclusionSaliency, blurred, inside_fraction, window_masks
-from r2dreamer.examples.attacks.segment import segmenter
 from r2dreamer.examples.saliency import watch
-from r2dreamer.examples.training.trained import Trained
+from r2dreamer.examples.training.loading import Trained
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_fraction_inside_counts_frames_that_show_the_object():
 )
 def test_the_simulator_says_where_its_target_is(make, task, objects):
     env = make(seed=4)
-    segment = segmenter(env, task, objects)
+    segment = object_mask(env, task, objects)
     pixels = env.reset()["pixels"]
     mask = segment(pixels)
     assert mask.shape == (64, 64) and 4 < mask.sum() < 300
@@ -143,16 +143,16 @@ def test_every_frame_that_is_watched_comes_with_the_mask_of_its_own_moment():
 def test_objects_have_names_parts_and_bodies_and_elsewhere_colours():
     cartpole = make_dmc_subtle("cartpole_swingup", seed=0, shrink=1.0)
     pixels = cartpole.reset()["pixels"]
-    pole = segmenter(cartpole, "cartpole_swingup")(pixels)  # its default class is "pole", its geom "pole_1"
+    pole = object_mask(cartpole, "cartpole_swingup")(pixels)  # its default class is "pole", its geom "pole_1"
     assert 10 < pole.sum() < 200
-    assert torch.equal(segmenter(cartpole, "", ["pole_1"])(pixels), pole)
-    cart = segmenter(cartpole, "", ["cart"])(pixels)
+    assert torch.equal(object_mask(cartpole, "", ["pole_1"])(pixels), pole)
+    cart = object_mask(cartpole, "", ["cart"])(pixels)
     assert cart.any() and not (cart & pole).any()
     with pytest.raises(ValueError, match="are not among what this model has: .*cart.*pole_1"):
-        segmenter(cartpole, "", ["wheel"])
-    assert segmenter(make_dmc("walker_walk", seed=0, from_pixels=True), "walker_walk") is None  # has no target
+        object_mask(cartpole, "", ["wheel"])
+    assert object_mask(make_dmc("walker_walk", seed=0, from_pixels=True), "walker_walk") is None  # has no target
     probe = make_probe("small_target", seed=0, image_size=16)
-    assert segmenter(probe, "small_target") is None
-    assert segmenter(probe, "small_target", colour=[255, 255, 255])(probe.reset()["pixels"]).sum() == 4
+    assert object_mask(probe, "small_target") is None
+    assert object_mask(probe, "small_target", colour=[255, 255, 255])(probe.reset()["pixels"]).sum() == 4
     with pytest.raises(ValueError, match="only environments of the DeepMind Control suite"):
-        segmenter(probe, "small_target", ["target"])
+        object_mask(probe, "small_target", ["target"])

@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from r2dreamer.dreamer import ObservationSpace, TwoHotMLP, compile_parts
 from r2dreamer.dreamer.networks.layers import BLOCK, BlockedNormSiLU, NormSiLU
 from r2dreamer.examples import benchmark
-from r2dreamer.examples.train import Learner
+from r2dreamer.examples.training.learner import Learner
 from r2dreamer.examples.training.setup import make_agent
 from r2dreamer.losses import R2DreamerWorldModelLoss
 

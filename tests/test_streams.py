@@ -15,8 +15,8 @@ from test_collecting import follows
 
 from r2dreamer.examples import train
 from r2dreamer.examples.training.checkpoint import Checkpoints
+from r2dreamer.examples.training.collecting import Alternating, Overlapping
 from r2dreamer.examples.training.metrics import read_metrics
-from r2dreamer.examples.training.streams import Alternating, Overlapping
 
 ASYNC = [*CARTPOLE, "collector=async", "env.parallel=true"]
 
@@ -146,7 +146,8 @@ def test_async_steps_are_one_filtered_stream_while_the_learner_learns(tmp_path):
     finally:
         trainer.close()
     ours, learned = (
-        {value.data_ptr() for value in policy.parameters()} for policy in (trainer.stream.policy, trainer.agent.policy)
+        {value.data_ptr() for value in policy.parameters()}
+        for policy in (trainer.collection.policy, trainer.agent.policy)
     )
     assert ours and not ours & learned
     # Up to the first save or evaluation no stream is interrupted, and lr 0 leaves the weights what they were.

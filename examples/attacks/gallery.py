@@ -10,6 +10,7 @@ import torch
 
 from r2dreamer.envs import AdversarialPatch
 
+from ..figures.curves import new_figure
 from ..training.video import enlarge
 
 GAP = 4  # frames between two films
@@ -25,7 +26,7 @@ def side_by_side(films: Sequence[np.ndarray]) -> np.ndarray:
 
 def contact_sheet(films: Mapping[str, np.ndarray], path: Path, columns: int = 6) -> Path | None:
     """A row of frames, evenly spread over each film; one condition a row."""
-    figure = _figure((columns * 1.1 + 1.2, len(films) * 1.15))
+    figure = new_figure(columns * 1.1 + 1.2, len(films) * 1.15)
     if figure is None:
         return None
     axes = figure.subplots(len(films), columns, squeeze=False)
@@ -49,7 +50,7 @@ def draw_patch(patch: AdversarialPatch, path: Path) -> None:
     pictures = {"patch": enlarge((content * 255).byte().numpy()[None])[0]}
     if patch.heat is not None:
         pictures["|d return / d pixel|"] = patch.heat.cpu().numpy()
-    figure = _figure((2.2 * len(pictures), 2.4))
+    figure = new_figure(2.2 * len(pictures), 2.4)
     if figure is None:
         return
     for axis, (name, picture) in zip(
@@ -63,7 +64,7 @@ def draw_patch(patch: AdversarialPatch, path: Path) -> None:
 
 def draw_search(curves: Mapping[str, list[dict]], path: Path) -> None:
     """The imagined return on the windows held out, under each patch and undisturbed."""
-    figure = _figure((6, 3.5))
+    figure = new_figure(6, 3.5)
     if figure is None:
         return
     axis = figure.subplots()
@@ -86,12 +87,3 @@ def overlay(frame: np.ndarray, heat: torch.Tensor, mask: np.ndarray | None = Non
         inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
         image[mask & ~inner] = (30, 230, 90)
     return image.round().astype(np.uint8)
-
-
-def _figure(size: tuple[float, float]):
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no display, no global state
-    except ImportError:
-        print('No picture: drawing one needs pip install "torchrl-r2dreamer[plot]"')
-        return None
-    return Figure(figsize=size, layout="constrained")

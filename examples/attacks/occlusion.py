@@ -20,7 +20,8 @@ CHUNK = 256  # occluded images encoded at once
 class OcclusionSaliency:
     """Maps [H, W] of one observation, as the agent receives it with what it remembers.
 
-    fill: "blur" or "grey". Latents are the posterior's probabilities: samples change by chance, modes only when they flip.
+    Args:
+        fill: "blur" or "grey". Latents are the posterior's probabilities: samples change by chance, modes only when they flip.
     """
 
     def __init__(self, agent: Agent, key: str, *, fill: str = "blur", window: int = 8, stride: int = 4):

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..figures.bootstrap import bootstrap_means, percentiles
 from ..training.evaluation import EvaluationResult
 
 BELIEFS = ("clean", "patched")
 CONTROLS = ("grey", "black", "white", "noise", "shuffled", "other agent")
-RESAMPLES = 10_000
 
 
 def paired_difference(returns: Sequence[float], baseline: Sequence[float], seed: int = 0) -> dict[str, float]:
@@ -18,8 +18,7 @@ def paired_difference(returns: Sequence[float], baseline: Sequence[float], seed:
     if len(returns) != len(baseline):
         raise ValueError(f"{len(returns)} and {len(baseline)} episodes are not paired: play the same seeds.")
     difference = np.asarray(returns, dtype=float) - np.asarray(baseline, dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(difference), size=(RESAMPLES, len(difference)))
-    low, high = np.percentile(difference[drawn].mean(1), [2.5, 97.5])
+    low, high = percentiles(bootstrap_means(difference, seed, draws=10_000))
     return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}
 
 

@@ -37,3 +37,7 @@ def main() -> None:
         sys.exit(f"r2dreamer has no command {name!r}. {hint}")
     sys.argv = [f"r2dreamer {name}", *sys.argv[2:]]
     runpy.run_module(f"r2dreamer.examples.{name}", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

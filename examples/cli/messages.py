@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from typing import TextIO
 
 import hydra
@@ -15,12 +16,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torchrl.checkpoint import CheckpointError
 
 from r2dreamer.envs import WorkerError
 
+from ..settings.compose import compose
 from ..settings.kinds import say
 from ..settings.targets import SettingError
-from ..training.checkpoint import CheckpointError
 
 USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
 
@@ -79,11 +81,10 @@ def cannot_compose(error: Exception, config_name: str) -> str:
 def composed(config_name: str, overrides: list[str]) -> DictConfig:
     """The configuration with as many of these overrides as make one."""
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
-        try:
-            return hydra.compose(config_name, overrides)
-        except Exception:  # another override is wrong, too
-            return hydra.compose(config_name)
+    try:
+        return compose(*overrides, name=config_name)
+    except Exception:  # another override is wrong, too
+        return compose(name=config_name)
 
 
 def groups() -> dict[str, list[str]]:
@@ -125,6 +126,18 @@ def keys_of(cfg: DictConfig) -> list[str]:
 
 def wants_traceback() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def own_traceback(error: BaseException) -> str:
+    """The traceback without hydra's frames, of an error that may come from the user's own code."""
+    shown = traceback.TracebackException.from_exception(error)
+    waiting = [shown]
+    while waiting:
+        each = waiting.pop()
+        frames = [frame for frame in each.stack if f"{os.sep}hydra{os.sep}" not in frame.filename]
+        each.stack = traceback.StackSummary.from_list(frames)
+        waiting += filter(None, (each.__cause__, each.__context__))
+    return "".join(shown.format())
 
 
 def paragraph(text: str) -> str:

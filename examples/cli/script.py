@@ -22,14 +22,24 @@ from r2dreamer.envs.vector.workers import hang_up_ignored
 from ..settings.schema import check
 from ..settings.targets import SettingError
 from .children import leave_with_parent
-from .messages import USER_ERRORS, HeldBack, cannot_compose, default_of, paragraph, wants_traceback, what_is_wrong
+from .messages import (
+    USER_ERRORS,
+    HeldBack,
+    cannot_compose,
+    default_of,
+    own_traceback,
+    paragraph,
+    wants_traceback,
+    what_is_wrong,
+)
 from .output import guarded_output
 
 
 def script(config_name: str, foreign: bool = False) -> Callable:
     """Makes `main(cfg)` a command line: hydra's overrides of this configuration, checked; errors as paragraphs.
 
-    foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
+    Args:
+        foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
     """
 
     def decorate(main: Callable) -> Callable:
@@ -108,11 +118,15 @@ def friendly_errors(main: Callable) -> Callable:
                 raise
             print(paragraph(what_is_wrong(error)), end="", file=sys.stderr)
             sys.exit(1)
-        except RuntimeError as error:
+        except Exception as error:
             # What a KeyboardInterrupt becomes on its way out of tensordict's `with params.to_module(...)`.
-            if isinstance(error.__context__, KeyboardInterrupt):
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
                 leave_at_once()
-            raise
+            if wants_traceback():
+                raise
+            said = f"{type(error).__name__} ended the program; the last lines of its traceback say where it was raised."
+            print(f"\n{said}\n{own_traceback(error)}", end="", file=sys.stderr)
+            sys.exit(1)
 
     return wrapped
 

@@ -7,18 +7,17 @@ import numpy as np
 DRAWS = 4000
 
 
-def bootstrap_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
     """Means [draws, ...] of resampled runs [runs, ...]; the same runs are drawn for every trailing entry."""
     generator = np.random.default_rng(seed)
-    chosen = generator.integers(len(values), size=(DRAWS, len(values)))  # [draws, runs]
+    chosen = generator.integers(len(values), size=(draws, len(values)))  # [draws, runs]
     counts = np.apply_along_axis(np.bincount, 1, chosen, minlength=len(values))
     return np.tensordot(counts / len(values), values, 1)
 
 
-def percentiles(means: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(means, [tail, 100 - tail], axis=0)
-    return low, high
+def percentiles(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The interval that holds 95 % of the means."""
+    return tuple(np.percentile(means, [2.5, 97.5], axis=0))
 
 
 def bootstrap_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

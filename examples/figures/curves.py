@@ -29,7 +29,7 @@ def draw_curve(logdir: str | os.PathLike, suite: str, task: str, out_png: str | 
     if longest is None:
         print(f"No learning curve: {Path(logdir) / 'metrics.jsonl'} has no returns yet.")
         return None
-    figure = _figure()
+    figure = new_figure()
     if figure is None:
         return None
     axes = figure.subplots()
@@ -40,7 +40,7 @@ def draw_curve(logdir: str | os.PathLike, suite: str, task: str, out_png: str | 
         marker = "o" if len(evaluated[0]) <= 60 else None
         axes.plot(*evaluated, color=OURS, linewidth=2, marker=marker, markersize=3.5, label="evaluation (mode actions)")
     _label(axes, f"{task} ({suite})")
-    return _finish(figure, out_png)
+    return save_figure(figure, out_png)
 
 
 def draw_runs(
@@ -68,7 +68,7 @@ def draw_runs(
     titles = list(dict.fromkeys(panels)) or [title]
     columns = min(len(titles), 3)
     rows = -(-len(titles) // columns)
-    figure = _figure(width=6.4 * (1 + 0.4 * (columns - 1)), height=4.0 * (1 + 0.55 * (rows - 1)))
+    figure = new_figure(width=6.4 * (1 + 0.4 * (columns - 1)), height=4.0 * (1 + 0.55 * (rows - 1)))
     if figure is None:
         return None
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -84,7 +84,7 @@ def draw_runs(
         axes.remove()
     repeated = len(set(zip(labels, panels, strict=True))) < len(labels)
     meaning = "mean and 95 % bootstrap interval" if bootstrap else "mean and range"
-    return _finish(figure, out_png, legend_title=meaning if repeated else None)
+    return save_figure(figure, out_png, legend_title=meaning if repeated else None)
 
 
 def _draw_mean(axes, logdirs, label, index, key, bootstrap):
@@ -173,7 +173,7 @@ def _common_grid(runs):
     return frames, np.stack([np.interp(frames, *run) for run in runs])
 
 
-def _figure(width=6.4, height=4.0):
+def new_figure(width=6.4, height=4.0):
     try:
         # Figure alone, without pyplot: no display, no global state, no setting of the user's is touched.
         from matplotlib.figure import Figure
@@ -196,7 +196,7 @@ def _label(axes, title, quantity="episode return"):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finish(figure, out_png, legend_title=None):
+def save_figure(figure, out_png, legend_title=None):
     handles, labels = zip(*[axes.get_legend_handles_labels() for axes in figure.axes], strict=True)
     legend = dict(zip(itertools.chain(*labels), itertools.chain(*handles), strict=True))  # each label once
     if legend:

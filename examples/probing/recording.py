@@ -35,9 +35,10 @@ def record(
     The policy draws an action uniformly and holds it for some steps, so that things move far. An episode that ends before
     ``steps`` records is followed by another one in its row.
 
-    keys: of the observations.
-    lead: at most so many steps are played before a row begins, drawn anew for each: episodes begin in more states.
-    keep: the chance that an action is held for another step.
+    Args:
+        keys: of the observations.
+        lead: at most so many steps are played before a row begins, drawn anew for each: episodes begin in more states.
+        keep: the chance that an action is held for another step.
     """
     require_positive(episodes=episodes, steps=steps)
     rows = []

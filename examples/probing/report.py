@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..figures.curves import PALETTE, PUBLISHED, _figure, _finish
+from ..figures.curves import PALETTE, PUBLISHED, new_figure, save_figure
 
 # What a probe reads: its line and its marker.
 READ = {"latents": ("-", "o"), "embedding": (":", "x"), "pixels": ("--", "s"), "other facts": ("-.", "^")}
@@ -63,7 +63,7 @@ def draw(results: Sequence[dict], out: Path) -> Path | None:
         if fact not in facts[task]:
             facts[task].append(fact)
     columns = max(map(len, facts.values()), default=1)
-    figure = _figure(width=4.2 * columns, height=3.0 * max(len(facts), 1) + 1)
+    figure = new_figure(width=4.2 * columns, height=3.0 * max(len(facts), 1) + 1)
     if figure is None:
         return None
     grid = figure.subplots(len(facts), columns, squeeze=False)
@@ -76,7 +76,7 @@ def draw(results: Sequence[dict], out: Path) -> Path | None:
             axes.set_title(f"{task}: {fact}", loc="left", fontsize=10)
         for axes in row[len(names) :]:
             axes.remove()
-    return _finish(figure, out, legend_title="R2 on held-out episodes, mean over seeds; small marks are seeds")
+    return save_figure(figure, out, legend_title="R2 on held-out episodes, mean over seeds; small marks are seeds")
 
 
 def _panel(axes, by_shrink: dict[float, dict[str, list[float]]], members: Sequence[str]) -> None:

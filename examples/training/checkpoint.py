@@ -98,13 +98,12 @@ class Checkpoints:
         self._rejected: dict[Path, tuple] = {}  # what could not be restored: why, and why its replay could not be
         self._spared: set[str] | None = None  # segments that a checkpoint of another format may need
 
-    def save(self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None, rng: bool = True) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None) -> Path:
         """Saves a checkpoint; on failure raises CheckpointError, older ones whole and no change forgotten.
 
         Args:
             state: names to state dicts: nested dicts, lists and tuples of tensors, numbers, strings, None.
             replay: what changed in it since the last save is added to the journal; None leaves it out.
-            rng: whether to save the process's random generators.
         """
         check_plain(state)
         known = self._manifests()
@@ -118,9 +117,8 @@ class Checkpoints:
             self._clean(known)
             temporary.mkdir(parents=True)
             segments = self.journal.append(replay) if replay is not None else []
-            files = {"state.pt": _save_tensors(temporary / "state.pt", dict(state))}
-            if rng:
-                files["rng.pt"] = _save_tensors(temporary / "rng.pt", GlobalRNGState().state_dict())
+            contents = {"state.pt": dict(state), "rng.pt": GlobalRNGState().state_dict()}
+            files = {name: _save_tensors(temporary / name, content) for name, content in contents.items()}
             saved = None
             if replay is not None:
                 saved = {"rings": replay.writer.state_dict(), "segments": [asdict(segment) for segment in segments]}

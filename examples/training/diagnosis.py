@@ -20,7 +20,8 @@ def largest_entropy(actions: ActionSpace) -> float:
 class Diagnosis:
     """Looks at a run's log lines, the newest ``LINES`` of them and as many before.
 
-    entropy: the largest that the actor can have.
+    Args:
+        entropy: the largest that the actor can have.
     """
 
     def __init__(self, entropy: float):

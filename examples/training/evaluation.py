@@ -1,19 +1,25 @@
-"""Plays a policy greedily for some episodes and leaves everything else as it was."""
+"""Plays a policy greedily for some episodes, films them, and leaves everything else as it was."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import statistics
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from tqdm import tqdm
+
+from r2dreamer.dreamer import Agent
+from r2dreamer.envs import make_gym, make_vector_env, reseed
 
 from .episodes import Episode, Scores, reported, summarise
 
@@ -64,17 +70,17 @@ def evaluate(
     max_steps: int | None = None,
     record: bool = False,
     pixels_key: str = "pixels",
-    frame_fn: Callable[[], np.ndarray] | None = None,
     seed: int | None = None,
 ) -> EvaluationResult:
     """Mode actions, no gradient, the undiscounted return of whole episodes.
 
     Each environment plays its first episode after a reset, however long; taking the episodes that end first would
-    prefer the short ones. Of what an environment reports below "metrics" the largest value counts. If `env` holds fewer than `episodes` environments they play several rounds.
+    prefer the short ones. Of what an environment reports below "metrics" the largest value counts. If `env` holds fewer
+    than `episodes` environments they play several rounds.
 
-    max_steps: policy steps after which an episode is cut off.
-    frame_fn: gives an image [H, W, 3] of the first environment where it has no `pixels_key`.
-    seed: for the sampling inside the policy (latents); the environments keep their own seeds, set by the caller.
+    Args:
+        max_steps: policy steps after which an episode is cut off.
+        seed: for the sampling inside the policy (latents); the environments keep their own seeds, set by the caller.
     """
     if episodes < 1:
         raise ValueError(f"episodes={episodes} must be at least 1.")
@@ -82,15 +88,23 @@ def evaluate(
     greedy = set_exploration_type(ExplorationType.DETERMINISTIC)
     with untouched_generators(seed), _eval_mode(policy), torch.no_grad(), greedy:
         while len(result.episodes) < episodes:
-            camera = _Camera(pixels_key, frame_fn) if record and not result.episodes else None
-            result.episodes += _play_round(env, policy, max_steps, camera)[: episodes - len(result.episodes)]
-            if camera is not None:
-                result.frames = camera.film()
+            filmed = [] if record and not result.episodes else None
+            result.episodes += _play_round(env, policy, max_steps, pixels_key, filmed)[
+                : episodes - len(result.episodes)
+            ]
+            if filmed:
+                result.frames = np.stack(filmed)
     return result
 
 
-def _play_round(env, policy, max_steps, camera):
-    """Every environment's first episode after a reset, in their order."""
+def _play_round(env, policy, max_steps, pixels_key, filmed):
+    """Every environment's first episode after a reset, in their order; `filmed` takes the first one's images."""
+
+    def shoot(observation):
+        if filmed is not None and playing[0] and len(filmed) < LONGEST_FILM and pixels_key in observation:
+            pixels = observation[pixels_key]
+            filmed.append(_to_image(pixels[0] if observation.batch_size else pixels))
+
     count = env.batch_size.numel()
     env_device = env.device or torch.device("cpu")
     policy_device = next((parameter.device for parameter in policy.parameters()), env_device)
@@ -103,15 +117,14 @@ def _play_round(env, policy, max_steps, camera):
     root.set("is_init", torch.ones_like(root["done"]))
     steps = 0
     while playing.any() and (max_steps is None or steps < max_steps):
-        if camera is not None and playing[0]:
-            camera.shoot(root)
+        shoot(root)
         acted = root.update(policy(root.to(policy_device)).to(env_device))
         carried = acted.copy()
         stepped, root = env.step_and_maybe_reset(acted)
         after = stepped["next"]
         done = after["done"].reshape(count).cpu()
-        if camera is not None and playing[0] and done[0]:
-            camera.shoot(after, live=False)
+        if done[0]:
+            shoot(after)
         returns += torch.where(playing, after["reward"].reshape(count).double().cpu(), 0.0)
         for name, now in reported(after, (count,)).items():
             metrics[name] = torch.where(playing, torch.maximum(metrics[name], now), metrics[name])
@@ -136,26 +149,6 @@ def _play_round(env, policy, max_steps, camera):
     ]
 
 
-class _Camera:
-    """Collects frames of the first environment."""
-
-    def __init__(self, pixels_key: str, frame_fn: Callable[[], np.ndarray] | None):
-        self.pixels_key, self.frame_fn, self.frames = pixels_key, frame_fn, []
-
-    def shoot(self, observation: TensorDictBase, live: bool = True) -> None:
-        """live: the environment still is where `observation` was made; an ended one has been reset already."""
-        if len(self.frames) == LONGEST_FILM:
-            return
-        pixels = observation.get(self.pixels_key, None)
-        if pixels is not None:
-            self.frames.append(_to_image(pixels[0] if observation.batch_size else pixels))
-        elif self.frame_fn is not None and live:
-            self.frames.append(np.asarray(self.frame_fn()))
-
-    def film(self) -> np.ndarray | None:
-        return np.stack(self.frames) if self.frames else None
-
-
 def _to_image(pixels: torch.Tensor) -> np.ndarray:
     """[C, H, W] (or already [H, W, C]) to uint8 [H, W, 3]; of stacked frames the newest."""
     image = pixels.detach().cpu()
@@ -170,18 +163,16 @@ def _to_image(pixels: torch.Tensor) -> np.ndarray:
 @contextlib.contextmanager
 def untouched_generators(seed: int | None) -> Iterator[None]:
     """Global random states come back as they were, so that training does not depend on whether it is evaluated."""
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            if seed is not None:
-                torch.manual_seed(seed)
-                np.random.seed(seed % 2**32)
-                random.seed(seed)
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    generators = GlobalRNGState()
+    before = generators.state_dict()
+    try:
+        if seed is not None:
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+        yield
+    finally:
+        generators.load_state_dict(before)
 
 
 @contextlib.contextmanager
@@ -193,3 +184,81 @@ def _eval_mode(policy: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+SIDE = 192  # about how many pixels the shorter side of a film gets
+
+
+def evaluate_seeds(
+    environments: EnvBase,
+    agent: Agent,
+    seeds: Sequence[int],
+    *,
+    seed: int,
+    record: bool,
+    max_steps: int | None = LONGEST_EPISODE,
+    make_environment: Callable[..., EnvBase] | None = None,
+) -> EvaluationResult:
+    """One episode from each of `seeds` with mode actions; the first one is filmed if `record`.
+
+    Args:
+        seed: for the sampling inside the policy.
+        max_steps: where an episode is cut off, with a warning; None plays on until it ends.
+        make_environment: films the episode where the observations hold no image; None leaves such a film out.
+    """
+    reseed(environments, seeds)
+    actions = []  # of the first environment
+    keep = lambda module, inputs, acted: actions.append(acted["action"][0].cpu().clone())
+    hook = agent.policy.register_forward_hook(keep)
+    image = next(iter(agent.observations.images), None)
+    try:
+        result = evaluate(
+            environments,
+            agent.policy,
+            episodes=len(seeds),
+            max_steps=max_steps,
+            record=record,
+            pixels_key=image or "pixels",
+            seed=seed,
+        )
+    finally:
+        hook.remove()
+    if result.cut_off:
+        tqdm.write(
+            f"WARNING: {result.cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and "
+            "were cut off. Give the environment a time limit: torchrl.envs.StepCounter(max_steps=...), or "
+            "env.episode_frames=... for env=gym. Or set another eval.max_steps.",
+            file=sys.stderr,
+        )
+    if record and image is None and make_environment is not None:
+        result.frames = film(make_environment, seeds[0], actions[: min(result.lengths[0], LONGEST_FILM)])
+    return result
+
+
+def film(make_environment: Callable[..., EnvBase], seed: int, actions: Sequence[torch.Tensor]) -> np.ndarray | None:
+    """Plays the actions again, from the same seed, where the task can be seen: uint8 frames [T, H, W, 3].
+
+    None, with a notice, where it cannot.
+    """
+    # Gymnasium's images have shapes of their own; a square would squeeze them.
+    size = None if getattr(make_environment, "func", None) is make_gym else SIDE
+    factory = functools.partial(make_environment, from_pixels=True, image_size=size)
+    try:
+        environment = make_vector_env(factory, [seed], parallel=1)  # a renderer may hang, or end its process
+        try:
+            now = environment.reset()
+            frames = [_shrink(now["pixels"][0])]
+            for action in actions:
+                now = environment.step(now.set("action", action[None]))["next"]
+                frames.append(_shrink(now["pixels"][0]))
+        finally:
+            environment.close()
+    except Exception as error:  # noqa: BLE001 - renderers fail in many ways, and no film is worth a lost run
+        print(f"No video: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return None
+    return np.stack(frames)
+
+
+def _shrink(pixels: torch.Tensor) -> np.ndarray:
+    every = max(1, min(pixels.shape[1:]) // SIDE)
+    return pixels[:, ::every, ::every].permute(1, 2, 0).numpy().copy()

@@ -1,9 +1,56 @@
-"""What is written into a run's directory stays there, whoever made that directory."""
+"""Files of a run: they stay inside its directory, and what a full disk does not take is said with the remedy."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
+
+REMEDY = "Free some space there, or choose another disk with logdir=PATH."
+
+
+@contextlib.contextmanager
+def explained(path: str | os.PathLike) -> Iterator[None]:
+    """Around what writes `path` and must succeed."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}. {REMEDY}") from error
+
+
+def warn(text: str) -> None:
+    """On stderr, which may itself go to a file on the full disk."""
+    with contextlib.suppress(OSError):
+        tqdm.write(f"WARNING: {text}", file=sys.stderr)
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes the file whole or leaves the old one as it is; `write` writes the file that it is given."""
+    partial = path.with_name(f".{path.name}")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(partial)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    replace(path, lambda partial: partial.write_text(text))
+
+
+def require_room(directory: Path, size: int = 2**20) -> None:
+    """Raises what a write of so many bytes would, for writers that do not say what happened to them."""
+    if shutil.disk_usage(directory).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def refuse_links(directory: str | os.PathLike) -> Path:
@@ -24,6 +71,6 @@ def refuse_links(directory: str | os.PathLike) -> Path:
     return Path(directory)
 
 
-def output(out: str | None, directory: Path, name: str) -> Path:
+def output_path(out: str | None, directory: Path, name: str) -> Path:
     """Where a tool writes: where the user said, or into the directory of the run."""
     return Path(out) if out else refuse_links(directory) / name

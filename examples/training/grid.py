@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from ..settings.schema import check
 from .files import refuse_links
 from .manifest import own_directories
+from .saved_config import plain_config
 from .setup import TRAINING, first_difference
-from .stored import plain_config
 
 
 @dataclass(frozen=True)

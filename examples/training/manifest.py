@@ -16,6 +16,9 @@ from .journal import Segment, check_file
 MANIFEST = "manifest.json"
 FORMAT = 1
 OWN_NAME = re.compile(r"step_\d{9,}(_\d+)?")
+FILE = {"size": int, "crc32": int}
+SEGMENT = {entry.name: entry.type for entry in fields(Segment)}
+CONTENT = {"format": int, "step": int, "serial": int, "files": dict}
 
 
 class ForeignCheckpointError(CheckpointError):
@@ -104,50 +107,37 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is corrupted: its checksum is wrong")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated, corrupted or missing ({error})") from error
-    _require(manifest, dict, path, "manifest")
-    if type(manifest.get("format")) is int and manifest["format"] != FORMAT:
+    if isinstance(manifest, dict) and type(manifest.get("format")) is int and manifest["format"] != FORMAT:
         serial = manifest.get("serial")
         raise ForeignCheckpointError(
             f"{directory} has format {manifest['format']} and was saved by {manifest.get('program', 'another version')}; "
             f"this program, {program()}, reads format {FORMAT}",
             serial if type(serial) is int else None,
         )
-    for name in ("format", "step", "serial"):
-        _require(manifest.get(name), int, path, name)
-    files = _require(manifest.get("files"), dict, path, "files")
-    if "state.pt" not in files or not files.keys() <= {"state.pt", "rng.pt"}:
-        raise CheckpointError(f"{path} lists the files {sorted(files)} in place of state.pt and rng.pt")
-    for name, file in files.items():
-        if _require(file, dict, path, name).keys() != {"size", "crc32"}:
-            raise CheckpointError(f"{path} lacks the size or the checksum of {name}")
-        for entry in ("size", "crc32"):
-            _require(file[entry], int, path, f"{name}.{entry}")
-    replay = manifest.get("replay")
+    _require(manifest, CONTENT, path, "manifest")
+    files, replay = manifest["files"], manifest.get("replay")
+    _require(files, dict.fromkeys({"state.pt", *files} & {"state.pt", "rng.pt"}, FILE), path, "files", only=True)
     if replay is not None:
-        _require(replay, dict, path, "replay")
-        _require(replay.get("rings"), dict, path, "replay.rings")
-        for segment in _require(replay.get("segments"), list, path, "replay.segments"):
-            _check_segment_entry(segment, path)
+        _require(replay, {"rings": dict, "segments": list}, path, "replay")
+        for segment in replay["segments"]:
+            _require(segment, SEGMENT, path, "a segment", only=True)
     return {**manifest, "replay": replay}
 
 
-def _check_segment_entry(segment: Any, path: Path) -> None:
-    known = {entry.name: entry.type for entry in fields(Segment)}
-    if _require(segment, dict, path, "a segment").keys() != known.keys():
-        raise CheckpointError(f"{path} describes a segment by {sorted(segment)} in place of {sorted(known)}")
-    for name, kind in known.items():
-        _require(segment[name], kind, path, f"a segment's {name}")
-    if segment["kind"] not in ("records", "latents"):
-        raise CheckpointError(f"{path} names a segment of the kind {segment['kind']!r}")
-
-
-def _require(value: Any, kind: type, path: Path, name: str) -> Any:
-    """`value`, if it is of this very type and, where it is a number, not negative."""
-    if type(value) is not kind or (kind is int and value < 0):
+def _require(value: Any, kind: Any, path: Path, name: str, only: bool = False) -> None:
+    """Refuses what is not of this kind: a type, numbers not negative; or a dict of kinds, with more keys unless `only`."""
+    if isinstance(kind, dict):
+        _require(value, dict, path, name)
+        if not value.keys() >= kind.keys() or (only and value.keys() != kind.keys()):
+            raise CheckpointError(
+                f"{path} holds unexpected content: {name} has {sorted(value)}, expected {sorted(kind)}"
+            )
+        for key, each in kind.items():
+            _require(value[key], each, path, f"{name}.{key}", only)
+    elif type(value) is not kind or (kind is int and value < 0):
         raise CheckpointError(
             f"{path} holds unexpected content: {name} is {str(value)[:40]!r}, expected {kind.__name__}"
         )
-    return value
 
 
 def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:

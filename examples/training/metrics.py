@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .disk import REMEDY, explained, require_room, warn
+from .files import REMEDY, explained, replace_text, require_room, warn
 from .video import encode_gif
 
 
@@ -56,18 +56,12 @@ class Averages:
         self._groups = {}
         return {name: total / count for name, (total, count) in totals.items()}
 
-    def nonfinite(self) -> str | None:
-        """The name of the first entry that was NaN or Inf since the last pop. A sum keeps either, so one look does."""
+    def check_finite(self, step: int, updates: int) -> None:
+        """Names the first entry that was NaN or Inf since the last pop. A sum keeps either, so one look does."""
         for names, sums, _ in self.state_dict():
             for name, value in zip(names, sums, strict=True):
                 if not math.isfinite(value):
-                    return name
-        return None
-
-    def check_finite(self, step: int, updates: int) -> None:
-        name = self.nonfinite()
-        if name is not None:
-            raise FloatingPointError(f"{name} is NaN or Inf at frame {step:,}, update {updates:,}.")
+                    raise FloatingPointError(f"{name} is NaN or Inf at frame {step:,}, update {updates:,}.")
 
     def state_dict(self) -> list:
         """Plain lists and numbers, for a checkpoint in mid-interval."""
@@ -128,7 +122,7 @@ class MetricsWriter:
         self._waiting.append(json.dumps({"step": int(step), **numbers}, allow_nan=False).encode() + b"\n")
         self._step = int(step)
         self._write_waiting()
-        self._tell_loggers("scalars", step, {name: value for name, value in numbers.items() if value is not None})
+        self._to_loggers("scalars", step, {name: value for name, value in numbers.items() if value is not None})
 
     def _write_waiting(self) -> None:
         """Writes the lines that wait, oldest first, until the disk has no room for one."""
@@ -146,7 +140,7 @@ class MetricsWriter:
             self._waiting.pop(0)
             self._lines += 1
 
-    def _tell_loggers(self, what: str, *arguments) -> None:
+    def _to_loggers(self, what: str, *arguments) -> None:
         """A logger that cannot write lacks lines, is opened anew when there is room, and ends no run."""
         for logger in self.loggers:
             try:
@@ -169,19 +163,19 @@ class MetricsWriter:
 
     def video(self, step: int, name: str, frames, fps: int) -> None:
         """frames: uint8 [T, H, W, 3]."""
-        self._tell_loggers("video", step, name, frames, fps)
+        self._to_loggers("video", step, name, frames, fps)
 
     def position(self) -> dict:
         """Where the file ends now, for a checkpoint. All of it is on disk before the checkpoint is."""
         self._write_waiting()
         os.fsync(self._file)
-        self._tell_loggers("flush")
+        self._to_loggers("flush")
         position = {"bytes": os.fstat(self._file).st_size, "lines": self._lines, "step": self._step}
         return position | ({"waiting": [line.decode() for line in self._waiting]} if self._waiting else {})
 
     def close(self) -> None:
         self._write_waiting()
-        self._tell_loggers("close")
+        self._to_loggers("close")
         os.close(self._file)
         if self._waiting:
             warn(f"{len(self._waiting)} lines were not written to {self.path}. {REMEDY}")
@@ -237,7 +231,9 @@ def read_metrics(logdir: str | os.PathLike, *, timings: bool = True, containing:
     """The lines of a run, also of one still running; lines that cannot be read are named on stderr and skipped.
 
     timings=False leaves out what differs between equal runs.
-    containing: only lines in which this text occurs; skipping the others before parsing makes a long file quick.
+
+    Args:
+        containing: only lines in which this text occurs; skipping the others before parsing makes a long file quick.
     """
     path, wanted, unreadable = Path(logdir) / "metrics.jsonl", containing.encode(), []
     with open(path, "rb") as file:
@@ -310,9 +306,11 @@ class TensorBoardLogger:
 class WandbLogger:
     """A W&B run, continued under the same id when the training is resumed.
 
-    mode: "online", "offline" (needs no network; `wandb sync` sends it later), "disabled", or None for WANDB_MODE.
     What W&B was sent cannot be taken back, so steps that a resumed run repeats are not sent a second time. W&B writes
     every 15 seconds: after a kill those at its end are in `metrics.jsonl` only.
+
+    Args:
+        mode: "online", "offline" (needs no network; `wandb sync` sends it later), "disabled", or None for WANDB_MODE.
     """
 
     def __init__(self, logdir: str | os.PathLike, project: str = "r2dreamer", mode: str | None = None, **init):
@@ -346,9 +344,7 @@ class WandbLogger:
         if step <= self.sent:
             return
         self.run.log(values, step=step)
-        partial = self.state_file.with_suffix(".partial")
-        partial.write_text(json.dumps({"id": self.run_id, "step": step}))
-        os.replace(partial, self.state_file)
+        replace_text(self.state_file, json.dumps({"id": self.run_id, "step": step}))
 
     def flush(self) -> None:
         """W&B has no way to ask for it."""

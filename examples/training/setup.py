@@ -5,19 +5,16 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
 import hydra
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torchrl.envs import EnvBase
 
-from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace, joint_positions
+from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.envs import check_environment, count_workers
 from r2dreamer.envs.base.gl import watch
 
@@ -29,13 +26,14 @@ except ImportError as error:
         "container), or use r2dreamer.dreamer, r2dreamer.losses and r2dreamer.envs in a loop of your own."
     ) from error
 
+from ..settings.compose import compose
 from .budget import check_environments, check_update
 from .checkpoint import Checkpoints, LoadedCheckpoint
 from .devices import resolve_device
 from .files import refuse_links
 from .metrics import MetricsWriter
+from .saved_config import plain_config
 from .snapshot import check_exact, check_state
-from .stored import plain_config
 
 MISSING = object()
 # What a saved run and the command that resumes it must agree on; everything else may change in mid-run.
@@ -151,22 +149,28 @@ def check_plan(cfg: DictConfig) -> None:
         )
 
 
+def spaces(make_environment: Callable[..., EnvBase], timeout: float) -> tuple[ObservationSpace, ActionSpace]:
+    """What an agent observes and does here. One environment is made, checked against the key contract, and closed."""
+    with watch("The first environment, which is made and tried in this process,", timeout):
+        environment = make_environment(seed=0)
+        check_environment(environment)
+    found = ObservationSpace.from_spec(environment.observation_spec), ActionSpace.from_spec(environment.action_spec)
+    environment.close()
+    return found
+
+
 def build(
     make_environment: Callable[..., EnvBase],
     cfg: DictConfig,
     device: torch.device,
     precision: torch.dtype | None = None,
 ) -> tuple[Agent, list[str]]:
-    """The agent for this environment: one is made, checked against the key contract, and closed again.
+    """A new agent for this environment.
 
-    precision: in which the agent is to be trained; what does not fit into memory then is refused.
+    Args:
+        precision: in which the agent is to be trained; what does not fit into memory then is refused.
     """
-    with watch("The first environment, which is made and tried in this process,", cfg.timeout):
-        environment = make_environment(seed=0)
-        check_environment(environment)
-    observations = ObservationSpace.from_spec(environment.observation_spec)
-    actions = ActionSpace.from_spec(environment.action_spec)
-    environment.close()
+    observations, actions = spaces(make_environment, cfg.timeout)
     if precision is not None:
         check_environments(cfg, observations)
         check_fits(cfg, observations, actions, device, precision)
@@ -204,40 +208,6 @@ def make_agent(algorithm: DictConfig, model: DictConfig, observations: Observati
     return builder(observations, actions, **hydra.utils.instantiate(model))
 
 
-def objective(section: DictConfig, agent: Agent) -> nn.Module:
-    """What the section names; of a partial, the one whose own networks are made for this agent."""
-    made = hydra.utils.instantiate(section)
-    return made if isinstance(made, nn.Module) else made(agent)
-
-
-def parameter_groups(learner: nn.Module, agent: Agent) -> list[dict]:
-    """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm.
-
-    ``joint`` names the parameters that are pieces of one tensor, for an optimiser that clips each tensor.
-    """
-    groups = {"model": [], "actor": [], "value": [], "probe": []}
-    owners = {"actor_loss": "actor", "value_loss": "value", "probe": "probe"}
-    for name, parameter in learner.named_parameters():
-        if parameter.requires_grad:
-            groups[owners.get(name.partition(".")[0], "model")].append(parameter)
-    pieces = lambda parameters: joint_positions(parameters, *agent.parts().values())
-    return [{"name": name, "params": each, "joint": pieces(each)} for name, each in groups.items() if each]
-
-
-def parameter_counts(agent: Agent, learner: nn.Module) -> dict[str, int]:
-    """Of the agent's parts and of what trains beside it: an objective's prototypes and projections, a probe decoder."""
-    beside = {"objective": learner.world_model_loss.representation, "probe": learner.probe}
-    counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in beside.items()}
-    return agent.parameter_counts() | {name: count for name, count in counts.items() if count}
-
-
-def check_weights(agent: Agent, step: int, updates: int) -> None:
-    """A finite loss can have a NaN gradient, which would be saved, or end in NaN actions."""
-    for name, part in agent.parts().items():
-        if not all(parameter.isfinite().all() for parameter in part.parameters()):
-            raise FloatingPointError(f"The weights of the {name} are NaN or Inf at frame {step:,}, update {updates:,}.")
-
-
 def open_metrics(cfg: DictConfig, logdir: Path, saved: LoadedCheckpoint | None) -> MetricsWriter:
     """Goes on where metrics.jsonl ended at the checkpoint; a new file, also when another run is taken further here."""
     ours = saved is not None and saved.path.resolve().is_relative_to(logdir.resolve())
@@ -246,23 +216,12 @@ def open_metrics(cfg: DictConfig, logdir: Path, saved: LoadedCheckpoint | None) 
 
 
 def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
-    before, now = with_successor(before), with_successor(now)
     if found := first_difference(before, now, FIXED):
         key, old, new = found
         raise ValueError(
             f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
             f"Repeat {key}={old}, or start afresh in another logdir."
         )
-
-
-def with_successor(cfg: DictConfig) -> DictConfig:
-    """The configuration with the optimiser's successor, which goes on from its state."""
-    target = OmegaConf.select(cfg, "algorithm.optimizer._target_")
-    if target not in SUCCESSORS:
-        return cfg
-    cfg = cfg.copy()
-    OmegaConf.update(cfg, "algorithm.optimizer._target_", SUCCESSORS[target])
-    return cfg
 
 
 def first_difference(
@@ -280,9 +239,13 @@ def first_difference(
     for section in keys:
         for key, old, new in differences(OmegaConf.select(before, section), OmegaConf.select(now, section), section):
             old = default_of(key, new, overrides) if old is MISSING else old
-            if old != new:
+            if successor(old) != successor(new):
                 return key, old, new
     return None
+
+
+def successor(value: object) -> object:
+    return SUCCESSORS.get(value, value) if isinstance(value, str) else value
 
 
 def differences(old: object, new: object, key: str) -> Iterator[tuple[str, object, object]]:
@@ -308,7 +271,4 @@ def default_of(key: str, given: object, overrides: Sequence[str] | None) -> obje
     others = [each for each in overrides if not f"{named(each)}.".startswith(f"{key}.") and named(each) not in groups]
     if len(others) == len(overrides):
         return given
-    begun = GlobalHydra.instance().is_initialized()  # as in a command
-    with nullcontext() if begun else hydra.initialize_config_module("r2dreamer.configs", version_base=None):
-        cfg = hydra.compose("config", others)
-    return OmegaConf.select(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), key)
+    return OmegaConf.select(OmegaConf.create(OmegaConf.to_container(compose(*others), resolve=True)), key)

@@ -9,27 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import replace
+
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path | None:
     """Writes an MP4 (GIF where only Pillow is installed) and returns its path; None, with a notice, if neither can."""
     path = Path(path)
     frames = enlarge(np.asarray(frames))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if importlib.util.find_spec("imageio") and importlib.util.find_spec("imageio_ffmpeg"):
             import imageio.v2 as imageio
 
             path = path.with_suffix(".mp4")
-            partial = path.with_name(f".{path.name}")  # a kill while encoding leaves the previous video whole
-            imageio.mimwrite(partial, list(frames), fps=fps, macro_block_size=1)
-            os.replace(partial, path)
+            replace(path, lambda partial: imageio.mimwrite(partial, list(frames), fps=fps, macro_block_size=1))
             return path
         gif = encode_gif(frames, fps)
         if gif is None:
             print('No video: encoding one needs pip install "torchrl-r2dreamer[plot]"')
             return None
         path = path.with_suffix(".gif")
-        path.write_bytes(gif)
+        replace(path, lambda partial: partial.write_bytes(gif))
         return path
     except Exception as error:  # noqa: BLE001 - encoders fail in many ways, and none is worth a lost run
         print(f"No video: {type(error).__name__}: {error}")

@@ -15,12 +15,12 @@ from tensordict.nn import TensorDictModule
 from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import Agent, CategoricalLatent, TwoHotMLP, latent_head
+from r2dreamer.dreamer.pretrained import unpack
 from r2dreamer.losses import PlanningAttackLoss
 
-from ..train import Learner
 from .checkpoint import Checkpoints
-from .setup import build
-from .stored import runnable_config
+from .saved_config import runnable_config
+from .setup import spaces
 
 LATENTS = [("next", "state"), ("next", "belief"), ("next", "posterior_logits")]
 
@@ -84,19 +84,24 @@ def load_trained(
 ) -> Trained:
     """The agent in a run's newest checkpoint, or in one particular checkpoint.
 
-    trust: modules beside this package whose functions may make the environment or the agent.
-    images: whether an agent that sees none is refused.
+    Args:
+        trust: modules beside this package whose functions may make the environment or the agent.
+        images: whether an agent that sees none is refused.
     """
     if path is None:
         raise ValueError("checkpoint=DIR is missing: give a run's directory, or one of its checkpoints.")
     loaded = Checkpoints(path).load(path, replay=False)
-    if not {"config", "learner"} <= loaded.state.keys():
+    if not {"config", "agent"} <= loaded.state.keys():
         raise ValueError(f"{loaded.path} holds {sorted(loaded.state)}; it was not saved by examples/train.py.")
+    trust = [trust] if isinstance(trust, str) else list(trust or ())
     run = runnable_config(loaded.state["config"], loaded.path, trust)
     try:
-        make_environment = hydra.utils.instantiate(run.env.make_evaluation)
-        agent, _ = build(make_environment, run, device)
-        Learner(agent, run.algorithm, torch.float32).load_state_dict(loaded.state["learner"]["model"])
+        make_environment = hydra.utils.instantiate(run["env"].make_evaluation)
+        agent = unpack(loaded.state["agent"], trust)
+        seen = spaces(make_environment, run.timeout)
+        if seen != (agent.observations, agent.actions):
+            raise KeyError(f"it sees and does {agent.observations}, {agent.actions}, and its environment has {seen}")
+        run["algorithm"]  # what attacks read of it
     except (RuntimeError, KeyError, TypeError, OmegaConfBaseException, InstantiationException) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
@@ -109,5 +114,5 @@ def load_trained(
             "about pixels. Give a checkpoint of a run that does, for example env=dmc_vision or env.from_pixels=true."
         )
     for part in agent.parts().values():
-        part.eval()
+        part.to(device).eval().requires_grad_(False)
     return Trained(agent, run, loaded.path, loaded.step, make_environment)

@@ -13,16 +13,17 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.collectors import Collector
 
-PATIENCE = 5.0  # seconds for a batch under way when the program ends
+CLOSE_TIMEOUT = 5.0  # seconds for a batch under way when the program ends
 
 
 class Alternating:
     """`collector=sync`: environments wait while the learner learns. What a run does depends on its seed alone.
 
-    policy: the one to collect with.
-    waited: seconds the learner has waited for batches, or for collecting to pause.
-    lag: how many updates older than the learner the weights were that acted in the latest batch.
-    failed: the latest batch never came.
+    Attributes:
+        policy: the one to collect with.
+        waited: seconds the learner has waited for batches, or for collecting to pause.
+        lag: how many updates older than the learner the weights were that acted in the latest batch.
+        failed: the latest batch never came.
     """
 
     repeats = True
@@ -108,7 +109,9 @@ class Overlapping(Alternating):
         self.begun = None
 
     def close(self) -> None:
-        if self.begun and not wait([self.begun[0]], timeout=PATIENCE).done:  # nobody waits minutes for a second Ctrl-C
+        if (
+            self.begun and not wait([self.begun[0]], timeout=CLOSE_TIMEOUT).done
+        ):  # nobody waits minutes for a second Ctrl-C
             self.collector.env.squad.kill()
         super().close()
         self.thread.shutdown()

@@ -44,9 +44,8 @@ def plain_config(config: Any, where: str | os.PathLike) -> DictConfig:
     return OmegaConf.create(config)
 
 
-def runnable_config(config: Any, where: str | os.PathLike, trust: str | Sequence[str] | None = None) -> DictConfig:
+def runnable_config(config: Any, where: str | os.PathLike, trust: Sequence[str] = ()) -> DictConfig:
     """What the tools instantiate an environment and an agent from: every call in it is ours or trusted."""
-    trust = [trust] if isinstance(trust, str) else list(trust or ())
     if trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a module of the user's may lie
     plain = plain_config(config, where)

@@ -12,15 +12,16 @@ from r2dreamer.envs.suites.dmc import Control
 from r2dreamer.envs.transforms.subtle import OFFICIAL
 
 KINDS = ("geom", "site", "tendon")
-Segment = Callable[[torch.Tensor], torch.Tensor]
+Mask = Callable[[torch.Tensor], torch.Tensor]
 
 
-def segmenter(
+def object_mask(
     env: EnvBase, task: str, objects: Sequence[str] | None = None, colour: Sequence[int] | None = None
-) -> Segment | None:
+) -> Mask | None:
     """A function from the image [C, H, W] that `env` shows now to the object's mask [H, W]; None where nothing tells.
 
-    objects: names of geoms, sites, tendons or bodies; "pole" is "pole_1" and "pole_2", too.
+    Args:
+        objects: names of geoms, sites, tendons or bodies; "pole" is "pole_1" and "pole_2", too.
     """
     if colour is not None:
         wanted = torch.tensor(list(colour), dtype=torch.uint8).view(-1, 1, 1)
@@ -46,12 +47,12 @@ def segmenter(
             return None
         raise ValueError(f"objects={list(objects)} are not among what this model has: {', '.join(sorted(known))}.")
 
-    def segment(pixels: torch.Tensor) -> torch.Tensor:
+    def mask(pixels: torch.Tensor) -> torch.Tensor:
         size, camera = base.view
         ids = base._env.physics.render(size, size, camera_id=camera, segmentation=True)
         return torch.from_numpy(np.isin(ids[..., 0] * 1000 + ids[..., 1], wanted))
 
-    return segment
+    return mask
 
 
 def _find(model, objects: Sequence[str]) -> tuple[list[int], set[str]]:
