@@ -12,7 +12,7 @@ import shlex
 import pytest
 import torch
 import torchrl.objectives
-from launcher import TINY, config, lines
+from launcher import TINY, config, lines, train_here
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from test_swap import sample, torchrl_parts
 from torchrl.objectives import DreamerV3ActorLoss, DreamerV3ValueLoss, SoftUpdate
@@ -23,6 +23,7 @@ import r2dreamer.envs
 import r2dreamer.losses
 from r2dreamer.envs import make_dmc_subtle
 from r2dreamer.envs.base.gl import choose_gl
+from r2dreamer.envs.suites import registry
 from r2dreamer.examples.cli.main import commands
 
 choose_gl()  # in place of MUJOCO_GL=egl, which the README speaks of
@@ -156,10 +157,14 @@ def test_every_link_leads_somewhere(page):
 # The guides
 
 
+def write_files_of(name, folder):
+    for file, text in files_of(guide(name)).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+
+
 def test_the_objective_of_the_guide_learns(server, tmp_path):
-    for name, text in files_of(guide("objective")).items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write_files_of("objective", tmp_path)
     fast = ["algorithm.optimizer.lr=1e-2", "algorithm.optimizer.warmup_steps=1", "algorithm.representation.weight=10"]
     run = server.run(tmp_path, "--config-dir=.", "experiment=quickstart", "algorithm=mine", *TINY, *fast, "logdir=run")
     assert run.status == 0, run.stderr
@@ -172,6 +177,49 @@ def test_the_objectives_of_the_guide_are_those_there_are():
     table = guide("objective").partition("## The objectives that exist")[2]
     members = {file.stem for file in (ROOT / "configs" / "algorithm").glob("*.yaml")} - {"base"}
     assert set(re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", table, re.MULTILINE)) == {(each, "") for each in members}
+
+
+def test_the_core_of_the_guide_learns(server, tmp_path):
+    write_files_of("core", tmp_path)
+    mine = ["experiment=quickstart", "algorithm.agent._target_=my_core.build"]
+    run = server.run(tmp_path, *mine, *TINY, "total_frames=60", "checkpoint.every=60", "logdir=run")
+    assert run.status == 0, run.stderr
+    names = {}
+    exec((tmp_path / "my_core.py").read_text(), names)
+    spaces = r2dreamer.dreamer.ObservationSpace({}, {"observation": 4}), r2dreamer.dreamer.ActionSpace(2, discrete=True)
+    agent = names["build"](*spaces, belief=16, hidden=8, classes=4, depth=2)
+    records = agent.example_record().expand(3, 5).clone()
+    latents = {key: torch.zeros(3, 5, size) for key, size in agent.latent_sizes.items()}
+    records.update({**latents, "action": torch.ones(3, 5, 2)})
+    agent.world_model(records)["next", "belief"].square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in agent.prior.core.parameters())
+
+
+def test_the_suite_of_the_guide_trains(tmp_path, monkeypatch):
+    write_files_of("suite", tmp_path)
+    monkeypatch.setattr(registry, "_SUITES", dict(registry._SUITES))
+    monkeypatch.setattr(
+        r2dreamer.envs.suites, "__path__", [*r2dreamer.envs.suites.__path__, str(tmp_path / "envs/suites")]
+    )
+    where = f"hydra.searchpath=[file://{tmp_path}/configs]"
+    tiny = [each for each in TINY if "total_frames" not in each]
+    train_here(tmp_path / "run", where, "env=corridor", *tiny, "total_frames=60")
+    assert lines(tmp_path / "run", '"loss/barlow"') and lines(tmp_path / "run", '"eval/return"')
+    assert registry.suites_with("long") == ["corridor"] and "`env=corridor`" in registry.table()
+
+
+def test_the_table_of_suites_is_the_registrys():
+    assert registry.table() in guide("suite")
+
+
+def test_the_loop_of_the_guide_trains(tmp_path, monkeypatch):
+    (script,) = blocks(guide("own_loop"))
+    assert len(script.splitlines()) <= 40
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(script, {"__name__": "own_loop"})
+    logged = lines(tmp_path / "run")
+    assert logged[-1]["loss_reward"] < logged[0]["loss_reward"]  # every reward is 1
 
 
 def test_the_code_of_the_data_flow_holds():
