@@ -92,7 +92,7 @@ def test_every_command_shown_exists_and_its_settings_compose(words):
         return
     assert name in commands()
     overrides = [each for each in overrides if not re.search(r"^--|^resume=DIR|=mine|=my_\w+$", each)]
-    if name in ("compare", "curves", "contact_sheet", "doctor"):  # commands with a parser of their own
+    if name in ("compare", "curves", "contact_sheet"):  # commands with a parser of their own
         return
     config(*overrides, name="config" if name == "train" else name)
 
