@@ -91,7 +91,8 @@ def test_every_command_shown_exists_and_its_settings_compose(words):
     if name in ("X", "COMMAND"):
         return
     assert name in commands()
-    overrides = [each for each in overrides if not re.search(r"^--|^resume=DIR|=mine|=my_\w+$", each)]
+    placeholder = r"^--|^resume=DIR|\.\.\.|\b(mine|my_\w+|corridor|long)\b"  # files and tasks that a guide makes
+    overrides = [each for each in overrides if not re.search(placeholder, each)]
     if name in ("compare", "curves", "contact_sheet"):  # commands with a parser of their own
         return
     config(*overrides, name="config" if name == "train" else name)
