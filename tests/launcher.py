@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTS = Path(__file__).parent
+SCRIPTS = ("attack", "benchmark", "compare", "curves", "doctor", "evaluate", "saliency", "throughput", "train")
 
 # Sizes all differ; an update takes about 20 ms.
 TINY = """
@@ -140,16 +142,8 @@ class Server:
 
 
 def serve():
-    from r2dreamer.examples import (
-        attack,  # noqa: F401
-        benchmark,  # noqa: F401
-        doctor,  # noqa: F401
-        evaluate,  # noqa: F401
-        saliency,  # noqa: F401
-        throughput,  # noqa: F401
-        train,  # noqa: F401
-    )
-
+    for script in SCRIPTS:
+        import_module(f"r2dreamer.examples.{script}")
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
