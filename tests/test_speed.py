@@ -40,7 +40,7 @@ def three_updates(made):
     return losses, [p.detach().clone() for p in made.parameters()]
 
 
-@pytest.mark.parametrize("member", ["r2dreamer", "dreamerv1"])
+@pytest.mark.parametrize("member", ["r2dreamer", pytest.param("dreamerv1", marks=pytest.mark.slow)])
 def test_updates_with_compiled_parts_equal_eager_ones(member):
     """Sampling stays outside the compiled parts, so even the random draws are the same."""
     options = dict(member=member, lr=1e-3, warmup_steps=0)
@@ -57,6 +57,7 @@ def test_updates_with_compiled_parts_equal_eager_ones(member):
         assert (one - other).abs().mean() < 1e-4
 
 
+@pytest.mark.slow
 def test_updates_compiled_as_one_graph_equal_eager_ones():
     """The whole step with its sampling: inductor is told to draw the random numbers that eager operations draw."""
     records, losses = tiny_records(tiny_agent(images=False), time=2), []
