@@ -81,7 +81,7 @@ class Run:
             self.status = self.server.ask(poll=self.pid)
         return self.status
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=600):
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             assert time.monotonic() < deadline, f"still running after {timeout} s: {self.stderr}"
@@ -130,7 +130,7 @@ class Server:
         request = {"fork": list(overrides), "folder": str(folder), "script": script, "without": without}
         return Run(self, self.ask(**request), folder)
 
-    def run(self, folder, *overrides, timeout=120, **more):
+    def run(self, folder, *overrides, timeout=600, **more):
         run = self.start(folder, *overrides, **more)
         run.wait(timeout)
         return run
