@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTS = Path(__file__).parent
+SCRIPTS = ("attack", "benchmark", "compare", "curves", "doctor", "evaluate", "saliency", "throughput", "train")
 
 # Sizes all differ; an update takes about 20 ms.
 TINY = """
@@ -79,7 +81,7 @@ class Run:
             self.status = self.server.ask(poll=self.pid)
         return self.status
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=600):
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             assert time.monotonic() < deadline, f"still running after {timeout} s: {self.stderr}"
@@ -128,7 +130,7 @@ class Server:
         request = {"fork": list(overrides), "folder": str(folder), "script": script, "without": without}
         return Run(self, self.ask(**request), folder)
 
-    def run(self, folder, *overrides, timeout=120, **more):
+    def run(self, folder, *overrides, timeout=600, **more):
         run = self.start(folder, *overrides, **more)
         run.wait(timeout)
         return run
@@ -140,16 +142,8 @@ class Server:
 
 
 def serve():
-    from r2dreamer.examples import (
-        attack,  # noqa: F401
-        benchmark,  # noqa: F401
-        doctor,  # noqa: F401
-        evaluate,  # noqa: F401
-        saliency,  # noqa: F401
-        throughput,  # noqa: F401
-        train,  # noqa: F401
-    )
-
+    for script in SCRIPTS:
+        import_module(f"r2dreamer.examples.{script}")
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:

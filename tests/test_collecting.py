@@ -21,7 +21,9 @@ WIDTHS = dict(belief=16, hidden=8, classes=4, depth=2, categoricals=3)
 
 
 def parallel_env(factory, seeds, *, parallel):
-    return ParallelEnv(len(seeds), factory, create_env_kwargs=[{"seed": seed} for seed in seeds])
+    return ParallelEnv(
+        len(seeds), factory, create_env_kwargs=[{"seed": seed} for seed in seeds], mp_start_method="fork"
+    )
 
 
 def collect(*, parallel, batches=2, collector=Collector, **devices):

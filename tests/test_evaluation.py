@@ -1,5 +1,6 @@
 """Evaluation plays whole first episodes greedily, carries the policy's memory, and touches nothing else."""
 
+import functools
 import json
 import random
 
@@ -79,7 +80,7 @@ class CountingPolicy(TensorDictModuleBase):
         return tensordict.set("belief", belief).set("action", belief)
 
 
-@pytest.mark.parametrize("kind", [SerialEnv, ParallelEnv])
+@pytest.mark.parametrize("kind", [SerialEnv, functools.partial(ParallelEnv, mp_start_method="fork")])
 def test_first_episode_of_each_environment(kind):
     env = kind(2, [short, long])
     try:

@@ -58,11 +58,12 @@ def after_the_last_regular_checkpoint(run, logdir):
 
 
 MOMENTS = [
-    before_the_first_checkpoint,
-    just_after_a_checkpoint,
     between_two_checkpoints,
     while_saving,
-    after_the_last_regular_checkpoint,
+    *(
+        pytest.param(moment, marks=pytest.mark.slow)
+        for moment in (before_the_first_checkpoint, just_after_a_checkpoint, after_the_last_regular_checkpoint)
+    ),
 ]
 
 

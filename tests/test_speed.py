@@ -40,7 +40,7 @@ def three_updates(made):
     return losses, [p.detach().clone() for p in made.parameters()]
 
 
-@pytest.mark.parametrize("member", ["r2dreamer", "dreamerv1"])
+@pytest.mark.parametrize("member", ["r2dreamer", pytest.param("dreamerv1", marks=pytest.mark.slow)])
 def test_updates_with_compiled_parts_equal_eager_ones(member):
     """Sampling stays outside the compiled parts, so even the random draws are the same."""
     options = dict(member=member, lr=1e-3, warmup_steps=0)
@@ -57,6 +57,7 @@ def test_updates_with_compiled_parts_equal_eager_ones(member):
         assert (one - other).abs().mean() < 1e-4
 
 
+@pytest.mark.slow
 def test_updates_compiled_as_one_graph_equal_eager_ones():
     """The whole step with its sampling: inductor is told to draw the random numbers that eager operations draw."""
     records, losses = tiny_records(tiny_agent(images=False), time=2), []
@@ -225,22 +226,19 @@ def test_the_benchmark_measures_turn_by_turn(monkeypatch, compare):
     assert ("torchrl_over_other" in result) == (compare == "torchrl") and "other_over_ours" in result
 
 
-def test_the_benchmark_compares_two_members_turn_by_turn(request, tmp_path):
-    script = request.config.rootpath / "examples" / "benchmark.py"
+def test_the_benchmark_compares_two_members_turn_by_turn(server, tmp_path):
     small = ["model=size1M", "model.belief=16", "model.hidden=8", "batch_size=2", "batch_length=3", "repeats=1"]
-    command = [sys.executable, str(script), *small, "precision=fp32", "compare=algorithm", "measure=[update]"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    options = ["precision=fp32", "compare=algorithm", "measure=[update]"]
+    done = server.run(tmp_path, *small, *options, script="benchmark", timeout=300)
+    assert done.status == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["other"] == "Reconstruction" and result["other_parameters"] != result["parameters"]
     assert result["other_over_ours"] == result["other_update"]["median_s"] / result["update"]["median_s"]
 
 
-def test_the_benchmark_says_whom_it_cannot_compare(request, tmp_path):
-    script = request.config.rootpath / "examples" / "benchmark.py"
-    command = [sys.executable, str(script), "compare=algorithm", "algorithm@other=dreamerv2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+def test_the_benchmark_says_whom_it_cannot_compare(server, tmp_path):
+    done = server.run(tmp_path, "compare=algorithm", "algorithm@other=dreamerv2", script="benchmark")
+    assert done.status == 1 and "Traceback" not in done.stderr
     assert "dreamerv2 has sizes of its own" in done.stderr and "algorithm=dreamerv2" in done.stderr
 
 
@@ -248,12 +246,10 @@ def test_the_benchmark_says_whom_it_cannot_compare(request, tmp_path):
     "environment",
     ["env=gym env.task=CartPole-v1", "env=dmc_vision env.task=reacher_easy", "env=probe env.task=ending"],
 )
-def test_throughput_steps_the_same_simulators_with_and_without_torchrl(request, tmp_path, environment):
-    script = request.config.rootpath / "examples" / "throughput.py"
+def test_throughput_steps_the_same_simulators_with_and_without_torchrl(server, tmp_path, environment):
     short = ["counts=[2]", "seconds=0.3", "rounds=1"]
-    command = [sys.executable, str(script), *environment.split(), *short]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = server.run(tmp_path, *environment.split(), *short, script="throughput")
+    assert done.status == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["environments"] == 2 and result["collector"] > 0 and result["bare"] > 0
     assert result["ratio"] == pytest.approx(result["collector"] / result["bare"], rel=0.02)

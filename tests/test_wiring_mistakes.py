@@ -64,7 +64,7 @@ NO_MEMORY = ("no memory", "'state' and 'belief'", "auto_register_policy_transfor
 
 
 def test_a_policy_in_a_parallel_env_without_registration():
-    env, agent = ParallelEnv(2, CARTPOLE), cartpole_agent()
+    env, agent = ParallelEnv(2, CARTPOLE, mp_start_method="fork"), cartpole_agent()
     with refused(*NO_MEMORY):
         env.rollout(3, agent.policy, break_when_any_done=False)
     remedied = TransformedEnv(env, agent.primer())
@@ -77,7 +77,7 @@ def test_a_policy_in_a_parallel_env_without_registration():
 
 
 def test_a_policy_in_a_collector_without_registration():
-    env, agent = ParallelEnv(2, CARTPOLE), cartpole_agent()
+    env, agent = ParallelEnv(2, CARTPOLE, mp_start_method="fork"), cartpole_agent()
     collector = Collector(env, agent.policy, frames_per_batch=8, total_frames=8)
     with refused(*NO_MEMORY):
         next(iter(collector))

@@ -4,14 +4,13 @@ import contextlib
 import io
 import logging
 import math
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from launcher import CARTPOLE, EXAMPLES, TINY, config
+from launcher import CARTPOLE, TINY, config
 from omegaconf import OmegaConf
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
@@ -197,22 +196,20 @@ def test_the_doctor_says_in_a_sentence_that_there_is_no_such_task(server, tmp_pa
 
 
 COMMANDS = {
-    "curves.py . --out x.xyz": ["--out", "x.xyz", "png"],
-    "compare.py seed=0,abc": ["seed=abc", "whole"],
-    "compare.py model=5": ["model=5", "size12M"],
-    "compare.py seed=0 --out x.xyz": ["--out", "x.xyz", "png"],
-    "compare.py train_ratoi=3 --jobs 2": ["train_ratoi", "train_ratio"],
+    "curves . --out x.xyz": ["--out", "x.xyz", "png"],
+    "compare seed=0,abc": ["seed=abc", "whole"],
+    "compare model=5": ["model=5", "size12M"],
+    "compare seed=0 --out x.xyz": ["--out", "x.xyz", "png"],
+    "compare train_ratoi=3 --jobs 2": ["train_ratoi", "train_ratio"],
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_arguments_of_curves_and_compare(tmp_path, command):
+def test_arguments_of_curves_and_compare(server, tmp_path, command):
     program, *arguments = command.split()
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / program), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    in_few_words(done.returncode, done.stdout + done.stderr, COMMANDS[command])
-    assert not list(tmp_path.iterdir())
+    run = server.run(tmp_path, *arguments, script=program)
+    in_few_words(run.status, run.stdout + run.stderr, COMMANDS[command])
+    assert {file.name for file in tmp_path.iterdir()} == {"stdout", "stderr"}
 
 
 def test_numbers_are_written_back_as_they_are_used():
