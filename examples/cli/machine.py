@@ -17,6 +17,15 @@ from packaging.requirements import Requirement
 from r2dreamer.envs.base.gl import choose_gl
 
 DISTRIBUTION = "torchrl-r2dreamer"
+# Each of these is made for one series of MuJoCo. pip upgrades one of them alone, so the command that mends names all.
+MUJOCO_PACKAGES = ("mujoco", "dm_control", "metaworld")
+CLASHES = {
+    ("mujoco>=4", "dm_control<=1.0.50"): "dm_control reads fields of a model that MuJoCo 4 does not have",
+    ("mujoco>=3.9", "dm_control<=1.0.41"): "dm_control reads fields of a model that MuJoCo 3.9 does not have",
+    ("mujoco<3.8", "dm_control>=1.0.41"): "dm_control reads fields of a model that this MuJoCo does not have yet",
+    ("mujoco>=3.17", "metaworld<3.1"): "Meta-World 3.0 writes its welds in a form that MuJoCo 3.17 refuses",
+    ("metaworld>=3.1", "dm_control>=1.0.41"): "metaworld 3.1 wants MuJoCo 3.3.0, and dm_control a newer one",
+}
 # Prints what renders and how fast; in a process of its own, because a broken driver ends or hangs the one that asks it.
 ASK_OPENGL = """
 import statistics, time
@@ -46,21 +55,41 @@ def packages() -> tuple[list[str], list[str]]:
     for text in importlib.metadata.requires(DISTRIBUTION) or []:
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", text)
         users.setdefault(text.split(";")[0].strip(), []).append(extra[1] if extra else "")
-    lines, problems = [], []
+    lines, wrong, wanted, installed = [], {}, {}, {}
     for text, extras in users.items():
         requirement, named = Requirement(text), ", ".join(sorted({*extras} - {"all", "test"}))
         if "test" in extras and not named:
             continue  # of interest to who works on this package only
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        lines.append(f"{requirement.name} {version or 'is not installed'}" + (f" (extra {named})" if named else ""))
-        if version is None and "" in extras:
-            problems.append(f"{requirement.name} is missing: pip install '{text}'")
-        elif version is not None and version not in requirement.specifier:
-            problems.append(f"{requirement.name} {version} does not fit: pip install '{text}'")
-    return lines, problems
+        name, version = requirement.name, installed_version(requirement.name)
+        lines.append(f"{name} {version or 'is not installed'}" + (f" (extra {named})" if named else ""))
+        wanted[name] = text
+        if version is not None:
+            installed[name] = version
+            if version not in requirement.specifier:
+                wrong[name] = f"{name} {version} does not fit"
+        elif "" in extras:
+            wrong[name] = f"{name} is missing"
+
+    def remedy(name: str) -> str:
+        together = [each for each in MUJOCO_PACKAGES if each in installed] if name in MUJOCO_PACKAGES else [name]
+        return "pip install " + " ".join(f"'{wanted[each]}'" for each in together)
+
+    problems = []
+    for pair, why in CLASHES.items():
+        clashing = [Requirement(text) for text in pair]
+        if all(each.name in installed and installed[each.name] in each.specifier for each in clashing):
+            said = " and ".join(f"{each.name} {installed[each.name]}" for each in clashing)
+            problems.append(f"{said} do not work together: {why}. Mend: {remedy(clashing[0].name)}")
+            for each in clashing:
+                wrong.pop(each.name, None)
+    return lines, problems + [f"{what}: {remedy(name)}" for name, what in wrong.items()]
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def processor() -> list[str]:
