@@ -15,13 +15,15 @@ from .suites.atari import make_atari
 from .suites.atari_scores import HumanNormalizedScore
 from .suites.crafter import CrafterScores, crafter_score, make_crafter
 from .suites.custom import make_custom
-from .suites.dmc import RenderPixels, make_dmc
+from .suites.dmc import make_dmc
+from .suites.dmc_subtle import make_dmc_subtle
 from .suites.gym import make_gym
 from .suites.memory_maze import make_memory_maze
 from .suites.metaworld import make_metaworld
 from .suites.probes import PROBES, make_probe
 from .transforms.patch import AdversarialPatch
-from .transforms.subtle import DMCSubtle, make_dmc_subtle
+from .transforms.rendering import RenderPixels
+from .transforms.subtle import DMCSubtle
 from .vector.collecting import VectorCollector
 from .vector.vector import VectorEnv, count_workers, env_seeds, make_vector_env, reseed
 

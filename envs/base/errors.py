@@ -6,8 +6,6 @@ import sys
 
 import numpy as np
 
-from ..suites.registry import suites_with
-
 
 class WorkerError(RuntimeError):
     """An environment failed while running: names its task, its index among the environments, its seed and traceback."""
@@ -28,16 +26,18 @@ def require_positive(**sizes):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
-def unknown_task(task, known, suite, own=None):
-    """The error for a task that `suite` does not have, naming the nearest ones it has, or the suite that has it."""
-    elsewhere = " or ".join(f"env={name}" for name in suites_with(task) if name != own)
-    if elsewhere:
-        return ValueError(f"{suite} has no task {task!r}, but another suite has: use {elsewhere} env.task={task}.")
+def unknown_task(task, known, suite):
+    """The error for a task that `suite` does not have, naming the nearest ones it has."""
+    hint = nearest(task, known) or f" Some it has: {', '.join(sorted(known)[:5])}."
+    return ValueError(f"{suite} has no task {task!r}.{hint}")
+
+
+def nearest(name, known):
+    """A sentence that names the nearest of the known names; empty where none is near."""
     # Case must not hide a near miss: "cartpole-v1" is one key away from "CartPole-v1".
-    by_lower = {name.lower(): name for name in sorted(known)}
-    nearest = [by_lower[name] for name in difflib.get_close_matches(str(task).lower(), by_lower, n=3, cutoff=0.5)]
-    hint = f"The nearest: {', '.join(nearest)}." if nearest else f"Some it has: {', '.join(sorted(known)[:5])}."
-    return ValueError(f"{suite} has no task {task!r}. {hint}")
+    by_lower = {each.lower(): each for each in sorted(known)}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.5)
+    return f" The nearest: {', '.join(by_lower[each] for each in close)}." if close else ""
 
 
 def not_finite(name, value, step, task):

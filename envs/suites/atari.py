@@ -3,9 +3,11 @@
 import numpy as np
 
 from ..base.contract import finish
-from ..base.errors import require, require_positive, unknown_task
+from ..base.errors import require, require_positive
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
+from .atari_scores import SCORES, HumanNormalizedScore
+from .registry import register, unknown_task
 
 LIVES = ("unused", "discount", "reset")
 
@@ -125,3 +127,22 @@ class Atari(Simulator):
 
     def observe(self):
         return {"pixels": to_pixels(np.maximum(*self.screens), self.size, self.grayscale)}
+
+
+def _tasks():
+    try:
+        from ale_py import roms
+    except ImportError:  # without the extra: those of the benchmark
+        return SCORES
+    return roms.get_all_rom_ids()
+
+
+register(
+    "atari100k",
+    title="Atari 100k: games of the Arcade Learning Environment",
+    make=make_atari,
+    tasks=_tasks,
+    module="ale_py",
+    extra="atari",
+    scores=(HumanNormalizedScore,),
+)

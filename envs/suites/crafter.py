@@ -7,9 +7,10 @@ import io
 import numpy as np
 
 from ..base.contract import finish
-from ..base.errors import require, require_positive, unknown_task
+from ..base.errors import require, require_positive
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
+from .registry import register, unknown_task
 
 TASKS = ("reward", "noreward")
 ACHIEVEMENT = "achievement_"  # what the names of the metrics begin with
@@ -108,3 +109,14 @@ class CrafterScores:
 
     def load_state_dict(self, state: dict) -> None:
         self.episodes, self.successes = state["episodes"], dict(state["successes"])
+
+
+register(
+    "crafter",
+    title="Crafter, an open world with 22 achievements",
+    make=make_crafter,
+    tasks=lambda: TASKS,
+    module="crafter",
+    extra="crafter",
+    scores=(CrafterScores,),
+)

@@ -9,6 +9,7 @@ import sys
 from torchrl.envs import EnvBase
 
 from ..base.contract import finish
+from .registry import register
 
 
 def make_custom(factory, *, seed, task=None, **kwargs):
@@ -62,3 +63,6 @@ def _import(path):
             raise ValueError(f"env.factory={path!r}: {found.__name__} has no {part!r}. It has: {shown}.")
         found = getattr(found, part)
     return found
+
+
+register("custom", title="Your own TorchRL environment", make=make_custom, tasks=tuple, module="")

@@ -3,15 +3,13 @@
 import importlib
 
 import numpy as np
-import torch
-from torchrl.data import Bounded
-from torchrl.envs import TransformedEnv
-from torchrl.envs.transforms import Transform
 
 from ..base.contract import finish
-from ..base.errors import require, require_positive, unknown_task
+from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.simulator import Simulator
+from ..transforms.rendering import render_pixels
+from .registry import register, unknown_task
 
 CAMERAS = {"quadruped": 2, "fish": 3}  # all others: 0
 
@@ -87,44 +85,6 @@ class Control(Simulator):
         self._env.close()
 
 
-class RenderPixels(Transform):
-    """The camera image of a DeepMind Control environment of TorchRL's under "pixels", uint8 [3, size, size].
-
-    As a transform it renders once after a repeated action; TorchRL's `from_pixels` renders every frame in between too,
-    which takes most of a step's time.
-    """
-
-    def __init__(self, size=64, camera=0):
-        super().__init__(out_keys=["pixels"])
-        self.size, self.camera = size, camera
-
-    def _call(self, next_tensordict):
-        env = self.parent
-        while isinstance(env, TransformedEnv):
-            env = env.base_env
-        pixels = render_pixels(env._env.physics, self.size, self.camera)
-        return next_tensordict.set("pixels", torch.from_numpy(pixels))
-
-    def _reset(self, tensordict, tensordict_reset):
-        return self._call(tensordict_reset)
-
-    def transform_observation_spec(self, observation_spec):
-        observation_spec["pixels"] = Bounded(0, 255, (3, self.size, self.size), dtype=torch.uint8)
-        return observation_spec
-
-
-def render_pixels(physics, size, camera):
-    """One camera image of a dm_control physics as a uint8 array [3, size, size]."""
-    cameras = [physics.model.id2name(index, "camera") for index in range(physics.model.ncam)]
-    if camera not in cameras and camera not in range(-1, len(cameras)):  # -1 is the free camera
-        raise ValueError(f"camera={camera!r} is not among this model's cameras: {dict(enumerate(cameras))}.")
-    try:
-        image = physics.render(size, size, camera_id=camera)
-    except Exception as error:  # a missing or broken renderer throws whatever its backend throws
-        raise missing_gl(error) from error
-    return image.transpose(2, 0, 1).copy()
-
-
 def import_suite():
     choose_gl()  # before MuJoCo is imported: it reads the variable only then
     require("dm_control", "dmc")
@@ -134,3 +94,27 @@ def import_suite():
         return require("dm_control.suite", "dmc")  # one of its own dependencies is missing
     except Exception as error:  # whatever a renderer that is asked for and missing throws: it differs by backend
         raise missing_gl(error) from error
+
+
+TASKS = """
+    acrobot_swingup acrobot_swingup_sparse ball_in_cup_catch cartpole_balance cartpole_balance_sparse
+    cartpole_swingup cartpole_swingup_sparse cartpole_three_poles cartpole_two_poles cheetah_run dog_fetch
+    dog_run dog_stand dog_trot dog_walk finger_spin finger_turn_easy finger_turn_hard fish_swim fish_upright
+    hopper_hop hopper_stand humanoid_CMU_run humanoid_CMU_stand humanoid_CMU_walk humanoid_run
+    humanoid_run_pure_state humanoid_stand humanoid_walk lqr_lqr_2_1 lqr_lqr_6_2 manipulator_bring_ball
+    manipulator_bring_peg manipulator_insert_ball manipulator_insert_peg pendulum_swingup point_mass_easy
+    point_mass_hard quadruped_escape quadruped_fetch quadruped_run quadruped_walk reacher_easy reacher_hard
+    stacker_stack_2 stacker_stack_4 swimmer_swimmer15 swimmer_swimmer6 walker_run walker_stand walker_walk
+""".split()  # noqa: SIM905
+
+
+def _tasks():
+    try:
+        return {"_".join(names) for names in importlib.import_module("dm_control.suite").ALL_TASKS}
+    except Exception:  # the extra is missing, or MuJoCo finds no OpenGL
+        return TASKS
+
+
+_control = dict(make=make_dmc, tasks=_tasks, module="dm_control", extra="dmc")
+register("dmc_vision", title="DeepMind Control suite from images", renders=True, **_control)
+register("dmc_proprio", title="DeepMind Control suite from vectors", **_control)

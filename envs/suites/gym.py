@@ -7,9 +7,10 @@ import os
 import traceback
 
 from ..base.contract import finish
-from ..base.errors import require, require_positive, unknown_task
+from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.simulator import Simulator
+from .registry import register, unknown_task
 
 
 def make_gym(
@@ -33,7 +34,7 @@ def make_gym(
     gymnasium = require("gymnasium", "gym")
     import_old_gym_quietly()
     require_positive(image_size=image_size, action_repeat=action_repeat, time_limit=time_limit)
-    from .gym_wrappers import ActionRepeat, ContractActions, ContractObservations, Rendered
+    from ._gym_wrappers import ActionRepeat, ContractActions, ContractObservations, Rendered
 
     env = _build(gymnasium, task, from_pixels, time_limit)
     env = ActionRepeat(ContractActions(env, task), action_repeat)
@@ -110,3 +111,13 @@ def _build(gymnasium, task, from_pixels, time_limit):
         raise ValueError(f"Gymnasium no longer has {task!r}: {error}") from error
     except gymnasium.error.Error as error:  # not registered, or not even a name
         raise unknown_task(task, gymnasium.registry, "Gymnasium", own="gym") from error
+
+
+register(
+    "gym",
+    title="Gymnasium, any registered task",
+    make=make_gym,
+    tasks=lambda: importlib.import_module("gymnasium").registry,
+    module="gymnasium",
+    extra="gym",
+)

@@ -7,11 +7,12 @@ import logging
 import os
 
 from ..base.contract import finish
-from ..base.errors import require, require_positive, unknown_task
+from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
-from .dmc import render_pixels
+from ..transforms.rendering import render_pixels
+from .registry import register, unknown_task
 
 TASKS = ("9x9", "11x11", "13x13", "15x15")
 CAMERA, COLOR = "walker/egocentric_camera", "target_color"
@@ -120,3 +121,14 @@ def _import_tasks():
             os.environ.pop("MUJOCO_GL", None)  # memory_maze asks for EGL, also where there is a display and no EGL
     render_pixels(mujoco.Physics.from_xml_string("<mujoco/>"), FRAMED_IMAGE, -1)  # what cannot render says so now
     return tasks
+
+
+register(
+    "memory_maze",
+    title="Memory Maze, four sizes",
+    make=make_memory_maze,
+    tasks=lambda: TASKS,
+    module="memory_maze",
+    extra="memory_maze",
+    renders=True,
+)

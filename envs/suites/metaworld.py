@@ -1,5 +1,6 @@
 """Meta-World's fifty manipulation tasks from one camera image: `make_metaworld("reach", seed=0)`."""
 
+import importlib
 import pickle
 import queue
 import sys
@@ -9,10 +10,11 @@ import weakref
 import numpy as np
 
 from ..base.contract import finish
-from ..base.errors import require, require_positive, unknown_task
+from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
+from .registry import register, unknown_task
 
 CORNER2_POSITION = (0.75, 0.075, 0.7)  # closer to the table than upstream's (1.3, -0.2, 1.1)
 # Upstream hung these cameras on their heads. Their images are turned over, not round: upright, and mirrored, as in the
@@ -154,3 +156,33 @@ def _offscreen_viewer(model, data, size):
     from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
 
     return OffScreenViewer(model, data, size, size)
+
+
+TASKS = """
+    assembly basketball bin-picking box-close button-press button-press-topdown button-press-topdown-wall
+    button-press-wall coffee-button coffee-pull coffee-push dial-turn disassemble door-close door-lock door-open
+    door-unlock drawer-close drawer-open faucet-close faucet-open hammer hand-insert handle-press
+    handle-press-side handle-pull handle-pull-side lever-pull peg-insert-side peg-unplug-side pick-out-of-hole
+    pick-place pick-place-wall plate-slide plate-slide-back plate-slide-back-side plate-slide-side push
+    push-back push-wall reach reach-wall shelf-place soccer stick-pull stick-push sweep sweep-into window-close
+    window-open
+""".split()  # noqa: SIM905
+
+
+def _tasks():
+    try:
+        names = importlib.import_module("metaworld").ALL_V3_ENVIRONMENTS
+    except Exception:  # the extra is missing, or MuJoCo finds no OpenGL
+        names = [f"{name}-v3" for name in TASKS]
+    return {*names, *(name.removesuffix("-v3") for name in names)}
+
+
+register(
+    "metaworld",
+    title="Meta-World, 50 manipulation tasks",
+    make=make_metaworld,
+    tasks=_tasks,
+    module="metaworld",
+    extra="metaworld",
+    renders=True,
+)

@@ -12,8 +12,9 @@ terminate: what an agent dreams up beyond an end that it was never shown would o
 import numpy as np
 
 from ..base.contract import finish
-from ..base.errors import require_positive, unknown_task
+from ..base.errors import require_positive
 from ..base.simulator import Simulator
+from .registry import register, unknown_task
 
 TARGET = 2  # side of the small target, in pixels
 
@@ -220,3 +221,6 @@ def make_probe(task, *, seed, image_size=64, actions=2, continuous=False, action
         raise ValueError(f"image_size={image_size} is too small for a probe to show anything: use at least 8.")
     env = PROBES[task](image_size, actions, continuous)
     return finish(env, task, seed)
+
+
+register("probe", title="Probes: tiny images, known best returns", make=make_probe, tasks=lambda: PROBES)

@@ -5,12 +5,13 @@ edited XML is compiled, and what comes out different is carried over into the en
 a target the task has moved or a gravity the user has set, stays. What an edit and a part are is said in `subtle.py`.
 """
 
-import difflib
 import math
 import threading
 
 import numpy as np
 from torchrl.envs import DMControlEnv
+
+from ..base.errors import nearest
 
 KINDS = {"geom": "geoms", "site": "sites", "tendon": "tendons", "class": "classes"}  # and DMCSubtle's arguments
 SIZES = {"geom": "geom_size", "site": "site_size", "tendon": "tendon_width"}  # of a compiled model
@@ -183,11 +184,6 @@ def distance(model, other):
 
 
 # -- what a user is told ----------------------------------------------------------------------------------------------
-
-
-def nearest(name, known):
-    close = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
-    return f" The nearest: {', '.join(close)}." if close else ""
 
 
 def _unknown_name(kind, name, known):

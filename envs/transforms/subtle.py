@@ -1,7 +1,7 @@
 """DMC-Subtle: what matters in a task of the DeepMind Control suite, made small.
 
-`make_dmc_subtle("reacher", seed=0)` is the paper's task: 64x64 pixels, two simulator steps an action. `DMCSubtle()` puts the
-same small things into a DMControlEnv of TorchRL's, and `DMCSubtle(geoms="target", shrink=1 / 20)` any other.
+`DMCSubtle()` shrinks the paper's things in a DMControlEnv of TorchRL's, `DMCSubtle(geoms="target", shrink=1 / 20)` any
+others. The paper's tasks as a suite are in `suites/dmc_subtle.py`.
 """
 
 import math
@@ -11,13 +11,11 @@ from functools import partial
 from numbers import Real
 
 import numpy as np
-from torchrl.envs import DMControlWrapper, TransformedEnv
+from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Transform
 
-from ..base.contract import finish
-from ..base.errors import unknown_task
-from ..suites.dmc import Control, build_dmc
-from .recompile import KINDS, adopt, compile_edited, distance, domain_of, nearest, nearest_source, sources_of
+from ..base.errors import nearest, unknown_task
+from .recompile import KINDS, adopt, compile_edited, distance, domain_of, nearest_source, sources_of
 
 
 @dataclass(frozen=True)
@@ -37,18 +35,6 @@ OFFICIAL = {
     "ball_in_cup_catch": Official(("ball_in_cup", "catch"), {"geom": ["ball"], "tendon": ["string"]}, 1 / 12),
     "cartpole_swingup": Official(("cartpole", "swingup"), {"class": ["pole"]}, 1 / 20),
 }
-
-
-def make_dmc_subtle(
-    task, *, seed, image_size=64, action_repeat=2, camera=None, shrink=None, physics="official", from_pixels=True
-):
-    """One of the five tasks, "reacher" for example, seeded; `shrink` and `physics` as in DMCSubtle."""
-    if task not in OFFICIAL:
-        raise unknown_task(task, OFFICIAL, "DMC-Subtle")
-    view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
-    env = build_dmc(*OFFICIAL[task].stock, action_repeat=action_repeat, **view)
-    DMCSubtle(task, shrink=shrink, physics=physics).put_on(env)
-    return finish(env, task, seed)
 
 
 class DMCSubtle(Transform):
@@ -114,13 +100,14 @@ class DMCSubtle(Transform):
 
     def put_on(self, env):
         """Shrink what is to be shrunk in an environment that holds one of dm_control's."""
-        if not isinstance(env, DMControlWrapper | Control):
+        physics = getattr(vars(env).get("_env"), "physics", None)
+        if physics is None:
             raise ValueError(
                 f"DMCSubtle works on a DMControlEnv or DMControlWrapper of this process, not on {type(env).__name__}. "
                 "Of several environments each gets its own, inside its worker: ParallelEnv(4, lambda: TransformedEnv("
                 'DMControlEnv("reacher", "easy", from_pixels=True), DMCSubtle())).'
             )
-        physics, task = env._env.physics, env._env.task
+        task = env._env.task
         begin = vars(task).get("initialize_episode")
         shrunk = begin if isinstance(begin, Shrunk) else Shrunk(begin or partial(type(task).initialize_episode, task))
         domain = domain_of(physics)

@@ -38,7 +38,7 @@ FOLDER = "r2dreamer-workers-"
 
 def start_fork_server():
     """Start the clean process from which workers are forked, with everything slow already imported."""
-    multiprocessing.set_forkserver_preload(["r2dreamer.envs.vector.vector.workers"])
+    multiprocessing.set_forkserver_preload(["r2dreamer.envs.vector.workers"])
     # TorchRL imports MuJoCo, which opens the EGL display at once if MUJOCO_GL says so: a GL driver does not survive
     # being forked. The server therefore does not know of MUJOCO_GL; each worker is told.
     gl = os.environ.pop("MUJOCO_GL", None)
