@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from ..base.errors import require, require_positive
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
@@ -61,7 +61,7 @@ def make_atari(
         grayscale=grayscale,
         time_limit=time_limit,
     )
-    return finish(env, task, seed)
+    return apply_contract(env, task, seed)
 
 
 def _find_rom(task):

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from ..base.errors import require, require_positive
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
@@ -33,7 +33,7 @@ def make_crafter(task, *, seed, image_size=64, action_repeat=1):
     with contextlib.redirect_stderr(io.StringIO()):  # Crafter tries the old gym, which prints that it is unmaintained
         crafter = require("crafter", "crafter")
     game = functools.partial(crafter.Env, size=(image_size, image_size), reward=task == "reward")
-    return finish(Crafter(game, crafter.constants, image_size, action_repeat), task, seed)
+    return apply_contract(Crafter(game, crafter.constants, image_size, action_repeat), task, seed)
 
 
 class Crafter(Simulator):

@@ -8,7 +8,7 @@ import sys
 
 from torchrl.envs import EnvBase
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from .registry import register
 
 
@@ -39,7 +39,7 @@ def make_custom(factory, *, seed, task=None, **kwargs):
             "torchrl.envs.GymWrapper for Gymnasium's, torchrl.envs.DMControlWrapper for dm_control's; or, if it is "
             "registered with Gymnasium, use env=gym env.task=NAME."
         )
-    return finish(env, task or factory, seed)
+    return apply_contract(env, task or factory, seed)
 
 
 def _import(path):

@@ -4,7 +4,7 @@ import importlib
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.simulator import Simulator
@@ -25,7 +25,7 @@ def make_dmc(task, *, seed, from_pixels, image_size=64, action_repeat=2, camera=
     if task not in tasks:
         raise unknown_task(task, tasks, "The DeepMind Control suite")
     view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
-    return finish(build_dmc(*tasks[task], action_repeat=action_repeat, **view), task, seed)
+    return apply_contract(build_dmc(*tasks[task], action_repeat=action_repeat, **view), task, seed)
 
 
 def build_dmc(domain, name, *, from_pixels, image_size, action_repeat, camera):

@@ -1,6 +1,6 @@
 """DMC-Subtle as a suite: `make_dmc_subtle("reacher", seed=0)` is the paper's task, 64x64 pixels, two frames an action."""
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from ..transforms.subtle import OFFICIAL, DMCSubtle
 from .dmc import build_dmc
 from .registry import register, unknown_task
@@ -15,7 +15,7 @@ def make_dmc_subtle(
     view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
     env = build_dmc(*OFFICIAL[task].stock, action_repeat=action_repeat, **view)
     DMCSubtle(task, shrink=shrink, physics=physics).put_on(env)
-    return finish(env, task, seed)
+    return apply_contract(env, task, seed)
 
 
 register(

@@ -6,7 +6,7 @@ import io
 import os
 import traceback
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.simulator import Simulator
@@ -42,7 +42,7 @@ def make_gym(
         choose_gl()
         with _explained(task):
             env = Rendered(env)
-    return finish(Gym(ContractObservations(env, image_size, grayscale, keys, task)), task, seed)
+    return apply_contract(Gym(ContractObservations(env, image_size, grayscale, keys, task)), task, seed)
 
 
 class Gym(Simulator):

@@ -6,7 +6,7 @@ import io
 import logging
 import os
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.images import to_pixels
@@ -29,7 +29,7 @@ def make_memory_maze(task, *, seed, image_size=64, action_repeat=1):
     if task not in TASKS:
         raise unknown_task(task, TASKS, "Memory Maze")
     build = getattr(_import_tasks(), f"memory_maze_{task}")
-    return finish(MemoryMaze(build, image_size, action_repeat), task, seed)
+    return apply_contract(MemoryMaze(build, image_size, action_repeat), task, seed)
 
 
 class MemoryMaze(Simulator):

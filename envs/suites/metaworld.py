@@ -9,7 +9,7 @@ import weakref
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.images import to_pixels
@@ -37,7 +37,7 @@ def make_metaworld(task, *, seed, image_size=64, action_repeat=2, camera="corner
     if name not in tasks:
         raise unknown_task(task, [known.removesuffix("-v3") for known in tasks], "Meta-World")
     env = MetaWorld(_build(name, tasks[name], image_size), image_size, action_repeat, camera)
-    return finish(env, task, seed)
+    return apply_contract(env, task, seed)
 
 
 class MetaWorld(Simulator):

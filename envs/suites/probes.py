@@ -11,7 +11,7 @@ terminate: what an agent dreams up beyond an end that it was never shown would o
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import apply_contract
 from ..base.errors import require_positive
 from ..base.simulator import Simulator
 from .registry import register, unknown_task
@@ -220,7 +220,7 @@ def make_probe(task, *, seed, image_size=64, actions=2, continuous=False, action
     if image_size < 8:
         raise ValueError(f"image_size={image_size} is too small for a probe to show anything: use at least 8.")
     env = PROBES[task](image_size, actions, continuous)
-    return finish(env, task, seed)
+    return apply_contract(env, task, seed)
 
 
 register("probe", title="Probes: tiny images, known best returns", make=make_probe, tasks=lambda: PROBES)
