@@ -1,12 +1,16 @@
 """Crafter, a small open world with 22 things to achieve: `make_crafter("reward", seed=0)`, and its score."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import io
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from ..base.contract import apply_contract
+from ..base.contract import ContractEnv, apply_contract
 from ..base.errors import require, require_positive
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
@@ -17,7 +21,7 @@ ACHIEVEMENT = "achievement_"  # what the names of the metrics begin with
 SMALLEST_IMAGE = 18  # the picture is 9 cells wide, and a digit 60% of a cell
 
 
-def make_crafter(task, *, seed, image_size=64, action_repeat=1):
+def make_crafter(task: str, *, seed: int, image_size: int = 64, action_repeat: int = 1) -> ContractEnv:
     """One of the two tasks, "reward" or "noreward", seeded; every episode is another world.
 
     Both report the 22 achievements below "metrics", as 1 from the moment they are unlocked in this episode; without
@@ -39,7 +43,7 @@ def make_crafter(task, *, seed, image_size=64, action_repeat=1):
 class Crafter(Simulator):
     """Upstream's game, made repeatable."""
 
-    def __init__(self, new_game, constants, image_size, action_repeat):
+    def __init__(self, new_game: Callable, constants: Any, image_size: int, action_repeat: int):
         self.names = {name: ACHIEVEMENT + name for name in constants.achievements}
         super().__init__(
             observations={"pixels": (3, image_size, image_size)},
@@ -48,13 +52,13 @@ class Crafter(Simulator):
         )
         self.new_game, self.repeat = new_game, action_repeat
 
-    def seed(self, number):
+    def seed(self, number: int) -> None:
         self.game = repeatable(self.new_game(seed=number))
 
-    def begin(self):
+    def begin(self) -> dict[str, np.ndarray]:
         return {"pixels": to_pixels(self.game.reset())}
 
-    def advance(self, action):
+    def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         total = 0.0
         for _ in range(self.repeat):
             image, reward, done, info = self.game.step(action)
@@ -65,7 +69,7 @@ class Crafter(Simulator):
         return {"pixels": to_pixels(image)}, total, info["discount"] == 0, done
 
 
-def repeatable(game):
+def repeatable(game: Any) -> Any:
     """The game whose episodes depend on its seed and the actions only; other games of this process stay as they are.
 
     Upstream keeps the creatures of a region in a set, which iterates in the order of their memory addresses, and draws
@@ -77,7 +81,7 @@ def repeatable(game):
     return game
 
 
-def crafter_score(rates):
+def crafter_score(rates: Sequence[float]) -> float:
     """exp(mean(ln(1 + s))) - 1, a geometric mean, of success rates given as fractions and counted in percent."""
     return float(np.expm1(np.log1p(100 * np.asarray(rates)).mean()))
 

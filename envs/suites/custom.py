@@ -1,18 +1,22 @@
 """Anybody's environment on the package's contract: `make_custom("my_module:make_env", seed=0)`."""
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from torchrl.envs import EnvBase
 
-from ..base.contract import apply_contract
+from ..base.contract import ContractEnv, apply_contract
 from .registry import register
 
 
-def make_custom(factory, *, seed, task=None, **kwargs):
+def make_custom(factory: str | Callable, *, seed: int, task: str | None = None, **kwargs: Any) -> ContractEnv:
     """The environment that `factory(**kwargs)` returns: a TorchRL `EnvBase`, seeded.
 
     factory: a callable, or where to import one from, "package.module:function"; modules beside the script and in the
@@ -42,7 +46,7 @@ def make_custom(factory, *, seed, task=None, **kwargs):
     return apply_contract(env, task or factory, seed)
 
 
-def _import(path):
+def _import(path: str) -> Any:
     path = str(path)
     module, separator, name = path.partition(":")
     if not (module and separator and name):

@@ -1,14 +1,24 @@
 """DMC-Subtle as a suite: `make_dmc_subtle("reacher", seed=0)` is the paper's task, 64x64 pixels, two frames an action."""
 
-from ..base.contract import apply_contract
+from __future__ import annotations
+
+from ..base.contract import ContractEnv, apply_contract
 from ..transforms.subtle import OFFICIAL, DMCSubtle
 from .dmc import build_dmc
 from .registry import register, unknown_task
 
 
 def make_dmc_subtle(
-    task, *, seed, image_size=64, action_repeat=2, camera=None, shrink=None, physics="official", from_pixels=True
-):
+    task: str,
+    *,
+    seed: int,
+    image_size: int = 64,
+    action_repeat: int = 2,
+    camera: int | str | None = None,
+    shrink: float | str | None = None,
+    physics: str = "official",
+    from_pixels: bool = True,
+) -> ContractEnv:
     """One of the five tasks, "reacher" for example, seeded; `shrink` and `physics` as in DMCSubtle."""
     if task not in OFFICIAL:
         raise unknown_task(task, OFFICIAL, "DMC-Subtle")

@@ -4,12 +4,15 @@ A new suite is one file here, which calls :func:`register`, and one file in ``co
 every module of this package; they import what an extra brings only when a task is made or listed.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from ..base import errors
 from ..base.gl import choose_gl
@@ -47,7 +50,7 @@ class Suite:
 _SUITES: dict[str, Suite] = {}
 
 
-def register(*names: str, **suite) -> None:
+def register(*names: str, **suite: Any) -> None:
     """Registers a suite under each of these values of ``env=``; the keywords are those of :class:`Suite`."""
     _SUITES.update((name, Suite(name=name, **suite)) for name in names)
 
