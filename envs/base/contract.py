@@ -33,7 +33,7 @@ class FiniteCheck(Transform):
         keys: The observations to check.
     """
 
-    def __init__(self, task: object, keys: Iterable[str]):
+    def __init__(self, task: str, keys: Iterable[str]):
         super().__init__()
         self.task = task
         self.keys = list(keys)
@@ -94,7 +94,7 @@ def name_task_in_errors(call: Callable, name: str, env: EnvBase, *args: Any, **k
         raise
 
 
-def apply_contract(env: EnvBase, task: object, seed: int, *transforms: Transform) -> ContractEnv:
+def apply_contract(env: EnvBase, task: Any, seed: int, *transforms: Transform) -> ContractEnv:
     """Gives an environment, after `transforms`, what the contract asks of every environment, and seeds it."""
     starts = [] if "is_init" in env.observation_spec.keys() else [InitTracker()]
     checks = []
@@ -104,7 +104,9 @@ def apply_contract(env: EnvBase, task: object, seed: int, *transforms: Transform
         # Not what stands below "metrics": nobody learns from it, and a suite can have dozens.
         entries = env.observation_spec.items(True, True)
         checks = [
-            FiniteCheck(task, [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point])
+            FiniteCheck(
+                str(task), [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point]
+            )
         ]
     env = ContractEnv(env, Compose(*transforms, *starts, *checks), task)
     # static_seed: without it TorchRL draws the seed of a next environment, which nobody here wants.

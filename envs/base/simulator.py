@@ -38,6 +38,10 @@ class Simulator(EnvBase):
         metrics: The names of `self.metrics`.
     """
 
+    task: str
+    step_count: int
+    metrics: dict[str, float]
+
     def __init__(
         self,
         *,
@@ -84,13 +88,13 @@ class Simulator(EnvBase):
         self.step_count, self.metrics = 0, dict.fromkeys(self.metrics, 0.0)
         return self._checked(self.begin())
 
-    def step_arrays(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool]:
+    def step_arrays(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         """(observation, reward, terminated, truncated) after one action of an agent: one-hot, or in [-1, 1]."""
         if self.discrete:
             action = int(action.argmax())
         elif self.scale is not None:
             action = np.clip(action, -1, 1) * self.scale + self.middle
-        self.__dict__["step_count"] += 1  # the ordinary way to set an attribute of an EnvBase takes 5 us
+        vars(self)["step_count"] += 1  # the ordinary way to set an attribute of an EnvBase takes 5 us
         observation, reward, terminated, truncated = self.advance(action)
         return self._checked(observation, reward), float(reward), bool(terminated), bool(truncated and not terminated)
 
@@ -100,7 +104,7 @@ class Simulator(EnvBase):
         for name, shape, dtype in self.layout:
             value = observation.get(name)
             value = None if value is None else np.asarray(value)
-            if not fits(value, shape, dtype):
+            if value is None or not fits(value, shape, dtype):
                 raise unexpected(name, value, shape, dtype, self.step_count, self.task)
             checked[name] = value.astype(dtype, copy=False)
             if dtype.kind == "f" and not np.isfinite(checked[name]).all():
@@ -110,7 +114,7 @@ class Simulator(EnvBase):
         return checked
 
     def _set_seed(self, seed: int | None) -> None:
-        self.seed(seed)
+        self.seed(0 if seed is None else seed)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         return self._tensors(self.reset_arrays(), False, False)

@@ -111,7 +111,7 @@ def _is_image(space: Any) -> bool:
     return isinstance(space, spaces.Box) and is_image(space.shape, space.dtype)
 
 
-def _leaves(space: Any, path: str, task: str) -> Iterator[tuple[str, tuple, Any]]:
+def _leaves(space: Any, path: tuple, task: str) -> Iterator[tuple[str, tuple, Any]]:
     """Yield (name, path, space) of every leaf of a nested dict space."""
     if isinstance(space, spaces.Dict):
         for key, child in space.spaces.items():

@@ -66,11 +66,9 @@ class Control(Simulator):
             shapes = {name: (int(np.prod(spec.shape)),) for name, spec in env.observation_spec().items()}
         spec = env.action_spec()
         # An actuator without limits has MuJoCo's largest number for them.
-        bounds = (
-            np.where(np.abs(bound) < 1e10, bound, sign * np.inf)
-            for bound, sign in ((spec.minimum, -1), (spec.maximum, 1))
-        )
-        super().__init__(observations=shapes, actions=tuple(bounds))
+        low = np.where(np.abs(spec.minimum) < 1e10, spec.minimum, -np.inf)
+        high = np.where(np.abs(spec.maximum) < 1e10, spec.maximum, np.inf)
+        super().__init__(observations=shapes, actions=(low, high))
         self._env, self.repeat, self.view = env, action_repeat, view
 
     def seed(self, number: int) -> None:

@@ -24,7 +24,7 @@ def make_gym(
     *,
     seed: int,
     from_pixels: bool = False,
-    image_size: int = 64,
+    image_size: int | None = 64,
     action_repeat: int = 1,
     time_limit: int | None = None,
     grayscale: bool = False,
@@ -105,7 +105,7 @@ def _explained(task: str) -> Iterator[None]:
 
 def _build(gymnasium: Any, task: str, from_pixels: bool, time_limit: int | None) -> Any:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame must not open a window to render an array
-    kwargs = {"render_mode": "rgb_array"} if from_pixels else {}
+    kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if from_pixels else {}
     if time_limit is not None:
         kwargs["max_episode_steps"] = time_limit
     if str(task).startswith("ALE/") or "NoFrameskip" in str(task):

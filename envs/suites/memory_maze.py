@@ -44,13 +44,13 @@ class MemoryMaze(Simulator):
     def __init__(self, build: Callable, image_size: int, action_repeat: int):
         super().__init__(observations={"pixels": (3, image_size, image_size)}, actions=6, metrics=["targets_reached"])
         self.build, self.size, self.repeat = build, image_size, action_repeat
-        self.maze = None
+        self.maze: Any = None
 
     def seed(self, number: int) -> None:
         if self.maze is not None:
             self.maze.close()
         self.maze = self.build(seed=number, camera_resolution=max(self.size, FRAMED_IMAGE), image_only_obs=True)
-        hasten(self.maze.task)
+        speed_up(self.maze.task)
 
     def begin(self) -> dict[str, np.ndarray]:
         with _without_warnings():  # each episode's "Cannot set velocity on Entity with no free joint"
@@ -68,24 +68,24 @@ class MemoryMaze(Simulator):
         return {"pixels": pixels}, total, now.last() and now.discount == 0, now.last()
 
 
-def hasten(task: str) -> None:
-    """Make one task five times faster, with the same pixels, rewards and draws; other tasks stay as they are."""
+def speed_up(task: Any) -> None:
+    """Makes one task five times faster, with the same pixels, rewards and draws; other tasks stay as they are."""
     for name, observable in task.observables.items():
         observable.enabled = name in (CAMERA, COLOR)  # all others are computed every step and then dropped
     camera = task.observables[CAMERA]
     camera._callable = lambda physics: _render_in_one_scene(physics, camera, task._walker.egocentric_camera)
     for target in task._targets:
-        target._update_activation = _look_before_searching(target)
+        target._update_activation = _search_only_contacts(target)
 
 
-def _render_in_one_scene(physics: Any, observable: Any, camera: int | str | None) -> Callable:
+def _render_in_one_scene(physics: Any, observable: Any, camera: Any) -> Callable:
     """What renders an episode's images. dm_control makes a scene for each image, which takes as long as drawing it."""
     engine = importlib.import_module("dm_control.mujoco.engine")
     size = {"height": observable.height, "width": observable.width}
     return engine.Camera(physics, camera_id=camera.full_identifier, **size).render
 
 
-def _look_before_searching(target: Any) -> Callable:
+def _search_only_contacts(target: Any) -> Callable:
     """The target's search through the contacts for itself, made only if it is there.
 
     It is made 50 times a step for each target, and MuJoCo's list of contacts ends a loop over it by a C++ exception,
@@ -93,11 +93,11 @@ def _look_before_searching(target: Any) -> Callable:
     """
     search = target._update_activation
 
-    def look(physics: Any) -> None:
+    def search_if_touched(physics: Any) -> None:
         if target._geom_id in physics.data.contact.geom:
             search(physics)
 
-    return look
+    return search_if_touched
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ class Probe(Simulator):
 
     @property
     def optimum(self) -> float:
-        return float(self.length)
+        return 1.0 if self.terminates else float(self.length)
 
     @property
     def random_return(self) -> float:
@@ -115,7 +115,6 @@ class RewardFromAction(Probe):
 class DelayedReward(Probe):
     """The first action decides what the last step pays. Choice and progress stay in sight: only credit is delayed."""
 
-    optimum = 1.0
     terminates = True
 
     def prepare(self) -> None:
@@ -141,7 +140,6 @@ class RememberFirstFrame(Probe):
     the cue alone would say nothing about the mean reward, and what is hard would be a parity, not a memory.
     """
 
-    optimum = 1.0
     terminates = True
 
     def image(self) -> np.ndarray:

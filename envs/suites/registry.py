@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +58,10 @@ def register(*names: str, **suite: Any) -> None:
 
 def suites() -> dict[str, Suite]:
     """Every suite by its name."""
-    package = importlib.import_module(__package__)
+    package = sys.modules[__name__.rpartition(".")[0]]
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
-            importlib.import_module(f"{__package__}.{module.name}")
+            importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(_SUITES)
 
 

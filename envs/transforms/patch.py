@@ -54,6 +54,12 @@ class AdversarialPatch(Transform):
     tensor([4.])
     """
 
+    low: torch.Tensor
+    high: torch.Tensor
+    colour: torch.Tensor
+    found: torch.Tensor | None
+    allowed: torch.Tensor | None
+
     def __init__(
         self, patch_hw: Sequence[int]=(16, 16), *, mode: str="direct", eps: float | None=None, base: float | Sequence[float]=0.5, placement: str="bottom_center", x0: int | None=None, y0: int | None=None,
         allowed: Any=None, eot_translations: int=0, eot_max_shift: int=2, eot_max_brightness: float=0.0, quantize: bool=True, onset: int=0, channels: int=3,
@@ -82,7 +88,7 @@ class AdversarialPatch(Transform):
         for name, value in dict(eot_translations=eot_translations, eot_max_shift=eot_max_shift, onset=onset).items():
             _require(isinstance(value, int) and value >= 0, f"{name}={value} must be a whole number, not negative.")
         _require(0 <= eot_max_brightness <= 1, f"eot_max_brightness={eot_max_brightness} must lie in [0, 1].")
-        self.settings = dict(
+        self.settings: dict[str, Any] = dict(
             patch_hw=[height, width], mode=mode, eps=eps, base=colour.tolist(), placement=placement, x0=x0, y0=y0,
             eot_translations=eot_translations, eot_max_shift=eot_max_shift, eot_max_brightness=eot_max_brightness,
             quantize=quantize, onset=onset, channels=channels, pixels_key=pixels_key, seed=seed,
@@ -95,7 +101,9 @@ class AdversarialPatch(Transform):
             low, high = torch.zeros(channels), torch.ones(channels)
         else:
             # On the 8-bit grid, so that rounding cannot leave the bound.
-            bound = torch.full((channels,), math.floor(eps * 255 + 1e-4) / 255 if mode == "perturb" else eps)
+            bound = torch.full(
+                (channels,), math.floor((eps or 0) * 255 + 1e-4) / 255 if mode == "perturb" else eps or 0.0
+            )
             low, high = (-bound, bound) if mode == "perturb" else (-torch.minimum(bound, colour), bound)
             high = torch.minimum(high, 1 - colour) if mode == "eps" else high
         middle, spread = (low + high) / 2, (high - low) / 4  # U[0.25, 0.75] in the mode "direct"
@@ -106,7 +114,8 @@ class AdversarialPatch(Transform):
         self.register_buffer("allowed", None if allowed is None else torch.as_tensor(allowed, dtype=torch.bool))
         self.register_buffer("heat", None)  # [H, W]
         self.register_buffer("found", None)  # the corner that saliency chose
-        self._corners = self._steps = None  # of the episodes under way
+        self._corners: Any = None  # of the episodes under way
+        self._steps: Any = None
 
     def __repr__(self) -> str:
         return f"AdversarialPatch({self.patch_hw[0]}x{self.patch_hw[1]}, {self.mode!r}, {self.placement!r})"
@@ -238,7 +247,7 @@ class AdversarialPatch(Transform):
         self.draws += 1
         return torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)
 
-    def check_image(self, shape: Sequence[int]) -> None:
+    def check_image(self, shape: Sequence[Any]) -> None:
         """Refuses images [C, H, W] that this patch does not fit."""
         channels, *sides = shape
         _require(
@@ -303,7 +312,7 @@ class AdversarialPatch(Transform):
         self.check_image(self._pixels(observation_spec).shape[-3:])
         return observation_spec
 
-    def _pixels(self, entries: Any) -> torch.Tensor:
+    def _pixels(self, entries: Any) -> Any:
         (key,) = self.in_keys
         pixels = entries.get(key, None)
         _require(
@@ -314,7 +323,7 @@ class AdversarialPatch(Transform):
 
     # -- on disk
 
-    def save(self, path: str) -> Path:
+    def save(self, path: str | os.PathLike) -> Path:
         """Writes everything that it is, as an archive of plain arrays: nothing in it is executed when it is loaded."""
         path = Path(path)
         _require(path.suffix == ".npz", f"path={path} must end in .npz.")
@@ -327,7 +336,7 @@ class AdversarialPatch(Transform):
         return path
 
     @classmethod
-    def load(cls, path: str) -> AdversarialPatch:
+    def load(cls, path: str | os.PathLike) -> AdversarialPatch:
         """What :meth:`save` wrote: the same pixels, placement, bounds and draws."""
         try:
             with np.load(path, allow_pickle=False) as archive:

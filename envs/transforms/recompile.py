@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def domain_of(physics: Any) -> str | None:
     return next((module.split(".")[2] for module in modules if module.startswith("dm_control.suite.")), None)
 
 
-def sources_of(env: Any, domain: str) -> list[tuple[Any, Any]]:
+def sources_of(env: Any, domain: str | None) -> list[tuple[Any, Any]]:
     """The (XML, assets) from which an environment of the suite may have been compiled; dm_control keeps none of them.
 
     To begin building the task again, and to listen, works also for the tasks that put their XML together in Python.
@@ -176,7 +176,7 @@ def _shrink_spec(spec: Any, edit: Edit) -> list:
     return touched
 
 
-def _mesh(spec: Any, geom: Any, shape: Sequence[int], edit: Edit, touched: list) -> str:
+def _mesh(spec: Any, geom: Any, shape: str, edit: Edit, touched: list) -> str:
     """The mesh a geom has its size from; refused where shrinking that shrinks not this geom, or not this alone."""
     others = [other.name for other in spec.geoms if other.meshname == geom.meshname and ("geom", other) not in touched]
     if shape == "MESH" and not edit.frozen and not others:
@@ -234,7 +234,7 @@ def distance(model: Any, other: Any) -> float:
 # -- what a user is told ----------------------------------------------------------------------------------------------
 
 
-def _unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:
+def _unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> ValueError:
     elsewhere = [
         f" There is a {other} of that name: {KINDS[other]}={name!r}." for other in known if name in known[other]
     ]

@@ -76,7 +76,7 @@ class DMCSubtle(Transform):
     """
 
     def __init__(
-        self, task: str=None, *, geoms: str | Sequence[str]=(), sites: str | Sequence[str]=(), tendons: str | Sequence[str]=(), classes: str | Sequence[str]=(), shrink: float | str | None = None, physics: Any="official", xml: str | None=None,
+        self, task: str | None=None, *, geoms: str | Sequence[str]=(), sites: str | Sequence[str]=(), tendons: str | Sequence[str]=(), classes: str | Sequence[str]=(), shrink: float | str | None = None, physics: Any="official", xml: str | None=None,
         assets: Mapping[str, str | bytes] | None=None,
     ):  # fmt: skip
         super().__init__()
@@ -129,7 +129,7 @@ class DMCSubtle(Transform):
         shrunk.add(self._edit(domain), physics, [self.source] if self.source else sources_of(env, domain))
         task.initialize_episode = shrunk
 
-    def _edit(self, domain: str) -> Edit:
+    def _edit(self, domain: str | None) -> Edit:
         frozen = self.physics == "frozen"
         if self.names:
             return Edit(self.names, self.shrink, None, frozen)

@@ -51,12 +51,14 @@ class VectorCollector(Collector):
 
     @torch.no_grad()
     def rollout(self) -> TensorDict:
-        env, device, root = self.env, self.policy_device, self._carrier
+        env: Any = self.env
+        policy: Any = self._wrapped_policy
+        device, root = self.policy_device, self._carrier
         outcome = env.observations | env.flags | {"reward": env.reward}
         before, after = None, self._columns(outcome)
         with set_exploration_type(self.exploration_type):
             for step in range(self.frames_per_batch):
-                acted = self._wrapped_policy(root if device is None else root.to(device))
+                acted = policy(root if device is None else root.to(device))
                 if acted is not root:
                     root.update(acted.to("cpu"))
                 if before is None:

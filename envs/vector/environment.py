@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,8 +102,16 @@ class VectorEnv(EnvBase):
         seeds: The seeds that the pool gave them.
     """
 
+    action: torch.Tensor
+    reward: torch.Tensor
+    observations: dict[Any, torch.Tensor]
+    first_observations: dict[Any, torch.Tensor]
+    current: dict[Any, torch.Tensor]
+    flags: dict[str, torch.Tensor]
+    auto_reset: torch.Tensor
+
     def __init__(self, pool: LocalPool | WorkerPool, seeds: Sequence[int]):
-        super().__init__(device="cpu", batch_size=[len(seeds)])
+        super().__init__(device="cpu", batch_size=torch.Size([len(seeds)]))
         self.pool, self.seeds = pool, seeds
         of_one = pool.specs["output_spec"]
         batched = lambda name: of_one[name].expand(len(seeds)).to("cpu")
@@ -167,7 +175,7 @@ class VectorEnv(EnvBase):
         return self._fill(TensorDict({}, self.batch_size, "cpu"), observed, flags)
 
     @staticmethod
-    def _fill(tensordict: Any, observations: Mapping, flags: Mapping) -> Any:
+    def _fill(tensordict: Any, observations: dict, flags: dict) -> Any:
         for key, value in (observations | flags).items():
             tensordict.set(key, value)
         return tensordict

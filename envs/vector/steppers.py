@@ -82,7 +82,8 @@ class SimulatorStepper:
     """Steps a bare simulator, without a TensorDict."""
 
     def __init__(self, env: ContractEnv):
-        self.env, self.simulator = env, env.base_env
+        self.env = env
+        self.simulator: Any = env.base_env
 
     def reset(self, row: SharedArrays) -> None:
         self._write(self.simulator.reset_arrays(), row.first_observations)
