@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
-from torchrl.envs import Compose, DMControlEnv, ParallelEnv, TransformedEnv
+from torchrl.envs import Compose, DMControlEnv, GymEnv, InitTracker, ParallelEnv, TransformedEnv
 from torchrl.modules import RandomPolicy
 
 from r2dreamer.envs import RenderPixels, make_dmc, make_gym, make_replay, make_vector_env
@@ -63,6 +63,20 @@ def workers():
         print(f"workers: ParallelEnv's step of 4 x {name}: {ratio(stepping(ours, 100), stepping(theirs, 100))} ours")
         ours.close()
         theirs.close()
+
+
+def simulator():
+    env = make_gym("CartPole-v1", seed=0)
+    theirs = TransformedEnv(GymEnv("CartPole-v1", categorical_action_encoding=False), InitTracker())
+    pool, action = make_vector_env(partial(make_gym, "CartPole-v1"), [0], parallel=False), torch.tensor([[1, 0]])
+    print(f"simulator: GymEnv's step of CartPole-v1: {ratio(stepping(env, 300), stepping(theirs, 300))} ours alone")
+
+    def arrays():
+        for _ in range(300):
+            pool.step_arrays(action)
+
+    pool.reset()
+    print(f"simulator: GymEnv's step of CartPole-v1: {ratio(arrays, stepping(theirs, 300))} ours in a VectorEnv")
 
 
 def rendering():

@@ -18,7 +18,14 @@ RESERVED = (
 
 
 def check_environment(env: Any) -> None:
-    """Raise a ValueError that names every missing or misshaped key of one unbatched environment, with the remedy."""
+    """Checks one unbatched environment against the contract of keys.
+
+    Args:
+        env: The environment.
+
+    Raises:
+        ValueError: Names every missing or misshaped key, with the remedy.
+    """
     problems = [*_observations(env), *_action(env), *_reward_and_flags(env)]
     if env.batch_size:
         problems.insert(0, f"its batch size is {tuple(env.batch_size)}: hand over a single environment, unbatched")

@@ -60,7 +60,7 @@ def hanging_gl(driver: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 @contextmanager
 def watch(what: str, seconds: float) -> Iterator[None]:
-    """Ends the process, with its stack and the way out, if what is inside takes longer: no exception reaches a driver's call."""
+    """Ends the process, with its stack and the remedy, if the block takes longer: an exception cannot stop a driver's call."""
 
     def give_up() -> None:
         faulthandler.dump_traceback()

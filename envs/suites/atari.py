@@ -32,15 +32,25 @@ def make_atari(
 ) -> ContractEnv:
     """One game, by its name in snake case ("alien", "bank_heist", ...), seeded; rewards as the game gives them.
 
-    lives: what a lost life does. "unused": nothing. "discount": the episode terminates, and the reset after it goes on
-        with the same game, so that the continue head learns that nothing follows a lost life. "reset": the episode
-        terminates and the game begins anew. With the last two a return is what one life earned, not the game's score.
-    sticky: probability that the game takes the previous action once more instead of the given one. The published curves
-        of DreamerV3 were played with 0.25.
-    noops: each game begins with 0 to this many idle frames. Without them and without sticky actions a game is the
-        same for every seed: the emulator has no other randomness.
-    full_actions: all 18 actions of the joystick instead of those the game reacts to.
-    time_limit: truncate a game after this many frames, the idle ones not counted.
+    Args:
+        task: The game.
+        seed: Of the emulator and of the idle frames.
+        image_size: Images are resized to this square.
+        action_repeat: Frames of one step.
+        lives: What a lost life does. ``"unused"``: nothing. ``"discount"``: the episode terminates, and the reset after
+            it goes on with the same game. ``"reset"``: the episode terminates and the game begins anew. With the last
+            two a return is what one life earned, not the game's score.
+        sticky: Probability that the game repeats the previous action instead of the given one. The published curves of
+            DreamerV3 used 0.25.
+        noops: Each game begins with 0 to this many idle frames. Without them and without sticky actions a game is the
+            same for every seed: the emulator has no other randomness.
+        grayscale: One channel instead of three.
+        full_actions: All 18 actions of the joystick instead of those the game reacts to.
+        time_limit: Truncates a game after this many frames, without the idle ones.
+
+    Raises:
+        ValueError: For a game or a setting that cannot be used.
+        ImportError: Without the extra ``atari``.
     """
     require_positive(image_size=image_size, action_repeat=action_repeat, time_limit=time_limit)
     if lives not in LIVES:

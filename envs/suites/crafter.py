@@ -27,7 +27,11 @@ def make_crafter(task: str, *, seed: int, image_size: int = 64, action_repeat: i
     Both report the 22 achievements below "metrics", as 1 from the moment they are unlocked in this episode; without
     reward the agent is paid nothing for them. Death terminates, 10,000 frames truncate.
 
-    image_size: part of the task, as the darkness of the night is drawn, pixel by pixel, from the world's own generator.
+    Args:
+        task: ``"reward"`` or ``"noreward"``.
+        seed: Of the worlds.
+        image_size: Part of the task: the game draws the night's noise, pixel by pixel, from the world's generator.
+        action_repeat: Frames of one step.
     """
     require_positive(image_size=image_size, action_repeat=action_repeat)
     if task not in TASKS:
@@ -87,10 +91,11 @@ def crafter_score(rates: Sequence[float]) -> float:
 
 
 class CrafterScores:
-    """From the returns and metrics of a number of episodes to {"crafter_score": ...}; nothing from no episode.
+    """Turns the returns and metrics of episodes into ``{"crafter_score": ...}``; no episode gives no score.
 
-    cumulative: count all episodes there ever were, as the published scores do. The score of a few episodes is biased: the
-        mean of logarithms takes an achievement that none of them happened to unlock for an impossible one.
+    Args:
+        cumulative: Counts all episodes so far, as the published scores do. The score of a few episodes is biased: the
+            mean of logarithms treats an achievement that none of them unlocked as impossible.
     """
 
     def __init__(self, cumulative: bool = False):

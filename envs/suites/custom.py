@@ -19,10 +19,18 @@ from .registry import register
 def make_custom(factory: str | Callable, *, seed: int, task: str | None = None, **kwargs: Any) -> ContractEnv:
     """The environment that `factory(**kwargs)` returns: a TorchRL `EnvBase`, seeded.
 
-    factory: a callable, or where to import one from, "package.module:function"; modules beside the script and in the
-    working directory are found.
-    task: a name for messages and metrics; default: the factory's.
-    Missing flags (`is_init`) are added; `check_environment` names whatever else the contract misses.
+    A missing ``is_init`` is added; `check_environment` names whatever else the contract lacks.
+
+    Args:
+        factory: A callable, or where to import one from, ``"package.module:function"``. Modules beside the script and
+            in the working directory are found.
+        seed: Given to the environment's ``set_seed``.
+        task: A name for messages and metrics; default: the factory's.
+        **kwargs: Arguments of the factory.
+
+    Raises:
+        ValueError: If the factory cannot be called with these arguments or returns something else.
+        ImportError: If its module cannot be found.
     """
     make = factory if callable(factory) else _import(factory)
     if not callable(make):

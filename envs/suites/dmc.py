@@ -29,8 +29,13 @@ def make_dmc(
 ) -> ContractEnv:
     """One task of the suite, "walker_walk" for example, seeded.
 
-    from_pixels: observe the camera image, and only that, under "pixels"; without, the vectors: nothing is rendered.
-    camera: index or name of the camera; None is the suite's usual one.
+    Args:
+        task: Domain and task, joined by an underscore.
+        seed: Of the episodes.
+        from_pixels: Observes only the camera image, under ``"pixels"``. Otherwise the vectors, and nothing is rendered.
+        image_size: Side of the square image.
+        action_repeat: Frames of one step.
+        camera: Index or name of the camera; ``None`` is the suite's usual one.
     """
     suite = import_suite()
     tasks = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
@@ -55,7 +60,10 @@ def build_dmc(
 class Control(Simulator):
     """A dm_control environment; TorchRL's DMControlWrapper takes several times as long for a step without images.
 
-    view: (size, camera) of the image that is observed, rendered once after a repeated action; without, the vectors are.
+    Args:
+        env: The environment.
+        action_repeat: Frames of one step.
+        view: (size, camera) of the observed image, rendered once after a repeated action; ``None`` observes the vectors.
     """
 
     def __init__(self, env: Any, action_repeat: int, view: tuple[int, int | str] | None):

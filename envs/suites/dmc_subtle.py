@@ -19,7 +19,7 @@ def make_dmc_subtle(
     physics: str = "official",
     from_pixels: bool = True,
 ) -> ContractEnv:
-    """One of the five tasks, "reacher" for example, seeded; `shrink` and `physics` as in DMCSubtle."""
+    """One of the five tasks, "reacher" for example, seeded; arguments as those of `make_dmc` and `DMCSubtle`."""
     if task not in OFFICIAL:
         raise unknown_task(task, OFFICIAL, "DMC-Subtle")
     view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}

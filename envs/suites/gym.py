@@ -32,10 +32,19 @@ def make_gym(
 ) -> ContractEnv:
     """One Gymnasium environment, seeded.
 
-    from_pixels: observe the rendered image, and only that, under "pixels".
-    image_size: images are resized to this square; None keeps their own size.
-    time_limit: truncate after this many environment frames, instead of the task's own limit.
-    keys: of a dict observation, the names to keep (default: all).
+    Args:
+        task: The name under which Gymnasium knows it.
+        seed: Of the episodes.
+        from_pixels: Observes only the rendered image, under ``"pixels"``.
+        image_size: Images are resized to this square; ``None`` keeps their own size.
+        action_repeat: Frames of one step.
+        time_limit: Truncates after this many frames, instead of the task's own limit.
+        grayscale: One channel instead of three.
+        keys: The names to keep of a dict observation; default: all.
+
+    Raises:
+        ValueError: For a task, a space or a setting that cannot be used.
+        ImportError: If a package that the task needs is missing.
     """
     gymnasium = require("gymnasium", "gym")
     import_old_gym_quietly()

@@ -30,6 +30,12 @@ def make_memory_maze(task: str, *, seed: int, image_size: int = 64, action_repea
 
     A target reached pays 1 and is counted below "metrics". Nothing terminates; the sizes, in their order, truncate
     after 1,000, 2,000, 3,000 and 4,000 frames.
+
+    Args:
+        task: The size, ``"9x9"`` for example.
+        seed: Of the mazes.
+        image_size: Images are resized to this square.
+        action_repeat: Frames of one step.
     """
     require_positive(image_size=image_size, action_repeat=action_repeat)
     if task not in TASKS:

@@ -34,7 +34,13 @@ def make_metaworld(
     The reward is upstream's dense one, summed over repeats. Success, that of any repeat, is reported below "metrics"
     and ends nothing; an episode ends after 500 frames, by truncation.
 
-    camera: "corner2", moved closer, or "corner", "corner3", "topview", "behindGripper", "gripperPOV" as they are.
+    Args:
+        task: Its name.
+        seed: Of the goals.
+        image_size: Side of the square image.
+        action_repeat: Frames of one step.
+        camera: ``"corner2"``, moved closer, or one of upstream's others as it is: corner, corner3, topview,
+            behindGripper, gripperPOV.
     """
     require_positive(image_size=image_size, action_repeat=action_repeat)
     choose_gl()
@@ -52,9 +58,7 @@ class MetaWorld(Simulator):
     def __init__(self, upstream: Any, image_size: int, action_repeat: int, camera: int | str | None):
         space = upstream.action_space
         super().__init__(
-            observations={"pixels": (3, image_size, image_size)},
-            actions=(space.low, space.high),
-            metrics=["success"],
+            observations={"pixels": (3, image_size, image_size)}, actions=(space.low, space.high), metrics=["success"]
         )
         self.upstream, self.repeat, self.flipped = upstream, action_repeat, camera in UPSIDE_DOWN
         cameras = [upstream.model.camera(index).name for index in range(upstream.model.ncam)]

@@ -6,7 +6,7 @@ An agent that fails on one of them says where to look: at its encoder, reward he
     env.optimum, env.random_return      # the best expected return, and that of uniformly random actions
 
 Episodes end by truncation, and only `ending` is about the continue head. Where nothing is paid before the last step they
-terminate: what an agent dreams up beyond an end that it was never shown would outweigh it.
+terminate: else what an agent imagines beyond an end that it never saw would outweigh it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ TARGET = 2  # side of the small target, in pixels
 class Probe(Simulator):
     """One probe: `prepare` begins an episode, `image` shows it, `act` answers a choice with (reward, terminated).
 
-    actions: number of choices; the image shows them as vertical bands, the first on the left.
-    continuous: one action in [-1, 1] instead, whose sign decides between two choices.
+    Args:
+        image_size: Side of the square image.
+        actions: Number of choices; the image shows them as vertical bands, the first on the left.
+        continuous: One action in [-1, 1] instead, whose sign decides between two choices.
     """
 
     length = 8

@@ -1,4 +1,4 @@
-"""The suites: each file of this package registers its own, and whoever asks about suites asks here.
+"""The registry of suites: each file of this package registers its own.
 
 A new suite is one file here, which calls :func:`register`, and one file in ``configs/env``. Suites are found by importing
 every module of this package; they import what an extra brings only when a task is made or listed.

@@ -32,18 +32,29 @@ class AdversarialPatch(Transform):
     floats in [0, 1] that carry the gradient of `delta`. In an environment the images keep their dtype. Pixels outside of the
     rectangle stay as they are, to the bit. One corner is drawn for each sequence or episode.
 
-    mode: what the rectangle shows. "direct": clip(delta, 0, 1). "eps": `base` + clip(delta, -eps, eps), an opaque sticker of
-        low contrast. "perturb": the pixels underneath + clip(delta, -eps, eps), and never further from them than eps.
-    base: grey level or colour, in [0, 1]; what "eps" starts from and what the L2 norm of "direct" is measured to.
-    placement: where; "fixed" at (x0, y0), "random" anew in each sequence and episode, "saliency" where
-        :meth:`place_by_saliency` finds that it matters, inside of `allowed`, a mask [H, W].
-    eot_translations: number of draws over which a loss is averaged (expectation over transformation), each shifted by at most
-        `eot_max_shift` pixels and brightened by at most `eot_max_brightness`; 0 is one draw, as it is. Environments show
-        the patch as it is.
-    quantize: to 8 bits, as environments do, with a straight-through gradient.
-    onset: the first step of an episode at which an environment shows the patch.
-    seed: of the first `delta` and of all draws. In a `ParallelEnv` give each worker's patch its own.
+    Args:
+        patch_hw: Height and width in pixels.
+        mode: What the rectangle shows. ``"direct"``: clip(delta, 0, 1). ``"eps"``: `base` + clip(delta, -eps, eps), an
+            opaque sticker of low contrast. ``"perturb"``: the pixels underneath + clip(delta, -eps, eps), and never
+            further from them than eps.
+        eps: The bound of the last two.
+        base: Grey level or colour in [0, 1]: what ``"eps"`` starts from, and the origin of the L2 norm of ``"direct"``.
+        placement: ``"fixed"`` is at (x0, y0), ``"random"`` anew in each sequence and episode, ``"saliency"`` where
+            :meth:`place_by_saliency` finds that it matters.
+        x0: Left edge of a fixed patch.
+        y0: Its top edge.
+        allowed: Mask ``[H, W]`` that saliency stays inside of.
+        eot_translations: Number of draws over which a loss is averaged (expectation over transformation); 0 is one, as
+            it is. Environments show the patch as it is.
+        eot_max_shift: Pixels by which a draw is shifted at most.
+        eot_max_brightness: By how much a draw is brightened at most.
+        quantize: To 8 bits, as environments do, with a straight-through gradient.
+        onset: The first step of an episode at which an environment shows the patch.
+        channels: Of the images.
+        pixels_key: Where they are.
+        seed: Of the first `delta` and of all draws. In a `ParallelEnv` give each worker's patch its own.
 
+    Example:
         env = TransformedEnv(make_dmc("walker_walk", seed=0, from_pixels=True), AdversarialPatch.load("patch.npz"))
 
     >>> from tensordict import TensorDict

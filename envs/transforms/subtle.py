@@ -55,17 +55,23 @@ OFFICIAL = {
 class DMCSubtle(Transform):
     """Shrinks things in a DeepMind Control environment, however it is rendered; its specs stay as they are.
 
-    The image's size is the environment's, and TorchRL's default is 240x320: the paper's is `RenderPixels(64)`. The environment itself changes when it gets this transform, also for whoever holds it without. Reset it next.
+    The environment keeps its image size: TorchRL's default is 240x320, and the paper's is `RenderPixels(64)`. The transform
+    changes the environment itself. Reset the environment next.
 
-    task: one of the paper's five; None is the one of the environment's domain. Or, instead of a task, what shrinks:
-        geoms, sites, tendons, default classes (their geoms and sites) of the environment's XML, one name or several.
-    shrink: what sizes are multiplied by, a number in (0, 1] or a fraction such as "1/20". None is the paper's size,
-        also where the environment has an easier task of the same domain, with a bigger target.
-    physics: "official" compiles the edited XML as the paper does: masses, inertias and the rewarded region change too.
-        "frozen" shrinks only what is seen; states and rewards stay as they were, to the bit.
-    xml, assets: what the environment was compiled from. Not needed for the tasks of the suite.
+    Args:
+        task: One of the paper's five; ``None`` is the one of the environment's domain. What shrinks can be named instead.
+        geoms: Names in the environment's XML, one or several.
+        sites: The same.
+        tendons: The same.
+        classes: Default classes, with all their geoms and sites.
+        shrink: What sizes are multiplied by, a number in (0, 1] or a fraction such as ``"1/20"``. ``None`` is the paper's
+            size, also where the environment has an easier task of the same domain, with a bigger target.
+        physics: ``"official"`` compiles the edited XML as the paper does: masses, inertias and the rewarded region change
+            too. ``"frozen"`` shrinks only what is seen; states and rewards stay the same, to the bit.
+        xml: What the environment was compiled from. Not needed for the tasks of the suite.
+        assets: The files that the XML includes.
 
-    Example: the paper's reacher, and another task with a small target.
+    Example:
         >>> from r2dreamer.envs import DMCSubtle, RenderPixels
         >>> from torchrl.envs import Compose, DMControlEnv, TransformedEnv
         >>> env = DMControlEnv("reacher", "hard", frame_skip=2)
@@ -182,14 +188,14 @@ class Shrunk:
                 "environment for another size."
             )
         # Which numbers are a size shows at any shrink: what is frozen need not compile with the mass of a small one.
-        probe = replace(edit, shrink=0.5) if edit.frozen else edit
-        after, touched = compile_edited(source, [*self.edits, probe])
+        trial = replace(edit, shrink=0.5) if edit.frozen else edit
+        after, touched = compile_edited(source, [*self.edits, trial])
         if distance(before, after) == math.inf:
             raise ValueError(f"DMCSubtle cannot make {edit}: the smaller mesh compiles to another number of faces.")
         parts = {}
         for field, index in touched:
             old, new = (getattr(model, field)[index : index + 1] for model in (before, after))
-            parts[field, index] = Part(edit, field, index, (old != new) & (old * probe.shrink == new))
+            parts[field, index] = Part(edit, field, index, (old != new) & (old * trial.shrink == new))
         if not edit.frozen:
             adopt(physics, before, after, parts.values())
             self.edits.append(edit)
