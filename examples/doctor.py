@@ -6,7 +6,6 @@ python examples/doctor.py env=dmc_vision env.task=walker_walk
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import time
@@ -31,25 +30,13 @@ from omegaconf import DictConfig
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.envs import check_environment, env_seeds, make_vector_env
-from r2dreamer.envs.replay.replay import check_memory, free_bytes, record_bytes
+from r2dreamer.envs.replay.buffer import check_memory, free_bytes, record_bytes
+from r2dreamer.envs.suites.registry import suites
 from r2dreamer.examples.cli.machine import opengl, packages, private_bytes, processor
 from r2dreamer.examples.cli.messages import USER_ERRORS, what_is_wrong
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.setup import check_fits, make_agent
-
-# A suite, the module that tells whether it is installed, its extra, and whether MuJoCo renders it.
-SUITES = {
-    "gym": ("gymnasium", "gym", False),
-    "dmc_proprio": ("dm_control", "dmc", False),
-    "dmc_vision": ("dm_control", "dmc", True),
-    "dmc_subtle": ("dm_control", "dmc", True),
-    "metaworld": ("metaworld", "metaworld", True),
-    "atari100k": ("ale_py", "atari", False),
-    "crafter": ("crafter", "crafter", False),
-    "memory_maze": ("memory_maze", "memory_maze", True),
-    "probe": ("r2dreamer.envs", "", False),
-}
 
 
 class Report:
@@ -81,7 +68,7 @@ def measure(cfg: DictConfig, count: int) -> tuple[float, int]:
                 start = time.perf_counter()
             _, root = environments.step_and_maybe_reset(root.update(environments.rand_action(root)))
         seconds = time.perf_counter() - start
-        return cfg.steps * count * cfg.env.action_repeat / seconds, private_bytes(environments.squad.pids()) // count
+        return cfg.steps * count * cfg.env.action_repeat / seconds, private_bytes(environments.pool.pids()) // count
     finally:
         environments.close()
 
@@ -138,9 +125,10 @@ def main(cfg: DictConfig) -> None:
     for problem in problems:
         report.problem(problem)
 
-    suites = [cfg.env.suite] if asked else list(SUITES)
-    installed = {name: importlib.util.find_spec(SUITES[name][0]) is not None for name in suites if name in SUITES}
-    if any(installed.get(name) and SUITES[name][2] for name in suites):
+    known = suites()
+    names = [cfg.env.suite] if asked else [name for name, suite in known.items() if suite.module]
+    installed = {name: known[name].installed for name in names if name in known}
+    if any(installed.get(name) and known[name].renders for name in names):
         print("Renderer of MuJoCo")
         line, problem = opengl(cfg.timeout)
         report.line(line)
@@ -148,9 +136,9 @@ def main(cfg: DictConfig) -> None:
             report.problem(problem)
 
     print("Environments")
-    for name in suites:
+    for name in names:
         if not installed.get(name, True):
-            remedy = f'pip install "torchrl-r2dreamer[{SUITES[name][1]}]"'
+            remedy = f'pip install "torchrl-r2dreamer[{known[name].extra}]"'
             if asked:
                 report.problem(f"{name} is not installed: {remedy}")
             else:

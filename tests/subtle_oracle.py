@@ -1,6 +1,6 @@
 """The paper's DMC-Subtle tasks, compiled from XML that is edited by other means than the transform's, and played."""
 
-from r2dreamer.envs import gl  # isort: skip
+from r2dreamer.envs.base import gl  # isort: skip
 
 gl.choose_gl()  # first, because dm_control reads the choice when it is imported
 

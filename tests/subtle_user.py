@@ -1,6 +1,6 @@
 """A user's own model, task and physics, with every kind of size that DMCSubtle can shrink."""
 
-from r2dreamer.envs import gl  # isort: skip
+from r2dreamer.envs.base import gl  # isort: skip
 
 gl.choose_gl()  # first, because dm_control reads the choice when it is imported
 

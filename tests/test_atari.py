@@ -346,7 +346,5 @@ def test_the_config_builds_environment_and_score():
     assert (cfg.total_frames, cfg.action_repeat, cfg.train_ratio, cfg.num_envs) == (400_000, 4, 128, 1)
     env = hydra.utils.instantiate(cfg.make, _target_="r2dreamer.envs.suites.atari.make_atari")(seed=0)
     assert env.base_env.repeat == 4 and env.base_env.time_limit == 108_000
-    score = hydra.utils.instantiate(
-        cfg.scores, _target_="r2dreamer.envs.suites.registry.atari_scores.HumanNormalizedScore"
-    )
+    score = hydra.utils.instantiate(cfg.scores, _target_="r2dreamer.envs.suites.atari_scores.HumanNormalizedScore")
     assert score([7127.7], {}) == {"human_normalized": 1}

@@ -178,7 +178,7 @@ def save_for_ever(directory, ready):
 @pytest.mark.parametrize(("at_least", "within_saves"), [(2, 0), pytest.param(10, 3, marks=pytest.mark.slow)])
 def test_a_process_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, capsys, at_least, within_saves):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchrl.data", "torchrl.envs", "r2dreamer.envs.replay.replay"])
+    context.set_forkserver_preload(["torch", "torchrl.data", "torchrl.envs", "r2dreamer.envs.replay.buffer"])
     draw, interrupted, newest, kills = random.Random(0), 0, 0, 0
     while kills < at_least or (
         interrupted < within_saves and kills < 60

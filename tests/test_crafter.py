@@ -99,7 +99,7 @@ EPISODES = """
 import hashlib, sys, torch
 import r2dreamer.envs.crafter
 assert "crafter" not in sys.modules
-env = r2dreamer.envs.suites.registry.crafter.make_crafter("reward", seed=2)
+env = r2dreamer.envs.suites.crafter.make_crafter("reward", seed=2)
 torch.manual_seed(0)
 rollout = env.rollout(600, break_when_any_done=False)
 digest = lambda step: hashlib.md5(b"".join(value.numpy().tobytes() for value in step.values(True, True))).hexdigest()

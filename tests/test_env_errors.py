@@ -10,7 +10,8 @@ import pytest
 from torchrl.envs import DMControlEnv, GymEnv
 from toys import FACTORIES
 
-from r2dreamer.envs import check_environment, env_seeds, gl, make_dmc, make_gym, make_probe, make_vector_env, reseed
+from r2dreamer.envs import check_environment, env_seeds, make_dmc, make_gym, make_probe, make_vector_env, reseed
+from r2dreamer.envs.base import gl
 
 
 @pytest.mark.parametrize(("trouble", "said"), [("nan", "observation 'body_angles'"), ("reward", "reward")])

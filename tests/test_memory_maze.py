@@ -69,7 +69,7 @@ import hashlib, sys, numpy, torch
 import r2dreamer.envs.memory_maze
 assert "memory_maze" not in sys.modules
 numpy.random.seed(5)  # upstream builds its first walls with numpy's global generator
-env = r2dreamer.envs.suites.registry.memory_maze.make_memory_maze("9x9", seed=2)
+env = r2dreamer.envs.suites.memory_maze.make_memory_maze("9x9", seed=2)
 torch.manual_seed(0)
 rollouts = [env.rollout(60), env.rollout(10)]
 digest = lambda step: hashlib.md5(b"".join(value.numpy().tobytes() for value in step.values(True, True))).hexdigest()

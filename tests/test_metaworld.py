@@ -293,7 +293,7 @@ def test_the_config_builds_the_environment():
     file = importlib.resources.files("r2dreamer.configs") / "env" / "metaworld.yaml"
     config = OmegaConf.create({"env": OmegaConf.create(file.read_text())}).env
     assert (config.total_frames, config.action_repeat, config.train_ratio, config.num_envs) == (1_000_000, 2, 512, 16)
-    factory = hydra.utils.instantiate(config.make, _target_="r2dreamer.envs.suites.registry.metaworld.make_metaworld")
+    factory = hydra.utils.instantiate(config.make, _target_="r2dreamer.envs.suites.metaworld.make_metaworld")
     env = factory(seed=0)
     assert env.base_env.repeat == 2
     env.close()

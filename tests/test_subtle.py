@@ -1,6 +1,6 @@
 """DMC-Subtle is the paper's, official or frozen, and so is what its factory and its configuration build."""
 
-from r2dreamer.envs import gl  # isort: skip
+from r2dreamer.envs.base import gl  # isort: skip
 
 gl.choose_gl()  # first, because dm_control reads the choice when it is imported
 

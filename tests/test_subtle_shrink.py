@@ -1,6 +1,6 @@
 """DMCSubtle shrinks anything in any model as if it were written smaller, also beside other transforms and copied."""
 
-from r2dreamer.envs import gl  # isort: skip
+from r2dreamer.envs.base import gl  # isort: skip
 
 gl.choose_gl()  # first, because dm_control reads the choice when it is imported
 

@@ -108,7 +108,7 @@ class RSSMRollout(TensorDictModuleBase):
             raise ValueError(
                 f"RSSMRollout reads {', '.join(map(repr, lost))}, which {'is' if len(lost) == 1 else 'are'} missing.\n"
                 f"There is {', '.join(present[:12])}{' and more' if len(present) > 12 else ''}.\n"
-                "Records hold state, belief, action and is_init at the root; RecordBuilder of r2dreamer.envs.replay.replay.records makes them. "
+                "Records hold state, belief, action and is_init at the root; RecordBuilder of r2dreamer.envs.replay.records makes them. "
                 "The encoder writes the embedding."
             )
         if self.general is not None:

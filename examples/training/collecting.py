@@ -112,7 +112,7 @@ class Overlapping(Alternating):
         if (
             self.begun and not wait([self.begun[0]], timeout=CLOSE_TIMEOUT).done
         ):  # nobody waits minutes for a second Ctrl-C
-            self.collector.env.squad.kill()
+            self.collector.env.pool.kill()
         super().close()
         self.thread.shutdown()
 

@@ -10,12 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.dreamer.pretrained import BUILDERS, PLAIN, check_target
+from r2dreamer.envs.suites.registry import targets
 
 UNUSED = ("collector", "logger")  # of no use without training
-ENVIRONMENTS = """
-    make_atari make_crafter make_custom make_dmc make_dmc_subtle make_gym make_memory_maze make_metaworld make_probe
-    CrafterScores HumanNormalizedScore
-""".split()  # noqa: SIM905
 LOSSES = """
     BarlowTwins CategoricalKL CopyEvery DreamerActorLoss DreamerOptimizer DreamerPro.of DreamerValueLoss DynamicsActorLoss
     GaussianKL GroupedAdam InfoNCE NoObjective NoTarget ProbeDecoder.of Reconstruction UnitGaussian VICReg
@@ -25,7 +22,7 @@ OTHERS = """
     torchrl.trainers.algorithms.DreamerV3Optimizer
 """.split()  # noqa: SIM905
 ALLOWED = {
-    "env": {f"r2dreamer.envs.{name}" for name in ENVIRONMENTS},
+    "env": targets(),
     "model": BUILDERS,
     "algorithm": {*BUILDERS, *(f"r2dreamer.losses.{name}" for name in LOSSES), *OTHERS},
 }
