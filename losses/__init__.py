@@ -23,9 +23,11 @@ from .functional import (
 )
 from .kl import CategoricalKL, GaussianKL
 from .likelihood import SymlogMSE, TwoHotLikelihood, UnitGaussian
-from .objectives.base import BarlowTwins, NoObjective, Objective
+from .objectives.barlow import BarlowTwins
+from .objectives.base import Objective
 from .objectives.dreamerpro import DreamerPro
 from .objectives.infonce import InfoNCE
+from .objectives.none import NoObjective
 from .objectives.probe import ProbeDecoder
 from .objectives.reconstruction import Reconstruction
 from .objectives.vicreg import VICReg

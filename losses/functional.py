@@ -182,11 +182,16 @@ def imagination_weight(continuation: torch.Tensor, discount: float = 1 - 1 / 333
 
 def categorical_kl(logits: torch.Tensor, other: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:
     """KL of S independent categoricals [..., S, K] from others, mixed with ``unimix`` of the uniform, summed over S."""
-    one, two = (_log_mixed(each, unimix) for each in (logits, other))
-    return (one.exp() * (one - two)).sum((-1, -2))
+    return divergence(*(log_mixed(each, unimix) for each in (logits, other)))
 
 
-def _log_mixed(logits: torch.Tensor, unimix: float) -> torch.Tensor:
+def divergence(log_probs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL [...] of log-probabilities [..., S, K] from others, summed over S."""
+    return (log_probs.exp() * (log_probs - other)).sum((-1, -2))
+
+
+def log_mixed(logits: torch.Tensor, unimix: float) -> torch.Tensor:
+    """Log-probabilities of logits, mixed with ``unimix`` of the uniform."""
     log_probs = torch.log_softmax(logits.float(), -1)
     return ((1 - unimix) * log_probs.exp() + unimix / logits.shape[-1]).log() if unimix else log_probs
 
