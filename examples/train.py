@@ -78,7 +78,9 @@ class Learner(nn.Module):
         device = next(agent.encoder.parameters()).device
         self.to(device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
-        self.optimizer = make(algorithm.optimizer, parameter_groups(self, agent))
+        self.optimizer = make(
+            algorithm.optimizer, parameter_groups(self, agent, algorithm.optimizer.get("lr_factors") or ())
+        )
         fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
         self.anneal = LinearFall(self.optimizer, self.actor_loss, *fractions)
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)

@@ -23,6 +23,14 @@ def own_rows(joined: torch.Tensor) -> torch.Tensor:
     return joined.chunk(_ranks())[dist.get_rank()] if _ranks() > 1 else joined
 
 
+@torch.no_grad()
+def from_first_rank(value: torch.Tensor) -> torch.Tensor:
+    """The first rank's value, in place: what was drawn at random becomes the same on every rank."""
+    if _ranks() > 1:
+        dist.broadcast(value, 0)
+    return value
+
+
 def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 

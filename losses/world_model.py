@@ -35,6 +35,7 @@ from .wiring import (
 
 HEAD = {"model": "world_model", "prefix": NEXT}
 ROLLOUT = "the RSSM rollout in the world model"
+PREDICTION = "a prediction head in the world model (next_embedding_head or belief_prediction_head)"
 PROJECTION = "a projection head in the world model (r2dreamer.dreamer.ProjectionHead)"
 
 
@@ -73,7 +74,7 @@ class R2DreamerWorldModelLoss(DreamerLoss):
 
     @dataclass
     class _AcceptedKeys(DreamerLoss._AcceptedKeys):
-        """Entries read below ``"next"``, by the name they have in the key contract."""
+        """Entries read below ``"next"``, except ``is_init``, by the name they have in the key contract."""
 
         reward: NestedKey = read_key("reward", ENVIRONMENT, prefix=NEXT)
         reward_logits: NestedKey = read_key("reward_logits", "the reward head in the world model", **HEAD)
@@ -82,8 +83,10 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         posterior_logits: NestedKey = read_key("posterior_logits", ROLLOUT, **HEAD)
         encoded_latents: NestedKey = read_key("encoded_latents", "the encoder in the world model", **HEAD)
         projected_latents: NestedKey = read_key("projected_latents", PROJECTION, **HEAD)
+        predicted_latents: NestedKey = read_key("predicted_latents", PREDICTION, **HEAD)
         continue_pred: NestedKey = read_key("continue_pred", "the continue head in the world model", **HEAD)
         continuation: NestedKey = read_key("continuation", "the continue head in the world model", **HEAD)
+        is_init: NestedKey = read_key("is_init", ENVIRONMENT)
         done: NestedKey = read_key("done", ENVIRONMENT, prefix=NEXT)
         terminated: NestedKey = read_key("terminated", ENVIRONMENT, prefix=NEXT)
         # The observation; only TorchRL's DreamerV3Loss asks for it, to list what it needs.

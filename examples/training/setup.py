@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -210,16 +210,24 @@ def objective(section: DictConfig, agent: Agent) -> nn.Module:
     return made if isinstance(made, nn.Module) else made(agent)
 
 
-def parameter_groups(learner: nn.Module, agent: Agent) -> list[dict]:
+def parameter_groups(learner: nn.Module, agent: Agent, apart: Iterable[str] = ()) -> list[dict]:
     """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm.
+
+    The agent's parts that ``apart`` names are groups of their own.
 
     ``joint`` names the parameters that are pieces of one tensor, for an optimiser that clips each tensor.
     """
-    groups = {"model": [], "actor": [], "value": [], "probe": []}
+    groups = {"model": [], "actor": [], "value": [], "probe": []} | {name: [] for name in apart}
+    unknown = {*apart} - {*agent.parts()}
+    if unknown:
+        known = ", ".join(agent.parts())
+        raise ValueError(f"algorithm.optimizer.lr_factors names {', '.join(unknown)}; the agent has {known}.")
+    owned = {parameter: name for name in apart for parameter in agent.parts()[name].parameters()}
     owners = {"actor_loss": "actor", "value_loss": "value", "probe": "probe"}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
-            groups[owners.get(name.partition(".")[0], "model")].append(parameter)
+            group = owned.get(parameter) or owners.get(name.partition(".")[0], "model")
+            groups[group].append(parameter)
     pieces = lambda parameters: joint_positions(parameters, *agent.parts().values())
     return [{"name": name, "params": each, "joint": pieces(each)} for name, each in groups.items() if each]
 
