@@ -26,6 +26,7 @@ from .networks.heads import (
     projection_head,
 )
 from .networks.layers import BlockLinear, Linear, NormSiLU, joint_positions, mlp, normed_linear
+from .networks.prediction import belief_prediction_head, next_embedding_head
 from .pretrained import load_pretrained, save_pretrained
 from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior
 from .rssm.imagination import Imagination
@@ -66,6 +67,7 @@ __all__ = [
     "TwoHotMLP",
     "VectorEncoder",
     "actor_head",
+    "belief_prediction_head",
     "assemble",
     "build_agent",
     "build_classic_agent",
@@ -75,6 +77,7 @@ __all__ = [
     "latent_head",
     "load_pretrained",
     "mlp",
+    "next_embedding_head",
     "normed_linear",
     "projection_head",
     "save_pretrained",

@@ -212,6 +212,7 @@ def build_agent(
         multipliers=tuple(encoder_multipliers),
         vector_layers=vector_layers,
         blocks=blocks,
+        actions=actions.size,
     )
     factories = {"projection": projection_head} if heads is None else heads
     built = {name: factory(sizes) for name, factory in factories.items()}

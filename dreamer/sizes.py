@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of the latents and the embedding, the observations (images (C, H, W), vectors n), and the model's widths.
+    """Widths of the latents and the embedding, the observations (images (C, H, W), vectors n), the model's widths, the action.
 
     A head of ``build_agent(heads=...)`` is a function of these that returns a TensorDictModule reading and writing
     entries below ``"next"``.
@@ -23,6 +23,7 @@ class Sizes:
     multipliers: tuple[int, ...]
     vector_layers: int
     blocks: int
+    actions: int = 0
 
     @property
     def features(self) -> int:

@@ -23,11 +23,16 @@ from .functional import (
 )
 from .kl import CategoricalKL, GaussianKL
 from .likelihood import SymlogMSE, TwoHotLikelihood, UnitGaussian
-from .objectives.base import BarlowTwins, NoObjective, Objective
+from .objectives.barlow import BarlowTwins
+from .objectives.base import Objective
+from .objectives.dreamercdp import DreamerCDP
 from .objectives.dreamerpro import DreamerPro
 from .objectives.infonce import InfoNCE
+from .objectives.nextembedding import NextEmbedding
+from .objectives.none import NoObjective
 from .objectives.probe import ProbeDecoder
 from .objectives.reconstruction import Reconstruction
+from .objectives.sigreg import SIGReg
 from .objectives.vicreg import VICReg
 from .optimizer import DreamerOptimizer, GroupedAdam
 from .ranks import gather_ranks
@@ -40,6 +45,7 @@ __all__ = [
     "CategoricalKL",
     "CopyEvery",
     "DreamerActorLoss",
+    "DreamerCDP",
     "DreamerOptimizer",
     "DreamerPro",
     "DreamerValueLoss",
@@ -47,6 +53,7 @@ __all__ = [
     "GaussianKL",
     "GroupedAdam",
     "InfoNCE",
+    "NextEmbedding",
     "NoObjective",
     "NoTarget",
     "Objective",
@@ -54,6 +61,7 @@ __all__ = [
     "PlanningAttackLoss",
     "R2DreamerWorldModelLoss",
     "Reconstruction",
+    "SIGReg",
     "SymlogMSE",
     "TwoHotLikelihood",
     "UnitGaussian",

@@ -5,35 +5,32 @@ L = -mean[ w_t ( ln pi(a_t | z_t) sg((R_t - v_t) / S) + eta H[pi(. | z_t)] ) ]
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import PercentileValueNorm
 from torchrl.modules.distributions.utils import has_analytic_entropy, rsample_and_log_prob
 
+from .continuation import UntrainedHead, check_logit, check_probability, continue_name
 from .functional import imagination_weight, lambda_return
 from .wiring import (
     NEXT,
     DreamerLoss,
-    check_logit,
-    check_probability,
     check_scalar,
     entry,
-    holds_probability,
     read_key,
-    refuse_probability,
-    refuse_two_names,
     require_instances,
     require_modules,
+    unregistered,
 )
 
 DISCOUNT = 1 - 1 / 333
-SETTLED = 10  # updates, after which every head that is trained has changed
+LATENTS = "the world model (its posterior latents, at the root)"
 
 
 def _scalar(value: torch.Tensor) -> torch.Tensor:
@@ -59,7 +56,7 @@ class DreamerActorLoss(DreamerLoss):
         discount: of a step. ``gamma`` is TorchRL's name for it, and accepted. Say 1 where the continue head is trained with
             ``continue_target_scale``, which holds the discount then.
 
-    Keys: reads ``state`` [N, S*K], ``belief`` [N, D].
+    Reads ``state`` [N, S*K], ``belief`` [N, D].
 
     Example:
         >>> from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
@@ -75,11 +72,11 @@ class DreamerActorLoss(DreamerLoss):
     """
 
     @dataclass
-    class _AcceptedKeys:
+    class _AcceptedKeys(DreamerLoss._AcceptedKeys):
         """Entries at the root, except ``reward``, which is read below ``"next"``."""
 
-        state: NestedKey = read_key("state", "the world model (its posterior latents, at the root)")
-        belief: NestedKey = read_key("belief", "the world model (its posterior latents, at the root)")
+        state: NestedKey = read_key("state", LATENTS)
+        belief: NestedKey = read_key("belief", LATENTS)
         reward: NestedKey = read_key("reward", "the reward head of model_based_env", prefix=NEXT)
         value: NestedKey = read_key("state_value", "value_model", model="value_model")
         action: NestedKey = read_key("action", "actor_model", model="actor_model")
@@ -90,7 +87,7 @@ class DreamerActorLoss(DreamerLoss):
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
 
-    twin = "TorchRL's actor loss of Dreamer V1 has the same name: from torchrl.objectives import DreamerActorLoss."
+    namesake = "TorchRL's actor loss of Dreamer V1 has the same name: from torchrl.objectives import DreamerActorLoss."
     renamed = {
         "continuation_model": "say continue_model=...",
         "discount_loss": "steps are always weighted by how probable they are; leave it out",
@@ -100,18 +97,18 @@ class DreamerActorLoss(DreamerLoss):
         "return_normalization_quantiles": "say return_quantiles=...",
         "return_normalization_min_scale": "it is 1; leave it out",
     }
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
-    out_keys = ["loss_actor"]
     actor_model: ProbabilisticTensorDictSequential
     actor_model_params: TensorDictParams
     target_actor_model_params: TensorDictParams
+    value_model: TensorDictModuleBase
+    model_based_env: Any
+    continue_model: TensorDictModuleBase | None
 
     def __init__(
         self,
         actor_model: ProbabilisticTensorDictSequential,
         value_model: TensorDictModuleBase,
-        model_based_env,
+        model_based_env: Any,
         *,
         continue_model: TensorDictModuleBase | None = None,
         imagination_horizon: int = 15,
@@ -146,41 +143,29 @@ class DreamerActorLoss(DreamerLoss):
         if imagination_horizon < 1:
             raise ValueError(f"imagination_horizon must be at least 1, got {imagination_horizon}.")
         self.convert_to_functional(actor_model, "actor_model")
-        # Not registered: their parameters belong to the other losses.
-        self.__dict__.update(value_model=value_model, model_based_env=model_based_env, continue_model=continue_model)
+        # Their parameters belong to the other losses.
+        unregistered(self, value_model=value_model, model_based_env=model_based_env, continue_model=continue_model)
         self.imagination_horizon, self.discount, self.lmbda = imagination_horizon, discount, lmbda
         self.entropy_bonus = entropy_bonus
         self.return_norm = PercentileValueNorm(quantiles=return_quantiles, rate=return_rate)
-        self._in_keys = None
         self._untrained = UntrainedHead(continue_model, getattr(model_based_env, "reads", (model_based_env,)))
-        self._read_continue()
+        self.continue_name = continue_name(self.tensor_keys, continue_model) or "continue_pred"
 
     def set_keys(self, **kwargs) -> None:
         super().set_keys(**kwargs)
-        self._read_continue()
+        self.continue_name = continue_name(self.tensor_keys, self.continue_model) or "continue_pred"
 
-    def _read_continue(self) -> None:
-        """Which of its two keys the continue model writes."""
-        keys, model = self.tensor_keys, self.continue_model
-        written = [] if model is None else [unravel_key(key) for key in model.out_keys]
-        is_probability = keys.continue_pred not in written and keys.continuation in written
-        self.continue_name = "continuation" if is_probability else "continue_pred"
-        refuse_two_names(keys)
-        if model is not None and keys.continue_pred in written and holds_probability(model, keys.continue_pred):
-            refuse_probability("continue_pred", keys.continue_pred)
+    def _reads(self) -> list[NestedKey]:
+        return [self.tensor_keys.state, self.tensor_keys.belief]
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        return self._in_keys or [self.tensor_keys.state, self.tensor_keys.belief]
-
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        self._in_keys = keys
+    def _writes(self) -> list[NestedKey]:
+        return ["loss_actor"]
 
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         keys = self.tensor_keys
         self._untrained.check(self.training)
-        imagined = self._imagine(self._start(tensordict))
+        with torch.no_grad():
+            imagined = self._imagine(self._start(tensordict)).detach()
         returns, advantage, weight = self._score(imagined)
 
         latents = imagined.select(*self.actor_model.in_keys, strict=False)
@@ -215,17 +200,15 @@ class DreamerActorLoss(DreamerLoss):
         """In closed form, or by one sample where the distribution has none (a squashed Normal)."""
         return policy.entropy() if has_analytic_entropy(policy) else -rsample_and_log_prob(policy)[1]
 
-    @torch.no_grad()
     def _imagine(self, start: TensorDictBase) -> TensorDictBase:
         with self.actor_model_params.to_module(self.actor_model), set_exploration_type(ExplorationType.RANDOM):
-            imagined = self.model_based_env.rollout(
+            return self.model_based_env.rollout(
                 self.imagination_horizon,
                 policy=self.actor_model,
                 auto_reset=False,
                 tensordict=self.model_based_env.reset(start.copy()),
                 break_when_any_done=False,
             )
-        return imagined.detach()
 
     @torch.no_grad()
     def _score(self, imagined: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -252,47 +235,15 @@ class DreamerActorLoss(DreamerLoss):
         continuation = self._along(imagined, self.continue_model, self.continue_name)
         if self.continue_name == "continue_pred":
             return value, reward, continuation.sigmoid()
-        check_probability(continuation, "continuation")
+        check_probability(continuation)
         return value, reward, continuation
 
     def _along(self, imagined: TensorDictBase, model: TensorDictModuleBase, name: str) -> torch.Tensor:
         """A head's prediction at all H+1 imagined states [N, H+1, 1]: the first at the root, the others after it."""
-        first = entry(model(imagined[:, :1].select(*model.in_keys)), self.tensor_keys, name)
-        following = entry(model(imagined.get("next").select(*model.in_keys)), self.tensor_keys, name)
+        before, after = cast(TensorDictBase, imagined[:, :1]), cast(TensorDictBase, imagined.get("next"))
+        first = entry(model(before.select(*model.in_keys)), self.tensor_keys, name)
+        following = entry(model(after.select(*model.in_keys)), self.tensor_keys, name)
         check_scalar(following.shape, (*imagined.shape, 1), str(getattr(self.tensor_keys, name)))
         if name == "continue_pred":
-            check_logit(following, name, self.tensor_keys.continue_pred)
+            check_logit(following, self.tensor_keys.continue_pred)
         return torch.cat([first, following], 1).float()
-
-
-class UntrainedHead:
-    """Finds a continue head that nobody trains while the world it judges learns: its key was not given to the model loss."""
-
-    def __init__(self, head: torch.nn.Module | None, world: Iterable[object]):
-        modules = [module for module in world if isinstance(module, torch.nn.Module)]
-        of_world = {id(p): p for module in modules for p in module.parameters()}
-        of_head = [] if head is None else [p for p in head.parameters() if id(p) not in of_world]
-        self.world, self.head = (
-            [p for p in of_world.values() if not p.is_inference()],
-            [p for p in of_head if not p.is_inference()],
-        )
-        self.seen, self.updates = None, 0
-
-    def check(self, training: bool) -> None:
-        """Compares how often the parameters were written to: no value is read, and no device waited for."""
-        if torch.compiler.is_compiling() or not training or not self.head:
-            return
-        world, head = (sum(p._version for p in parameters) for parameters in (self.world, self.head))
-        if self.seen is None:
-            self.seen = world, head
-        elif head != self.seen[1]:
-            self.head = []  # it is trained: nothing to look for any more
-        elif world != self.seen[0]:
-            self.seen, self.updates = (world, head), self.updates + 1
-            if self.updates >= SETTLED and any(p.requires_grad for p in self.head):
-                raise ValueError(
-                    f"The continue head is not trained: {self.updates} updates changed the world model and left "
-                    "continue_model as it was, while imagination ends by what it says.\n"
-                    'Call set_keys(continue_pred="its key") on the world-model loss, give TorchRL\'s lambda_continue=1.0, or '
-                    "freeze the head with requires_grad_(False)."
-                )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -20,7 +21,7 @@ from torch import nn
 from torchrl.modules import SymExpTwoHot
 
 from .functional import categorical_kl, lambda_return
-from .wiring import DreamerLoss
+from .wiring import DreamerLoss, frozen, unregistered
 
 View = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -46,7 +47,7 @@ class PlanningAttackLoss(DreamerLoss):
         actions: the actor's "mode" or "sample"; a discrete choice is differentiated straight-through.
         bootstrap: whether the critic's value stands for what follows the last imagined step.
 
-    Keys: reads ``state``, ``belief`` (before the window), ``action``, ``is_init`` and ``("next", "pixels")`` [B, T].
+    Reads ``state``, ``belief`` (before the window), ``action``, ``is_init`` and ``("next", "pixels")`` [B, T].
 
     A step of the search, with the parts of an agent by their names (``examples/training/trained.py`` takes them from one)::
 
@@ -58,7 +59,7 @@ class PlanningAttackLoss(DreamerLoss):
     """
 
     @dataclass
-    class _AcceptedKeys:
+    class _AcceptedKeys(DreamerLoss._AcceptedKeys):
         """``pixels`` and ``posterior_logits`` are read below ``"next"``, the others at the root of imagined steps."""
 
         state: NestedKey = "state"
@@ -73,9 +74,13 @@ class PlanningAttackLoss(DreamerLoss):
         continue_pred: NestedKey = "continue_pred"  # a logit
         continuation: NestedKey = "continuation"  # a probability, where the head writes no logit
 
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
-    out_keys = ["loss_return", "loss_kl", "loss_action", "loss_tv", "loss_l2"]
+    patch: Any
+    world_model: TensorDictModuleBase
+    prior_model: TensorDictModuleBase
+    actor_model: ProbabilisticTensorDictSequential
+    reward_model: TensorDictModuleBase
+    value_model: TensorDictModuleBase
+    continue_model: TensorDictModuleBase | None
 
     def __init__(
         self,
@@ -120,45 +125,35 @@ class PlanningAttackLoss(DreamerLoss):
             if weight < 0:
                 raise ValueError(f"w_{name}={weight} must not be negative; the loss has the signs already.")
         self.patch = patch
-        models = [world_model, prior_model, actor_model, reward_model, value_model, continue_model]
-        # Not registered: none of the agent's parameters belongs to this loss.
-        self.__dict__.update(
-            world_model=world_model,
-            prior_model=prior_model,
-            actor_model=actor_model,
-            reward_model=reward_model,
-            value_model=value_model,
-            continue_model=continue_model,
-            agent_parameters=[parameter for model in models if model is not None for parameter in model.parameters()],
-        )
+        # None of the agent's parameters belongs to this loss.
+        agent = dict(world_model=world_model, prior_model=prior_model, actor_model=actor_model)
+        agent |= dict(reward_model=reward_model, value_model=value_model, continue_model=continue_model)
+        unregistered(self, **agent)
+        self._agent = tuple(agent)
         self.belief, self.starts, self.actions, self.bootstrap = belief, starts, actions, bootstrap
         self.imagination_horizon, self.discount, self.unimix = imagination_horizon, discount, unimix
         self.reward_two_hot, self.value_two_hot = SymExpTwoHot(num_reward_bins), SymExpTwoHot(num_value_bins)
-        self._in_keys = None
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        return self._in_keys or list(self.world_model.in_keys)
+    def _reads(self) -> list[NestedKey]:
+        return list(self.world_model.in_keys)
 
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        self._in_keys = keys
+    def _writes(self) -> list[NestedKey]:
+        return [f"loss_{name}" for name in self.weights]
 
     def forward(self, tensordict: TensorDictBase, views: Sequence[View] | None = None) -> TensorDict:
-        """The loss on records [B, T]; views: what to average over, the patch's own draws by default."""
+        """The loss on records [B, T], averaged over ``views``; default: the patch's own draws."""
         pixels = tensordict.get(("next", self.tensor_keys.pixels))
-        if views is None:
-            views = self.patch.views(pixels.shape[0], pixels.shape[-2:])
-        with self._frozen(), self._repeatable(pixels.device) as seed:
+        draws = self.patch.views(pixels.shape[0], pixels.shape[-2:]) if views is None else views
+        with frozen(*(getattr(self, name) for name in self._agent)), self._repeatable(pixels.device) as seed:
             clean, clean_logits = self._filter(tensordict, self._leaf(self._floats(pixels)), seed)
             clean, clean_logits = clean.detach(), clean_logits.detach()
             undisturbed = clean.apply(self._leaf)
             clean_return, clean_action = (each.detach() for each in self._imagine(undisturbed, undisturbed, seed))
             terms = []
-            for view in views:
+            for view in draws:
                 seen, logits = self._filter(tensordict, self.patch.paste(pixels, *view), seed)
-                judging = clean if self.belief == "clean" else seen
-                returns, action = self._imagine(seen, judging, seed)
+                scoring = clean if self.belief == "clean" else seen
+                returns, action = self._imagine(seen, scoring, seed)
                 kl = categorical_kl(logits, clean_logits, self.unimix).mean()
                 terms.append(torch.stack([returns.mean(), kl, (action - clean_action).square().sum(-1).mean()]))
             imagined, kl, shift = torch.stack(terms).mean(0)
@@ -184,23 +179,16 @@ class PlanningAttackLoss(DreamerLoss):
     def saliency(self, tensordict: TensorDictBase) -> torch.Tensor:
         """Mean |d return / d pixel| of the agent undisturbed, over the frames and channels of records [B, T]: [H, W]."""
         pixels = tensordict.get(("next", self.tensor_keys.pixels))
-        with torch.enable_grad(), self._frozen(), self._repeatable(pixels.device) as seed:
+        with (
+            torch.enable_grad(),
+            frozen(*(getattr(self, name) for name in self._agent)),
+            self._repeatable(pixels.device) as seed,
+        ):
             image = self._leaf(self._floats(pixels))
             seen, _ = self._filter(tensordict, image, seed)
             returns, _ = self._imagine(seen, seen, seed)
             (gradient,) = torch.autograd.grad(returns.sum(), image)
         return gradient.abs().flatten(0, -3).mean(0)
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        trained = [parameter for parameter in self.agent_parameters if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
     @staticmethod
     @contextmanager
@@ -232,24 +220,24 @@ class PlanningAttackLoss(DreamerLoss):
         latents = latents[:, -1] if self.starts == "last" else latents.flatten(0, 1)
         return latents, posterior.get(keys.posterior_logits).float()
 
-    def _imagine(self, acting: TensorDict, judging: TensorDict, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns [N] along `judging` of the actions that `acting` chooses, both latents [N], and the first preferences."""
-        preferences, judged = [], []
+    def _imagine(self, acting: TensorDict, scoring: TensorDict, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns [N] along `scoring` of the actions that `acting` chooses, both latents [N], and the first preferences."""
+        preferences, scored = [], []
         for step in range(1, self.imagination_horizon + 1):
             torch.manual_seed(seed + 2 * step)
             action, preference = self._act(acting)
             preferences.append(preference)
             following = self._advance(acting, action, seed + 2 * step + 1)
-            if judging is acting:
-                acting = judging = following
+            if scoring is acting:
+                acting = scoring = following
             else:
-                acting, judging = following, self._advance(judging, action, seed + 2 * step + 1)
-            judged.append(judging)
-        return self._score(torch.stack(judged, 1)), preferences[0].float()
+                acting, scoring = following, self._advance(scoring, action, seed + 2 * step + 1)
+            scored.append(scoring)
+        return self._score(cast(TensorDict, torch.stack(scored, 1))), preferences[0].float()
 
     def _act(self, latents: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """Actions [N, A]; and what shows a shift of them before a choice flips: its probabilities, or the actions again."""
-        policy = self.actor_model.get_dist(latents.select(*self.actor_model.in_keys, strict=False))
+        policy = cast(Any, self.actor_model.get_dist(latents.select(*self.actor_model.in_keys, strict=False)))
         if policy.has_rsample:
             action = policy.rsample() if self.actions == "sample" else policy.deterministic_sample
             return action, action
@@ -263,18 +251,18 @@ class PlanningAttackLoss(DreamerLoss):
         following = self.prior_model(latents.copy().set(keys.action, action)).get("next")
         return following.select(keys.state, keys.belief)
 
-    def _score(self, judged: TensorDict) -> torch.Tensor:
+    def _score(self, scored: TensorDict) -> torch.Tensor:
         """R [N] of H imagined latents [N, H]."""
         keys = self.tensor_keys
-        reward = self._predict(self.reward_model, judged, keys.reward, keys.reward_logits, self.reward_two_hot)
+        reward = self._predict(self.reward_model, scored, keys.reward, keys.reward_logits, self.reward_two_hot)
         terminal = torch.zeros_like(reward)  # [N, H, 1]
         if self.continue_model is not None:
-            predicted = self.continue_model(judged.select(*self.continue_model.in_keys))
+            predicted = self.continue_model(scored.select(*self.continue_model.in_keys))
             logit = predicted.get(keys.continue_pred, None)
             terminal = 1 - (predicted.get(keys.continuation).float() if logit is None else logit.float().sigmoid())
         value = torch.zeros_like(reward)
         if self.bootstrap:
-            last = self._predict(self.value_model, judged[:, -1:], keys.value, keys.value_logits, self.value_two_hot)
+            last = self._predict(self.value_model, scored[:, -1:], keys.value, keys.value_logits, self.value_two_hot)
             value = torch.cat([value[:, :-1], last], 1)
         # Index 0 is where the imagination began: its reward came before any action.
         reward, value, terminal = (

@@ -5,17 +5,13 @@ L = -mean[ w_t ( rho R_t + (1 - rho) ln pi(a_t | z_t) sg(R_t - v_t) + eta H[pi(.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import TanhNormal
 
 from .actor import DreamerActorLoss, _scalar
 from .functional import imagination_weight, lambda_return
+from .wiring import frozen
 
 
 class DynamicsActorLoss(DreamerActorLoss):
@@ -46,8 +42,8 @@ class DynamicsActorLoss(DreamerActorLoss):
         self._untrained.check(self.training)
         start = self._start(tensordict)
         env = self.model_based_env
-        with _frozen(*getattr(env, "reads", (env,)), self.value_model, self.continue_model):
-            imagined = self._imagine_differentiably(start)
+        with frozen(*getattr(env, "reads", (env,)), self.value_model, self.continue_model):
+            imagined = self._imagine(start)
             value, reward, continuation = self._predictions(imagined)
             returns = lambda_return(reward, value, terminal=1 - continuation, discount=self.discount, lmbda=self.lmbda)
         weight = imagination_weight(continuation.detach(), self.discount)[:, :-1]
@@ -80,26 +76,3 @@ class DynamicsActorLoss(DreamerActorLoss):
         )
         self._clear_weakrefs(tensordict, losses)
         return losses, fixed
-
-    def _imagine_differentiably(self, start: TensorDictBase) -> TensorDictBase:
-        with self.actor_model_params.to_module(self.actor_model), set_exploration_type(ExplorationType.RANDOM):
-            return self.model_based_env.rollout(
-                self.imagination_horizon,
-                policy=self.actor_model,
-                auto_reset=False,
-                tensordict=self.model_based_env.reset(start.copy()),
-                break_when_any_done=False,
-            )
-
-
-@contextmanager
-def _frozen(*modules: nn.Module | None) -> Iterator[None]:
-    """Inside, gradients pass through these modules and stop at their parameters."""
-    parameters = {p for module in modules if module is not None for p in module.parameters() if p.requires_grad}
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

@@ -7,17 +7,28 @@ import math
 import torch
 
 
-def _standardize(value: torch.Tensor) -> torch.Tensor:
-    """Columns of [N, E] to mean 0 and sample std 1; a constant column becomes exactly or nearly 0, never NaN."""
-    centred = value - value.mean(0)
-    centred = centred - centred.mean(0)  # the first mean is rounded: without this a constant column keeps its error
-    variance = centred.square().sum(0) / (value.shape[0] - 1)
+def _standardize(value: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Columns of [N, E] to mean 0 and sample std 1; a constant column becomes exactly or nearly 0, never NaN.
+
+    Rows where ``keep`` [N, 1] is 0 count for nothing and become 0.
+    """
+    count = value.shape[0] if keep is None else keep.sum()
+    mean = lambda rows: rows.mean(0) if keep is None else rows.sum(0) / count
+    masked = lambda rows: rows if keep is None else rows * keep
+    centred = masked(value - mean(masked(value)))
+    centred = masked(
+        centred - mean(centred)
+    )  # the first mean is rounded: without this a constant column keeps its error
+    variance = centred.square().sum(0) / (count - 1)
     # Clamped before the root: the root of 0 has an infinite gradient.
     return centred / variance.clamp_min(1e-16).sqrt()
 
 
 def barlow_twins_loss(
-    projected: torch.Tensor, target: torch.Tensor, redundancy_weight: float = 5e-4
+    projected: torch.Tensor,
+    target: torch.Tensor,
+    redundancy_weight: float = 5e-4,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Barlow Twins between two views of the same N samples.
 
@@ -27,6 +38,7 @@ def barlow_twins_loss(
         projected: [N, E], k, the view that learns.
         target: [N, E], e; detach it outside if it must not learn.
         redundancy_weight: factor on the second term.
+        keep: [N, 1], 1 for samples that count, 0 for others; by default all count.
 
     Returns:
         The pair (invariance, redundancy_weight * redundancy), whose sum is the loss.
@@ -40,8 +52,10 @@ def barlow_twins_loss(
     samples = projected.shape[0]
     if samples < 2:
         raise ValueError(f"Barlow Twins correlates over samples and needs at least 2, got {samples}.")
+    count = samples if keep is None else keep.sum()
     with torch.autocast(projected.device.type, enabled=False):
-        correlation = _standardize(projected.float()).T @ _standardize(target.float()) / samples  # [E, E]
+        views = [_standardize(view.float(), keep) for view in (projected, target)]
+        correlation = views[0].T @ views[1] / count  # [E, E]
     diagonal = correlation.diagonal()
     invariance = (diagonal - 1).square().sum()
     redundancy = correlation.square().sum() - diagonal.square().sum()
@@ -182,11 +196,16 @@ def imagination_weight(continuation: torch.Tensor, discount: float = 1 - 1 / 333
 
 def categorical_kl(logits: torch.Tensor, other: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:
     """KL of S independent categoricals [..., S, K] from others, mixed with ``unimix`` of the uniform, summed over S."""
-    one, two = (_log_mixed(each, unimix) for each in (logits, other))
-    return (one.exp() * (one - two)).sum((-1, -2))
+    return divergence(*(log_mixed(each, unimix) for each in (logits, other)))
 
 
-def _log_mixed(logits: torch.Tensor, unimix: float) -> torch.Tensor:
+def divergence(log_probs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL [...] of log-probabilities [..., S, K] from others, summed over S."""
+    return (log_probs.exp() * (log_probs - other)).sum((-1, -2))
+
+
+def log_mixed(logits: torch.Tensor, unimix: float) -> torch.Tensor:
+    """Log-probabilities of logits, mixed with ``unimix`` of the uniform."""
     log_probs = torch.log_softmax(logits.float(), -1)
     return ((1 - unimix) * log_probs.exp() + unimix / logits.shape[-1]).log() if unimix else log_probs
 

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from .functional import categorical_entropy, categorical_kl
+from .functional import categorical_entropy, divergence, log_mixed
 from .wiring import NEXT, entry
 
 READS = ("prior_logits", "posterior_logits")
@@ -55,13 +55,13 @@ class CategoricalKL(nn.Module):
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """:meth:`forward` of logits [B, T, S, K]."""
         # As TorchRL's categorical_kl_terms, which is NaN where logits differ by hundreds and nothing is mixed in.
-        divergence = categorical_kl(posterior.detach(), prior, self.unimix)  # [B, T]
-        dynamics = self.clipped(divergence)
-        representation = self.clipped(categorical_kl(posterior, prior.detach(), self.unimix))
+        q, p = log_mixed(posterior, self.unimix), log_mixed(prior, self.unimix)
+        kl = divergence(q.detach(), p)  # [B, T]
+        dynamics, representation = self.clipped(kl), self.clipped(divergence(q, p.detach()))
         terms = {"dynamics": self.dynamics * dynamics, "representation": self.representation * representation}
         with torch.no_grad():
             diagnostics = {
-                "kl": divergence.mean(),  # what is left where the free nats hide it from the loss
+                "kl": kl.mean(),  # what is left where the free nats hide it from the loss
                 "prior_entropy": categorical_entropy(prior, self.unimix).mean(),
                 "posterior_entropy": categorical_entropy(posterior, self.unimix).mean(),
             }

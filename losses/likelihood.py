@@ -25,7 +25,7 @@ class TwoHotLikelihood(nn.Module):
         self.two_hot = SymExpTwoHot(num_bins)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return two_hot_nll(logits.float(), targets.float(), self.two_hot.bins)
+        return two_hot_nll(logits.float(), targets.float(), self.two_hot.get_buffer("bins"))
 
 
 class SymlogMSE(nn.Module):
@@ -43,10 +43,7 @@ class UnitGaussian(nn.Module):
 
 
 class ScalarPrediction(nn.Module):
-    """A likelihood together with the entry it reads: the logits if the head writes them, else its decoded value.
-
-    scalar: the likelihood of a head without logits; default :class:`SymlogMSE`.
-    """
+    """The logits of a head whose ``out_keys`` hold them, read two-hot, or its value, by ``scalar``: :class:`SymlogMSE`."""
 
     def __init__(
         self, out_keys: list[NestedKey], logits_key: NestedKey, num_bins: int, scalar: nn.Module | None = None
@@ -64,7 +61,7 @@ class ScalarPrediction(nn.Module):
         targets: torch.Tensor,
         prefix: tuple[str, ...] = (),
     ) -> torch.Tensor:
-        """value: which accepted key is predicted; its logits are ``<value>_logits``."""
+        """The loss of the accepted key ``value``, whose logits are ``<value>_logits``, against targets [..., n]."""
         name = f"{value}_logits" if self.reads_logits else value
         prediction = entry(tensordict, keys, name, prefix)
         if not self.reads_logits:

@@ -1,8 +1,10 @@
 """The optimisers: TorchRL's of Dreamer V3 that knows which tensors are one, and that of Dreamer V1 and V2."""
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ class DreamerOptimizer(DreamerV3Optimizer):
     Args:
         parameters: as in the parent. A group may say ``joint``: tuples of positions in its ``params``, the pieces of one
             tensor each; ``r2dreamer.dreamer.joint_positions`` finds those of an agent.
+        lr: the learning rate.
+        lr_factors: what the learning rate of a group with this ``name`` is multiplied by.
+        options: the parent's.
 
     Clips gradients in place. ``joint`` describes the model: loading a state keeps what was given here.
 
@@ -30,6 +35,19 @@ class DreamerOptimizer(DreamerV3Optimizer):
         >>> round(right.grad.item(), 3)  # half of the norm of all four ones, which is 2
         1.0
     """
+
+    def __init__(
+        self,
+        parameters: Iterable[Any],
+        *,
+        lr: float = 4e-5,
+        lr_factors: Mapping[str, float] | None = None,
+        **options: Any,
+    ):
+        factors = lr_factors or {}
+        named = lambda group: isinstance(group, dict) and group.get("name") in factors
+        parameters = [{**each, "lr": lr * factors[each["name"]]} if named(each) else each for each in parameters]
+        super().__init__(parameters, lr=lr, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

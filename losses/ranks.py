@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -21,22 +23,28 @@ def own_rows(joined: torch.Tensor) -> torch.Tensor:
     return joined.chunk(_ranks())[dist.get_rank()] if _ranks() > 1 else joined
 
 
+@torch.no_grad()
+def from_first_rank(value: torch.Tensor) -> torch.Tensor:
+    """The first rank's value, in place: what was drawn at random becomes the same on every rank."""
+    if _ranks() > 1:
+        dist.broadcast(value, 0)
+    return value
+
+
 def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.contiguous()
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows)
-        ctx.rows = len(rows)
-        return torch.cat(parts)
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        joined = rows.new_empty(_ranks() * rows.shape[0], *rows.shape[1:])
+        dist.all_gather_into_tensor(joined, rows.contiguous())
+        return joined
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()  # reduced in place, and another reader may hold it
-        dist.all_reduce(gradient)
-        first = dist.get_rank() * ctx.rows
-        return gradient[first : first + ctx.rows]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (gradient,) = gradients
+        mine = gradient.new_empty(gradient.shape[0] // _ranks(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(mine, gradient.contiguous())
+        return mine

@@ -6,29 +6,36 @@ import torch
 from torch import nn
 
 from .value import DreamerValueLoss
+from .wiring import unregistered
 
 
 class CopyEvery(nn.Module):
     """Copies the critic into its target at the first update and then every ``1 / rate`` updates (Dreamer V2: 100).
 
-    rate: as fast as a ``SoftUpdate`` of this ``tau`` follows on average.
+    TorchRL's ``HardUpdate`` counts in Python, outside of any ``state_dict``: a resumed run would copy at other updates.
+
+    Args:
+        loss: whose critic is copied.
+        rate: as fast as a ``SoftUpdate`` of this ``tau`` follows on average.
     """
+
+    loss: DreamerValueLoss
+    updates: torch.Tensor
 
     def __init__(self, loss: DreamerValueLoss, rate: float = 0.01):
         super().__init__()
         if not 0 < rate <= 1:
             raise ValueError(f"rate={rate} must be in (0, 1]: 1 copies at every update, 0.01 at every hundredth.")
-        self.__dict__["loss"] = loss  # not registered: its owner saves it
+        unregistered(self, loss=loss)  # its owner saves it
         self.interval = round(1 / rate)
-        loss._has_update_associated["value_model"] = True  # as SoftUpdate does: TorchRL warns of targets nobody moves
+        loss._has_update_associated["value_model"] = True  # or TorchRL warns that nothing moves the target
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def step(self) -> None:
-        # A share of 0 or 1, so that no device has to be waited for.
-        share = (self.updates % self.interval == 0).float()
-        followed = self.loss.value_model_params.values(True, True)
-        for target, source in zip(self.loss.target_value_model_params.values(True, True), followed, strict=True):
+        share = self.updates.remainder(self.interval).eq(0).float()  # 0 or 1: an `if` would wait for the device
+        sources = self.loss.value_model_params.values(True, True)
+        for target, source in zip(self.loss.target_value_model_params.values(True, True), sources, strict=True):
             target.data.lerp_(source.data, share.to(target.device))
         self.updates += 1
 

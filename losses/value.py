@@ -6,6 +6,7 @@ L = mean[ w_t ( -ln p_v(R_t | z_t) - ln p_v(v_slow(z_t) | z_t) ) ],  v_slow an e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -15,18 +16,32 @@ from torch import nn
 
 from .functional import lambda_return
 from .likelihood import ScalarPrediction
-from .wiring import NEXT, DreamerLoss, check_finite, check_scalar, entry, read_key, require_instances, require_modules
+from .wiring import (
+    ENVIRONMENT,
+    NEXT,
+    DreamerLoss,
+    check_finite,
+    check_scalar,
+    entry,
+    read_key,
+    require_instances,
+    require_modules,
+    unregistered,
+)
 
-ENVIRONMENT = "the environment, by way of the replay,"
+IMAGINED = "the actor loss, into what it imagined,"
 
 
 class TargetValue(TensorDictModuleBase):
     """The critic of a :class:`DreamerValueLoss` with its target parameters, to be read by other losses."""
 
+    loss: DreamerValueLoss
+
     def __init__(self, loss: DreamerValueLoss):
         super().__init__()
-        self.__dict__["loss"] = loss
-        self.in_keys, self.out_keys = list(loss.value_model.in_keys), list(loss.value_model.out_keys)
+        unregistered(self, loss=loss)
+        self.in_keys: Any = list(loss.value_model.in_keys)
+        self.out_keys: Any = list(loss.value_model.out_keys)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         with self.loss.target_value_model_params.to_module(self.loss.value_model):
@@ -63,19 +78,19 @@ class DreamerValueLoss(DreamerLoss):
     """
 
     @dataclass
-    class _AcceptedKeys:
+    class _AcceptedKeys(DreamerLoss._AcceptedKeys):
         """Entries at the root; ``reward``, ``done`` and ``terminated`` of a replayed sequence below ``"next"``."""
 
         value: NestedKey = read_key("state_value", "value_model", model="value_model")
         value_logits: NestedKey = read_key("state_value_logits", "value_model", model="value_model")
-        lambda_target: NestedKey = read_key("lambda_target", "the actor loss, into what it imagined,")
-        discount_weight: NestedKey = read_key("discount_weight", "the actor loss, into what it imagined,")
+        lambda_target: NestedKey = read_key("lambda_target", IMAGINED)
+        discount_weight: NestedKey = read_key("discount_weight", IMAGINED)
         reward: NestedKey = read_key("reward", ENVIRONMENT, prefix=NEXT)
         done: NestedKey = read_key("done", ENVIRONMENT, prefix=NEXT)
         terminated: NestedKey = read_key("terminated", ENVIRONMENT, prefix=NEXT)
         bootstrap: NestedKey = read_key("bootstrap", "you, from the first lambda_target of each imagined state,")
 
-    twin = "TorchRL's value loss of Dreamer V1 has the same name: from torchrl.objectives import DreamerValueLoss."
+    namesake = "TorchRL's value loss of Dreamer V1 has the same name: from torchrl.objectives import DreamerValueLoss."
     renamed = {
         "value_loss": "a head that writes state_value_logits is trained two-hot, one that writes state_value as a scalar",
         "discount_loss": "the weights come with what the actor loss imagined; leave it out",
@@ -83,10 +98,8 @@ class DreamerValueLoss(DreamerLoss):
         "actor_loss": "the weights come with what the actor loss imagined; leave it out",
         "reduction": "the loss is a mean; leave it out",
     }
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
-    out_keys = ["loss_value"]
     value_model: TensorDictModuleBase
+    bootstrap_model: TensorDictModuleBase
     value_model_params: TensorDictParams
     target_value_model_params: TensorDictParams
 
@@ -109,10 +122,8 @@ class DreamerValueLoss(DreamerLoss):
         self.slow_critic_regularization, self.num_value_bins = slow_critic_regularization, num_value_bins
         self.scalar_likelihood = scalar_likelihood
         has_target = slow_critic_regularization > 0 or bootstrap_target
-        self.convert_to_functional(value_model, "value_model", create_target_params=has_target)
-        bootstrap_model = TargetValue(self) if bootstrap_target else value_model
-        self.__dict__["bootstrap_model"] = bootstrap_model  # not registered: it has no parameters of its own
-        self._in_keys = None
+        self.convert_to_functional(cast(Any, value_model), "value_model", create_target_params=has_target)
+        unregistered(self, bootstrap_model=TargetValue(self) if bootstrap_target else value_model)
         self._read_head()
 
     def _read_head(self) -> None:
@@ -127,14 +138,11 @@ class DreamerValueLoss(DreamerLoss):
         super().set_keys(**kwargs)
         self._read_head()
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys
-        return self._in_keys or [*self.value_model.in_keys, keys.lambda_target, keys.discount_weight]
+    def _reads(self) -> list[NestedKey]:
+        return [*self.value_model.in_keys, self.tensor_keys.lambda_target, self.tensor_keys.discount_weight]
 
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        self._in_keys = keys
+    def _writes(self) -> list[NestedKey]:
+        return ["loss_value"]
 
     def forward(self, imagined: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         """The loss on imagined transitions [N, H], weighted by the probability that they happen."""
@@ -142,7 +150,7 @@ class DreamerValueLoss(DreamerLoss):
         latents = imagined.select(*self.value_model.in_keys).detach()
         target = entry(imagined, keys, "lambda_target").detach()
         weight = imagined.get(keys.discount_weight, None)
-        if weight is None and keys.discount_weight != self.default_keys.discount_weight:
+        if weight is None and keys.discount_weight != self._AcceptedKeys.discount_weight:
             weight = entry(imagined, keys, "discount_weight")  # named, so meant: raises
         loss, value = self._loss(latents, target)
         if weight is not None:

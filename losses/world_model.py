@@ -6,6 +6,7 @@ L = L_objective(k, sg e) + 1.0 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +16,27 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 from torchrl.modules import RSSMRollout as GaussianRollout  # Dreamer V1's
 
+from .continuation import check_logit, continue_name
 from .kl import CategoricalKL
 from .likelihood import ScalarPrediction
-from .objectives.base import BarlowTwins
+from .objectives.barlow import BarlowTwins
 from .wiring import (
+    ENVIRONMENT,
     NEXT,
     DreamerLoss,
-    _listed,
     check_finite,
-    check_logit,
     entry,
-    holds_probability,
+    listed,
     read_key,
-    refuse_probability,
-    refuse_two_names,
     require_instances,
     require_modules,
+    writer_of,
 )
 
-ENVIRONMENT = "the environment, by way of the replay,"
+HEAD = {"model": "world_model", "prefix": NEXT}
+ROLLOUT = "the RSSM rollout in the world model"
+PREDICTION = "a prediction head in the world model (next_embedding_head or belief_prediction_head)"
+PROJECTION = "a projection head in the world model (r2dreamer.dreamer.ProjectionHead)"
 
 
 class R2DreamerWorldModelLoss(DreamerLoss):
@@ -70,35 +73,20 @@ class R2DreamerWorldModelLoss(DreamerLoss):
     """
 
     @dataclass
-    class _AcceptedKeys:
-        """Entries read below ``"next"``, by the name they have in the key contract."""
+    class _AcceptedKeys(DreamerLoss._AcceptedKeys):
+        """Entries read below ``"next"``, except ``is_init``, by the name they have in the key contract."""
 
         reward: NestedKey = read_key("reward", ENVIRONMENT, prefix=NEXT)
-        reward_logits: NestedKey = read_key(
-            "reward_logits", "the reward head in the world model", model="world_model", prefix=NEXT
-        )
+        reward_logits: NestedKey = read_key("reward_logits", "the reward head in the world model", **HEAD)
         true_reward: NestedKey = "true_reward"
-        prior_logits: NestedKey = read_key(
-            "prior_logits", "the RSSM rollout in the world model", model="world_model", prefix=NEXT
-        )
-        posterior_logits: NestedKey = read_key(
-            "posterior_logits", "the RSSM rollout in the world model", model="world_model", prefix=NEXT
-        )
-        encoded_latents: NestedKey = read_key(
-            "encoded_latents", "the encoder in the world model", model="world_model", prefix=NEXT
-        )
-        projected_latents: NestedKey = read_key(
-            "projected_latents",
-            "a projection head in the world model (r2dreamer.dreamer.ProjectionHead)",
-            model="world_model",
-            prefix=NEXT,
-        )
-        continue_pred: NestedKey = read_key(
-            "continue_pred", "the continue head in the world model", model="world_model", prefix=NEXT
-        )
-        continuation: NestedKey = read_key(
-            "continuation", "the continue head in the world model", model="world_model", prefix=NEXT
-        )
+        prior_logits: NestedKey = read_key("prior_logits", ROLLOUT, **HEAD)
+        posterior_logits: NestedKey = read_key("posterior_logits", ROLLOUT, **HEAD)
+        encoded_latents: NestedKey = read_key("encoded_latents", "the encoder in the world model", **HEAD)
+        projected_latents: NestedKey = read_key("projected_latents", PROJECTION, **HEAD)
+        predicted_latents: NestedKey = read_key("predicted_latents", PREDICTION, **HEAD)
+        continue_pred: NestedKey = read_key("continue_pred", "the continue head in the world model", **HEAD)
+        continuation: NestedKey = read_key("continuation", "the continue head in the world model", **HEAD)
+        is_init: NestedKey = read_key("is_init", ENVIRONMENT)
         done: NestedKey = read_key("done", ENVIRONMENT, prefix=NEXT)
         terminated: NestedKey = read_key("terminated", ENVIRONMENT, prefix=NEXT)
         # The observation; only TorchRL's DreamerV3Loss asks for it, to list what it needs.
@@ -120,8 +108,6 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         "reward_two_hot": "a head that writes reward_logits is trained two-hot, one that writes reward as a scalar",
         "global_average": "losses are sums over features and means over batch and time; leave it out",
     }
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
     world_model: TensorDictModuleBase
     world_model_params: TensorDictParams
     target_world_model_params: TensorDictParams
@@ -148,8 +134,7 @@ class R2DreamerWorldModelLoss(DreamerLoss):
                 f"continue_target_scale={continue_target_scale} must be in (0, 1]; 1 leaves targets alone."
             )
         super().__init__()
-        self._in_keys = self._out_keys = None
-        self.convert_to_functional(world_model, "world_model")
+        self.convert_to_functional(cast(Any, world_model), "world_model")
         self.representation = BarlowTwins() if representation is None else representation
         self.kl = CategoricalKL() if kl is None else kl
         self.reward_weight, self.continue_weight = reward_weight, continue_weight
@@ -178,25 +163,19 @@ class R2DreamerWorldModelLoss(DreamerLoss):
     def _read_heads(self) -> None:
         keys, at = self.tensor_keys, self._next
         written = [unravel_key(key) for key in self.world_model.out_keys]
-        read = {*written, *(unravel_key(key) for key in self.world_model.in_keys)}
-        self.continue_name = next(
-            (n for n in ("continue_pred", "continuation") if at(getattr(keys, n)) in written), None
-        )
-        self.predicts_continue = self.continue_name is not None
         self.reward_prediction = ScalarPrediction(
             written, at(keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
         )
         needed = [*getattr(self.kl, "reads", ()), *getattr(self.representation, "reads", ())]
         self.unwritten = [name for name in needed if at(getattr(keys, name)) not in written]
-        if at(keys.encoded_latents) in read and "encoded_latents" in self.unwritten:
-            self.unwritten.remove("encoded_latents")  # features that come with the batch
+        if at(keys.encoded_latents) in [unravel_key(key) for key in self.world_model.in_keys]:
+            # Features that come with the batch.
+            self.unwritten = [name for name in self.unwritten if name != "encoded_latents"]
         missing = list(self.unwritten)
         if at(keys.reward) not in written and not self.reward_prediction.reads_logits:
             missing.append("reward_logits")
         self._check_written(missing, written)
-        refuse_two_names(keys)
-        if self.continue_name == "continue_pred" and holds_probability(self.world_model, at(keys.continue_pred)):
-            refuse_probability("continue_pred", keys.continue_pred)
+        self.continue_name = continue_name(keys, self.world_model, NEXT)
 
     def _check_written(self, missing: list[str], written: list[NestedKey]) -> None:
         """Refuses at construction what no ``set_keys`` afterwards could mend: more is missing than has an unknown name."""
@@ -204,13 +183,11 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         known |= {self._next("state"), self._next("belief")}
         unknown = [key for key in written if isinstance(key, tuple) and key[0] == "next" and key not in known]
         if len(missing) > len(unknown):
-            about = type(self.tensor_keys).__dataclass_fields__
+            keys = self.tensor_keys
+            lacks = [f"{self._next(getattr(keys, name))!r}, from {writer_of(keys, name)}" for name in missing]
             raise ValueError(
-                "The world model lacks "
-                + "; ".join(
-                    f"{self._next(getattr(self.tensor_keys, n))!r}, from {about[n].metadata['writer']}" for n in missing
-                )
-                + f".\nBelow 'next' it writes {_listed(key for key in written if key[0] == 'next')}.\n"
+                f"The world model lacks {'; '.join(lacks)}.\n"
+                f"Below 'next' it writes {listed(key for key in written if key[0] == 'next')}.\n"
                 "Add the head to the world model; for another name call set_keys(...) on the loss."
             )
 
@@ -223,30 +200,19 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         self._read_heads()
 
     @property
-    def in_keys(self) -> list[NestedKey]:
-        if self._in_keys is not None:
-            return self._in_keys
+    def predicts_continue(self) -> bool:
+        return self.continue_name is not None
+
+    def _reads(self) -> list[NestedKey]:
         keys = self.tensor_keys
         wanted = [*self.world_model.in_keys, self._next(keys.reward)]
         if self.predicts_continue:
             wanted.append(self._next(keys.terminated))
         return list(dict.fromkeys(unravel_key(key) for key in wanted))
 
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        self._in_keys = keys
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        if self._out_keys is not None:
-            return self._out_keys
+    def _writes(self) -> list[NestedKey]:
         terms = [*getattr(self.kl, "terms", ()), *getattr(self.representation, "terms", ()), "reward"]
-        names = [f"loss_{name}" for name in terms]
-        return names + ["loss_continue"] * self.predicts_continue
-
-    @out_keys.setter
-    def out_keys(self, keys: list[NestedKey]) -> None:
-        self._out_keys = keys
+        return [f"loss_{name}" for name in (*terms, *["continue"] * self.predicts_continue)]
 
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         keys, at = self.tensor_keys, self._next
@@ -266,8 +232,9 @@ class R2DreamerWorldModelLoss(DreamerLoss):
 
         reward_loss = self.reward_prediction(posterior, keys, "reward", reward, NEXT)
         terms["reward"] = self.reward_weight * reward_loss.mean()
-        if self.predicts_continue:
-            terms["continue"] = self.continue_weight * self._continue_loss(posterior, tensordict)
+        if self.continue_name is not None:
+            continue_loss = self._continue_loss(posterior, tensordict, self.continue_name)
+            terms["continue"] = self.continue_weight * continue_loss
 
         losses = TensorDict({f"loss_{name}": term for name, term in terms.items()}, [])
         losses.update({name: value.detach() for name, value in diagnostics.items()})
@@ -281,21 +248,21 @@ class R2DreamerWorldModelLoss(DreamerLoss):
             if tensordict.get(key, None) is not None:
                 raise ValueError(
                     f"The batch holds {key!r}, of an earlier pass, and the world model writes none: no head would be trained.\n"
-                    f"It has to be written by {type(self.tensor_keys).__dataclass_fields__[name].metadata['writer']}; "
-                    "and keep it out of the replay."
+                    f"It has to be written by {writer_of(self.tensor_keys, name)}; and keep it out of the replay."
                 )
 
-    def _continue_loss(self, posterior: TensorDictBase, records: TensorDictBase) -> torch.Tensor:
-        prediction = entry(posterior, self.tensor_keys, self.continue_name, NEXT)
+    def _continue_loss(self, posterior: TensorDictBase, records: TensorDictBase, name: str) -> torch.Tensor:
+        prediction = entry(posterior, self.tensor_keys, name, NEXT)
         logit = prediction.float()
-        if self.continue_name == "continuation":
+        if name == "continuation":
             logit = torch.logit(logit, eps=1e-6)
         else:
-            check_logit(prediction, "continue_pred", self.tensor_keys.continue_pred)
+            check_logit(prediction, self.tensor_keys.continue_pred)
         alive = 1 - entry(records, self.tensor_keys, "terminated", NEXT).float().reshape(logit.shape)
         return F.binary_cross_entropy_with_logits(logit, self.continue_target_scale * alive)
 
 
 def total_loss(losses: TensorDictBase) -> torch.Tensor:
     """The training objective: the sum of all ``loss_*`` entries."""
-    return sum(value for key, value in losses.items() if key.startswith("loss_"))
+    first, *others = (value for key, value in losses.items() if key.startswith("loss_"))
+    return sum(others, first)

@@ -18,7 +18,19 @@ from r2dreamer.dreamer.rssm.latents import CategoricalLatent
 from r2dreamer.examples.training.learner import Learner
 from r2dreamer.examples.training.setup import make_agent
 
-MEMBERS = ["r2dreamer", "dreamer", "infonce", "dreamerpro", "none", "vicreg", "dreamerv1", "dreamerv2"]
+MEMBERS = [
+    "r2dreamer",
+    "dreamer",
+    "infonce",
+    "dreamerpro",
+    "none",
+    "vicreg",
+    "nedreamer",
+    "dreamercdp",
+    "sigreg",
+    "dreamerv1",
+    "dreamerv2",
+]
 KINDS = ["continuous", "discrete"]
 SMALL = {"belief": 16, "hidden": 8, "depth": 2, "categoricals": 4, "classes": 4}
 LOOKS = ("_local_scalar_dense", "nonzero", "multinomial", "normal.Tensor_Tensor", "is_nonzero")

@@ -11,7 +11,17 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from r2dreamer.losses import BarlowTwins, DreamerPro, InfoNCE, R2DreamerWorldModelLoss, VICReg, gather_ranks
+from r2dreamer.losses import (
+    BarlowTwins,
+    DreamerCDP,
+    DreamerPro,
+    InfoNCE,
+    NextEmbedding,
+    R2DreamerWorldModelLoss,
+    SIGReg,
+    VICReg,
+    gather_ranks,
+)
 
 SAMPLES, FEATURES, EMBEDDING = 12, 3, 4
 OBJECTIVES = {
@@ -19,15 +29,22 @@ OBJECTIVES = {
     "barlow, attached": lambda: BarlowTwins(weight=0.5, redundancy_weight=0.1, detach_target=False),
     "infonce": lambda: InfoNCE(temperature=0.5),
     "vicreg": lambda: VICReg(covariance=0.3),
+    "next embedding": lambda: NextEmbedding(redundancy_weight=0.1),
+    "cdp": lambda: DreamerCDP(factor=1.0),
+    "sigreg": lambda: SIGReg(directions=6),
 }
+BOTH_LEARN = ("barlow, attached", "vicreg", "sigreg")
 
 
-def loss_and_gradients(rows, which):
-    """Of a projection and an encoder on these rows [N, 3], shaped as a batch of two sequences."""
+def loss_and_gradients(rows, which, rank=0):
+    """Of a projection and an encoder on these rows [N, 3], shaped as sequences of three; ranks draw random numbers apart."""
     torch.manual_seed(0)
     projection, encoder = (nn.Linear(FEATURES, EMBEDDING) for _ in range(2))
-    k, e = (network(rows).unflatten(0, (2, -1)) for network in (projection, encoder))
-    views = TensorDict({"next": {"projected_latents": k, "encoded_latents": e}}, k.shape[:2])
+    k, e = (network(rows).unflatten(0, (-1, 3)) for network in (projection, encoder))
+    is_init = (rows[:, :1] > 0.5).unflatten(0, (-1, 3))
+    written = {"projected_latents": k, "predicted_latents": k, "encoded_latents": e}
+    views = TensorDict({"is_init": is_init, "next": written}, k.shape[:2])
+    torch.manual_seed(7 + rank)
     terms, _ = OBJECTIVES[which]()(views, R2DreamerWorldModelLoss.default_keys())
     (loss,) = terms.values()
     loss.backward()
@@ -60,7 +77,7 @@ def one_rank(out):
     mine = joined_batch().chunk(2)[rank]
     results = {}
     for which in OBJECTIVES:
-        loss, gradients = loss_and_gradients(mine, which)
+        loss, gradients = loss_and_gradients(mine, which, rank)
         for gradient in gradients:  # as data-parallel training does
             torch.distributed.all_reduce(gradient)
             gradient /= 2
@@ -92,7 +109,7 @@ def saved(tmp_path_factory):
 def test_two_processes_equal_one_on_the_joined_batch(which, saved):
     alone, _ = loss_and_gradients(joined_batch().chunk(2)[0], which)
     expected, gradients = loss_and_gradients(joined_batch(), which)
-    assert len(gradients) == (4 if which in ("barlow, attached", "vicreg") else 2)
+    assert len(gradients) == (4 if which in BOTH_LEARN else 2)
     assert not torch.allclose(alone, expected, rtol=1e-2)  # half a batch has another correlation
     check_equal(saved, which, expected, gradients)
 

@@ -69,6 +69,7 @@ def build_classic_agent(
         multipliers=(1, 2, 4, 8),
         vector_layers=vector_layers,
         blocks=1,
+        actions=actions.size,
     )
     scalar = lambda layers: FeatureMLP(sizes.features, units, layers, 1, make_layers=elu_mlp)
     return assemble(

@@ -133,6 +133,7 @@ ARGUMENTS = {
         "weight", "factor", "redundancy_weight", "dynamics", "representation", "free_nats", "variance", "covariance",
         "entropy_bonus", "slow_critic_regularization",
     ), weight),
+    "gaussian": weight, "directions": count, "attention_heads": count, "width": maybe(count), "lr_factors": maybe(section),
     "detach_target": flag, "average_first": flag, "cosine": flag, "bootstrap_target": flag,
     "temperature": number(above=0),
     "prototypes": count, "size": count, "sinkhorn_eps": number(above=0), "sinkhorn_iterations": count,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import hydra
 import torch
 from omegaconf import DictConfig
@@ -48,7 +50,8 @@ class Learner(nn.Module):
         device = next(agent.encoder.parameters()).device
         self.to(device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
-        self.optimizer = make(algorithm.optimizer, parameter_groups(self, agent))
+        apart = algorithm.optimizer.get("lr_factors") or ()
+        self.optimizer = make(algorithm.optimizer, parameter_groups(self, agent, apart))
         fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
         self.anneal = LinearFall(self.optimizer, self.actor_loss, *fractions)
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
@@ -134,16 +137,23 @@ def objective(section: DictConfig, agent: Agent) -> nn.Module:
     return made if isinstance(made, nn.Module) else made(agent)
 
 
-def parameter_groups(learner: nn.Module, agent: Agent) -> list[dict]:
+def parameter_groups(learner: nn.Module, agent: Agent, apart: Iterable[str] = ()) -> list[dict]:
     """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm.
 
-    ``joint`` names the parameters that are pieces of one tensor, for an optimiser that clips each tensor.
+    The agent's parts that ``apart`` names are groups of their own. ``joint`` names the parameters that are pieces of one
+    tensor, for an optimiser that clips each tensor.
     """
-    groups = {"model": [], "actor": [], "value": [], "probe": []}
+    groups = {"model": [], "actor": [], "value": [], "probe": []} | {name: [] for name in apart}
+    unknown = {*apart} - {*agent.parts()}
+    if unknown:
+        known = ", ".join(agent.parts())
+        raise ValueError(f"algorithm.optimizer.lr_factors names {', '.join(unknown)}; the agent has {known}.")
+    owned = {parameter: name for name in apart for parameter in agent.parts()[name].parameters()}
     owners = {"actor_loss": "actor", "value_loss": "value", "probe": "probe"}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
-            groups[owners.get(name.partition(".")[0], "model")].append(parameter)
+            group = owned.get(parameter) or owners.get(name.partition(".")[0], "model")
+            groups[group].append(parameter)
     pieces = lambda parameters: joint_positions(parameters, *agent.parts().values())
     return [{"name": name, "params": each, "joint": pieces(each)} for name, each in groups.items() if each]
 

@@ -14,8 +14,9 @@ from r2dreamer.envs.suites.registry import targets
 
 UNUSED = ("collector", "logger")  # of no use without training
 LOSSES = """
-    BarlowTwins CategoricalKL CopyEvery DreamerActorLoss DreamerOptimizer DreamerPro.of DreamerValueLoss DynamicsActorLoss
-    GaussianKL GroupedAdam InfoNCE NoObjective NoTarget ProbeDecoder.of Reconstruction UnitGaussian VICReg
+    BarlowTwins CategoricalKL CopyEvery DreamerActorLoss DreamerCDP DreamerOptimizer DreamerPro.of DreamerValueLoss
+    DynamicsActorLoss GaussianKL GroupedAdam InfoNCE NextEmbedding NoObjective NoTarget ProbeDecoder.of Reconstruction SIGReg
+    UnitGaussian VICReg
 """.split()  # noqa: SIM905
 OTHERS = """
     r2dreamer.dreamer.RandomShift torch.nn.Identity torchrl.objectives.SoftUpdate

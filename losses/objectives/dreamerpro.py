@@ -21,16 +21,16 @@ from torch import nn
 
 from ..functional import sinkhorn
 from ..ranks import gather_ranks, own_rows
+from ..wiring import unregistered
 from .base import Objective, Terms
 
 
 class DreamerPro(Objective):
     """Clusters in place of pixels: prototypes, assigned by a slow encoder, that embeddings and latents must predict.
 
-    Owns prototypes, both projections and the slow copies of encoder and embedding projection; encoder and rollout are the
-    world model's, used a second time and not owned. The targets carry no gradient, and for the first ``frozen_updates``
-    the prototypes get none. After every update the slow copies move by ``ema_rate`` (after the first they are copies) and
-    the prototypes return to length 1.
+    Encoder and rollout are the world model's, used a second time and not owned. Targets carry no gradient, and for the first
+    ``frozen_updates`` the prototypes get none. After every update the slow copies move by ``ema_rate`` (at the first they
+    become copies) and the prototypes return to length 1.
 
     Reads the records [B, T] among what the world model wrote: the rollout's and the encoder's inputs.
 
@@ -44,6 +44,9 @@ class DreamerPro(Objective):
     """
 
     terms = ("swapped", "temporal", "norm")
+    encoder: Any
+    rollout: Any
+    updates: torch.Tensor
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class DreamerPro(Objective):
         self.sinkhorn_eps, self.sinkhorn_iterations = sinkhorn_eps, sinkhorn_iterations
         self.frozen_updates, self.dropped_steps = frozen_updates, dropped_steps
         self.augmentation = nn.Identity() if augmentation is None else augmentation
-        self.__dict__["encoder"], self.__dict__["rollout"] = encoder, rollout  # not registered: the world model's
+        unregistered(self, encoder=encoder, rollout=rollout)  # the world model's
         self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, size), dim=-1))
         self.embedding_projection = nn.Linear(embedding_size, size)
         self.latent_projection = nn.Linear(latent_size, size)
@@ -97,7 +100,7 @@ class DreamerPro(Objective):
         embedding_key = self.encoder.out_keys[0]
         needed = [key for key in [*self.encoder.in_keys, *self.rollout.in_keys] if key != embedding_key]
         records = tensordict.select(*dict.fromkeys(needed))
-        copies = torch.cat([self.augmentation(records), self.augmentation(records)])  # [2B, T]
+        copies: Any = torch.cat([self.augmentation(records), self.augmentation(records)])  # [2B, T]
         with torch.no_grad():
             slow = self.slow_projection(self.slow_encoder(copies.copy()).get(embedding_key))
         self.rollout(self.encoder(copies))
@@ -112,15 +115,15 @@ class DreamerPro(Objective):
                 F.log_softmax(self._scores(projected, prototypes) / self.temperature, -1).chunk(2)
                 for projected in (embedded, latent)
             )
-            agree = lambda target, logits: -(target * logits).sum(-1).mean()
+            cross_entropy = lambda target, logits: -(target * logits).sum(-1).mean()
+            first, second = cross_entropy(targets[1], by_embedding[0]), cross_entropy(targets[0], by_embedding[1])
             terms = {
-                "swapped": (agree(targets[1], by_embedding[0]) + agree(targets[0], by_embedding[1])) / 2,
-                "temporal": agree(torch.cat(targets), torch.cat(by_latents)),
+                "swapped": (first + second) / 2,
+                "temporal": cross_entropy(torch.cat(targets), torch.cat(by_latents)),
                 "norm": sum((each.float().norm(dim=-1) - 1).square().mean() for each in (embedded, latent)),
             }
-        used = torch.cat(targets).mean(0)
-        diagnostics = {"prototypes_used": 1 / used.square().sum()}
-        return {name: self.weight * term for name, term in terms.items()}, diagnostics
+        used = 1 / torch.cat(targets).mean(0).square().sum()
+        return {name: self.weight * term for name, term in terms.items()}, {"prototypes_used": used}
 
     def _scores(self, projected: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
         """Cosines [2B*T', K] with every prototype, without the dropped steps."""
@@ -139,7 +142,7 @@ class DreamerPro(Objective):
 
     @torch.no_grad()
     def after_update(self) -> None:
-        rate = torch.where(self.updates == 0, 1.0, self.ema_rate)
+        rate = torch.where(self.updates.eq(0), 1.0, self.ema_rate)
         followed = zip(
             [*self.slow_encoder.parameters(), *self.slow_projection.parameters()],
             [*self.encoder.parameters(), *self.embedding_projection.parameters()],

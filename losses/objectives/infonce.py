@@ -10,8 +10,7 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from ..functional import info_nce_loss
-from ..ranks import gather_ranks
-from .base import TWO_VIEWS, Objective, Terms, two_views
+from .base import TWO_VIEWS, Objective, Terms, all_rows, two_views
 
 
 class InfoNCE(Objective):
@@ -43,6 +42,6 @@ class InfoNCE(Objective):
         self.cosine, self.temperature = cosine, temperature
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
-        projected, target = (gather_ranks(view) for view in two_views(tensordict, keys))
+        projected, target = (all_rows(view) for view in two_views(tensordict, keys))
         loss, accuracy = info_nce_loss(projected, target.detach(), cosine=self.cosine, temperature=self.temperature)
         return {"infonce": self.weight * loss}, {"infonce_accuracy": accuracy}

@@ -27,7 +27,7 @@ class ProbeDecoder(Objective):
 
     @classmethod
     def of(cls, agent: Any, *, decoder: Callable[[Any], TensorDictModuleBase], weight: float = 1.0) -> ProbeDecoder:
-        """decoder: makes one for an agent's ``sizes``; the random numbers after it are those without a probe."""
+        """With a decoder made for the agent's ``sizes``; the random numbers after it are those without a probe."""
         with torch.random.fork_rng(devices=[]):
             return cls(decoder(agent.sizes), weight)
 

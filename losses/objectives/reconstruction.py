@@ -49,7 +49,8 @@ class Reconstruction(Objective):
             key: (predicted.float() - _target(after.get(key), dims)).square().flatten(dims).sum(-1).mean()
             for key, predicted in decoded.items()
         }
-        terms = {"reconstruction": self.weight * sum(errors.values())}
+        first, *others = errors.values()
+        terms = {"reconstruction": self.weight * sum(others, first)}
         return terms, {f"reconstruction_{key}": error.detach() for key, error in errors.items()}
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from ..ranks import gather_ranks
-from .base import TWO_VIEWS, Objective, Terms, two_views
+from .base import TWO_VIEWS, Objective, Terms, all_rows, two_views
 
 
 class VICReg(Objective):
@@ -34,7 +33,7 @@ class VICReg(Objective):
         self.variance, self.covariance = variance, covariance
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
-        views = [gather_ranks(view).float() for view in two_views(tensordict, keys)]  # [N, E] each
+        views = [all_rows(view).float() for view in two_views(tensordict, keys)]  # [N, E] each
         with torch.autocast(views[0].device.type, enabled=False):
             invariance = (views[0] - views[1]).square().mean()
             variance, covariance = (sum(pair) for pair in zip(*map(self._spread, views), strict=True))

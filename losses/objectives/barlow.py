@@ -1,0 +1,47 @@
+"""Barlow Twins between projected latents and embedding, the objective of R2-Dreamer.
+
+L = sum_i (C_ii - 1)^2 + alpha sum_{i != j} C_ij^2, C the correlation of k and sg e over the samples
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensordict import TensorDictBase
+
+from ..functional import barlow_twins_loss
+from .base import TWO_VIEWS, Objective, Terms, all_rows, two_views
+
+
+class BarlowTwins(Objective):
+    """R2-Dreamer's objective: the projected latents k and the embedding e are two views of one observation.
+
+    weight * [sum_i (C_ii - 1)^2 + redundancy_weight * sum_{i != j} C_ij^2], C the correlation of k and e over all B*T
+    samples, over those of all ranks where ``torch.distributed`` runs several. The embedding is detached: the encoder
+    learns through the posterior and the heads, and a target that moves to please the loss would let both views collapse.
+    ``detach_target=False`` exists for the paper's ablation, and ``factor``, on top of the weight, for those that multiply
+    whatever weight an experiment has.
+
+    Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
+    """
+
+    terms = ("barlow",)
+    reads = TWO_VIEWS
+
+    def __init__(
+        self,
+        weight: float = 0.05,
+        redundancy_weight: float = 5e-4,
+        detach_target: bool = True,
+        factor: float = 1.0,
+    ):
+        super().__init__(weight, factor)
+        self.redundancy_weight, self.detach_target = redundancy_weight, detach_target
+
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
+        projected, target = two_views(tensordict, keys)
+        if self.detach_target:
+            target = target.detach()
+        invariance, redundancy = barlow_twins_loss(all_rows(projected), all_rows(target), self.redundancy_weight)
+        terms = {"barlow": self.weight * (invariance + redundancy)}
+        return terms, {"barlow_invariance": invariance.detach(), "barlow_redundancy": redundancy.detach()}
