@@ -26,7 +26,7 @@ from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent, compile_parts
-from r2dreamer.dreamer.fast.capture import PREPARING, captured
+from r2dreamer.dreamer.fast.capture import WARMUP, captured
 from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.replay.records import RecordBuilder
 from r2dreamer.envs.replay.replay import check_memory, make_replay, record_bytes
@@ -84,7 +84,6 @@ class Learner(nn.Module):
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
         self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
         if compile == "parts":
             compile_parts(agent.rollout, *agent.parts().values(), self)
         self.gradients = captured(self.losses_and_gradients, device, capture)
@@ -129,7 +128,7 @@ class Learner(nn.Module):
     def losses_and_gradients(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Nothing in here may wait for the device: on a GPU it is captured, and runs without Python from then on."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            losses, latents = self.compute_losses(batch)
+            losses, latents = self.losses(batch)
         self.optimizer.zero_grad()
         self.scaler.scale(total_loss(losses)).backward()
         return losses.detach(), latents
@@ -161,7 +160,7 @@ class Trainer:
         self.diagnosis = Diagnosis(largest_entropy(self.agent.actions))
         self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0}
         self.first_update = cfg.warmup_steps  # in policy steps
-        self.unprepared = PREPARING  # updates of this process that may compile or capture
+        self.unprepared = WARMUP  # updates of this process that may compile or capture
 
         workers = {"parallel": cfg.env.parallel, "timeout": cfg.timeout}
         self.environments = make_vector_env(suite["make"], self.train_seeds(), **workers)

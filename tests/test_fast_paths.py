@@ -7,11 +7,10 @@ from agents import rssm_modules, tiny_agent, tiny_records
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from r2dreamer.dreamer import RSSMRollout, compile_parts, encoders
-from r2dreamer.dreamer.classic.networks import Float32Linear
+from r2dreamer.dreamer import ImageDecoder, ImageEncoder, compile_parts
+from r2dreamer.dreamer.fast import TRICKS, convolutions, speed_up
 from r2dreamer.dreamer.fast.casting import cast_once
-from r2dreamer.dreamer.networks.decoders import doubled
-from r2dreamer.dreamer.networks.encoders import by_squares
+from r2dreamer.dreamer.fast.convolutions import by_squares
 from r2dreamer.dreamer.networks.layers import BlockLinear, Linear
 from r2dreamer.losses import functional
 
@@ -44,29 +43,20 @@ def test_squares_as_channels_convolve_as_pixels_do(channels, kernel, height, wid
 
 
 @pytest.mark.parametrize("channels, kernel", [(3, 5), (1, 3), (3, 4), (32, 5)])
-def test_a_stage_gives_elsewhere_what_it_gives_on_a_cpu(channels, kernel, monkeypatch):
+def test_a_stage_gives_on_a_gpu_what_it_gives_on_a_cpu(channels, kernel):
     """Few channels, an even kernel, many channels: three ways to the same."""
     torch.manual_seed(0)
     value = torch.randn(2, channels, 8, 12, dtype=torch.float64)
     convolution = nn.Conv2d(channels, 7, kernel, padding="same", dtype=torch.float64)
-    inputs = value, convolution.weight.detach(), convolution.bias.detach()
-
-    def stage(value, weight, bias):
-        return torch.func.functional_call(Stage(convolution), {"layer.weight": weight, "layer.bias": bias}, value)
-
-    here = with_gradients(stage, *inputs)
-    monkeypatch.setattr(encoders, "on_cpu", lambda value: False)
-    assert here[0].shape == (2, 4, 6, 7)
-    assert_same(here, with_gradients(stage, *inputs))
-
-
-class Stage(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, value):
-        return encoders.pooled(self.layer, value)
+    encoder = ImageEncoder((3, 16, 16), depth=2)
+    inputs = value, *convolution.parameters()
+    plain, faster = (
+        [out := each(convolution, value), *torch.autograd.grad(out.sin().sum(), inputs)]
+        for each in (encoder.pooled, convolutions.pooled)
+        if value.requires_grad_() is not None
+    )
+    assert plain[0].shape == (2, 4, 6, 7)
+    assert_same(plain, faster)
 
 
 @pytest.mark.parametrize("time", [1, 2, 3, 16, 21])
@@ -80,10 +70,11 @@ def test_returns_over_spans_have_the_gradients_of_returns_over_steps(time):
 
 def test_a_compiled_upsampling_is_the_interpolation():
     torch.manual_seed(0)
-    value = torch.randn(2, 3, 4, 5)
-    plain = with_gradients(doubled, value)
+    value, decoder = torch.randn(2, 3, 4, 5), ImageDecoder(3, 8, (3, 16, 16), depth=2, units=4)
+    plain = with_gradients(decoder.doubled, value)
     assert torch.equal(plain[0], value.repeat_interleave(2, 1).repeat_interleave(2, 2))
-    assert_same(plain, with_gradients(torch.compile(doubled, backend="aot_eager"), value))
+    speed_up(decoder, tricks=["convolutions"])
+    assert_same(plain, with_gradients(torch.compile(decoder.doubled, backend="aot_eager"), value))
 
 
 @pytest.fixture
@@ -177,22 +168,3 @@ def test_a_module_of_ones_own_says_what_is_compiled_of_it():
     compile_parts(wrapped, backend="eager")
     assert (own(one), own.twice(one), own.other(one)) == (3, 3, 1)
     assert wrapped._compiled_call_impl is None and "twice" not in vars(wrapped)  # it would guard all that a dict holds
-
-
-def test_gradients_of_a_sequence_come_to_its_steps_in_one_piece():
-    """Laid out step by step, whatever the loss reads: a copy for the sequence instead of one for each step."""
-    agent, seen = tiny_agent(), []
-    rollout = RSSMRollout(*rssm_modules(agent))
-    step = rollout.step
-
-    def watched(*args):
-        results = step(*args)
-        for value in results[1]:
-            value.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
-        return results
-
-    rollout.step = watched
-    out = rollout(agent.encoder(tiny_records(agent)))["next"]
-    assert out["belief"].is_contiguous()
-    out["posterior_logits"].sin().sum().backward()
-    assert len(seen) > 3 and all(seen)

@@ -1,1 +1,39 @@
-"""What exists for speed only."""
+"""What exists for speed only. Nothing in the model imports it; :func:`speed_up` puts it onto plain layers.
+
+Each trick has a file of its own. It can be left out, timed and deleted by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from .casting import cast_weights_once
+from .convolutions import speed_convolutions
+from .deferred import defer_weight_gradients
+from .norms import block_norms
+from .softmax import narrow_softmax
+
+TRICKS = {
+    "deferred": defer_weight_gradients,
+    "cast_once": cast_weights_once,
+    "norms": block_norms,
+    "softmax": narrow_softmax,
+    "convolutions": speed_convolutions,
+}
+
+
+def speed_up(*roots: nn.Module, tricks: Iterable[str] = tuple(TRICKS)) -> None:
+    """Puts ``tricks`` onto the modules at and below ``roots``, in place; what they compute stays the same to rounding.
+
+    Example:
+        >>> from r2dreamer.dreamer.networks.layers import normed_linear
+        >>> layer = normed_linear(3, 2)
+        >>> speed_up(layer, tricks=["norms"])
+        >>> type(layer[1]).__name__
+        'BlockedNormNormSiLU'
+    """
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    for name in tricks:
+        TRICKS[name](modules)

@@ -1,7 +1,4 @@
-"""Weights cast once for a whole loop, in which autocast would cast them at every step.
-
-Uncompiled, autocast remembers its casts of parameters, if not of their views; compiled code casts whenever it is called.
-"""
+"""Weights cast once for a whole imagination, in which autocast would cast views of them at every step."""
 
 from __future__ import annotations
 
@@ -11,45 +8,45 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..networks.layers import BlockLinear, Linear
+from ..rssm.imagination import Imagination
+from .mixing import Fast, mix_in
 
-class CastOnce:
-    """A layer that reads its parameters through :meth:`read`, for :func:`cast_once`."""
 
-    cast: dict[str, torch.Tensor] | None = None
+class CastOnce(Fast):
+    """A layer whose parameters :func:`cast_once` may replace for a while."""
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """The parameter, in autocast's dtype if it has been cast; itself where gradients or autocast are switched again."""
-        value = getattr(self, name)
-        if not self.cast or value is None or torch.is_grad_enabled():
-            return value
-        return self.cast.get(name, value) if torch.is_autocast_enabled(value.device.type) else value
+
+class CastingImagination(Fast):
+    def _rollout(self, max_steps, policy, tensordict):
+        with cast_once(self.prior, policy):
+            return super()._rollout(max_steps, policy, tensordict)
 
 
 @contextmanager
 def cast_once(*modules: nn.Module) -> Iterator[None]:
-    """Under autocast and without gradients, the layers below ``modules`` read parameters as they are now, cast here.
-
-    Example:
-        >>> from r2dreamer.dreamer.fast.casting import cast_once
-        >>> from r2dreamer.dreamer.networks.layers import Linear
-        >>> layer = Linear(2, 3)
-        >>> with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), cast_once(layer):
-        ...     layer.read("weight").dtype, layer(torch.ones(2)).dtype
-        (torch.bfloat16, torch.bfloat16)
-    """
+    """Under autocast and without gradients, layers below ``modules`` hold casts of their float32 parameters."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
     modules = [module for module in modules if isinstance(module, nn.Module)]
-    layers = {layer: layer.cast for module in modules for layer in module.modules() if isinstance(layer, CastOnce)}
+    layers = dict.fromkeys(layer for module in modules for layer in module.modules() if isinstance(layer, CastOnce))
+    kept = {layer: layer.__dict__["_parameters"] for layer in layers}
     try:
-        for layer in layers:
-            layer.cast = {
-                name: value.to(torch.get_autocast_dtype(value.device.type))
-                for name, value in layer.named_parameters(recurse=False)
-                if value.dtype == torch.float32 and torch.is_autocast_enabled(value.device.type)
-            }
+        for layer, parameters in kept.items():
+            layer.__dict__["_parameters"] = {name: _cast(value) for name, value in parameters.items()}
         yield
     finally:
-        for layer, before in layers.items():
-            layer.cast = before
+        for layer, parameters in kept.items():
+            layer.__dict__["_parameters"] = parameters
+
+
+def _cast(value: torch.Tensor | None) -> torch.Tensor | None:
+    if value is None or value.dtype != torch.float32 or not torch.is_autocast_enabled(value.device.type):
+        return value
+    return value.to(torch.get_autocast_dtype(value.device.type))
+
+
+def cast_weights_once(modules: list[nn.Module]) -> None:
+    """Puts the trick onto the layers and the imagination among ``modules``."""
+    mix_in(modules, {Linear: CastOnce, BlockLinear: CastOnce, Imagination: CastingImagination})

@@ -8,6 +8,12 @@ import torch
 from torch import distributions as D
 
 
+def unimix_probs(logits: torch.Tensor, unimix: float) -> torch.Tensor:
+    """Softmax in float32, mixed with ``unimix`` of the uniform distribution: no class ever has probability 0."""
+    probs = torch.softmax(logits.float(), -1)
+    return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
+
+
 class BoundedNormal(D.Independent):
     """Diagonal Normal whose mean lies in (-1, 1) and std in [0.1, 1]; not squashed: the environment clips."""
 

@@ -18,9 +18,8 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules import SymExpTwoHot
 
-from ..rssm.latents import unimix_probs
 from ..sizes import Sizes
-from .distributions import BoundedNormal, OneHotAction
+from .distributions import BoundedNormal, OneHotAction, unimix_probs
 from .layers import Linear, mlp
 
 NUM_BINS = 255

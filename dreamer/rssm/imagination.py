@@ -11,7 +11,6 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from ..fast.casting import cast_once
 from .core import RSSMPrior
 
 
@@ -85,8 +84,7 @@ class Imagination(nn.Module):
                 "(Dreamer V1), and others that differentiate it, build Imagination(..., differentiable=True).",
                 stacklevel=2,
             )
-        gradients = torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
-        with gradients, cast_once(self.prior, policy):
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             return self._rollout(max_steps, policy, tensordict)
 
     def _act(self, policy: Callable[[TensorDictBase], TensorDictBase], latents: TensorDict) -> torch.Tensor:
