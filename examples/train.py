@@ -83,7 +83,6 @@ class Learner(nn.Module):
         self.anneal = LinearFall(self.optimizer, self.actor_loss, *fractions)
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
         self.precision, self.device = precision, device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         if compile == "parts":
             compile_parts(agent.rollout, *agent.parts().values(), self)
         self.gradients = captured(self.losses_and_gradients, device, capture)
@@ -118,9 +117,7 @@ class Learner(nn.Module):
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """One step of the one optimiser over everything, then the slow critic moves."""
         losses, latents = self.gradients(batch)
-        self.scaler.unscale_(self.optimizer)
-        self.scaler.step(self.optimizer)  # clips each tensor's gradient by its norm (AGC), then LaProp
-        self.scaler.update()
+        self.optimizer.step()  # clips each tensor's gradient by its norm (AGC), then LaProp
         self.slow_critic.step()
         self.world_model_loss.representation.after_update()
         return losses, latents
@@ -130,7 +127,7 @@ class Learner(nn.Module):
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             losses, latents = self.losses(batch)
         self.optimizer.zero_grad()
-        self.scaler.scale(total_loss(losses)).backward()
+        total_loss(losses).backward()
         return losses.detach(), latents
 
 

@@ -112,33 +112,15 @@ def test_the_blocked_norm_equals_the_composed_one(dtype):
     assert relative < (1e-4 if dtype == torch.float32 else 0.02)
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "member, objective", [("r2dreamer", "barlow"), *((f"dreamerv{i}", "reconstruction") for i in (1, 2))]
 )
-def test_updates_in_half_precision_learn(member, objective, precision):
-    made = learner(precision=precision, member=member, lr=1e-3, warmup_steps=0)
+def test_updates_in_bfloat16_learn(member, objective):
+    made = learner(precision=torch.bfloat16, member=member, lr=1e-3, warmup_steps=0)
     records = tiny_records(tiny_agent(images=False))
     losses = [made.update(records)[0] for _ in range(40)]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.parameters())
     assert losses[-1][f"loss_{objective}"] < losses[0][f"loss_{objective}"]
-
-
-def test_float16_scales_the_loss_and_leaves_an_overflowing_step_out():
-    made = learner(precision=torch.float16, lr=1e-3, warmup_steps=0)
-    records = tiny_records(tiny_agent(images=False))
-    made.update(records)
-    before, scale = [p.detach().clone() for p in made.parameters()], made.scaler.get_scale()
-    assert scale > 1
-    hook = made.world_model_loss.world_model_params.flatten_keys(".").values()
-    first = next(p for p in hook if isinstance(p, torch.nn.Parameter))
-    handle = first.register_hook(lambda gradient: gradient * float("inf"))
-    made.update(records)
-    handle.remove()
-    trained = {name for name, p in made.named_parameters() if p.requires_grad}
-    after = dict(made.named_parameters())
-    unmoved = [torch.equal(p, after[name]) for p, name in zip(before, after, strict=True) if name in trained]
-    assert all(unmoved) and made.scaler.get_scale() < scale
 
 
 def test_the_same_parameters_get_a_gradient_in_bfloat16():

@@ -52,7 +52,7 @@ def _algorithm(prefix: str) -> dict[str, Kind]:
 
 
 TRAIN = {
-    "seed": seed, "device": device, "precision": choice("auto", "bf16", "fp16", "fp32"),
+    "seed": seed, "device": device, "precision": choice("auto", "bf16", "fp32"),
     "compile": choice(None, "parts"), "capture": choice("auto", True, False), "threads": maybe(whole(1, 4096)),
     "total_frames": count, "train_ratio": weight, "batch_size": count, "batch_length": whole(2),
     "warmup_steps": whole(), "collect_steps": count, "timeout": number(above=0, most=1_000_000), "name": text,
