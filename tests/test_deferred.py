@@ -36,10 +36,15 @@ ROLLOUT_LOSSES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_weights_defer(monkeypatch):
+    monkeypatch.setattr("r2dreamer.dreamer.fast.deferred.LARGE", 0)
+
+
 @pytest.fixture(params=["biases at every step", "biases once"])
 def defers_biases(request, monkeypatch):
     """As on a CPU, and as on a GPU."""
-    monkeypatch.setattr("r2dreamer.dreamer.fast.deferred.defers_bias", lambda bias: request.param == "biases once")
+    monkeypatch.setattr("r2dreamer.dreamer.fast.deferred.on_gpu", lambda tensor: request.param == "biases once")
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
@@ -37,7 +37,7 @@ def build_classic_agent(
     squashed_actions: bool,
     noise: float,
     heads: Mapping[str, HeadFactory],
-    fast: bool = True,
+    fast: bool | Sequence[str] = True,
 ) -> Agent:
     """An agent of Dreamer V1 or V2; the widths are the keys of ``configs/model/dreamerv1.yaml`` and ``dreamerv2.yaml``.
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .casting import cast_weights_once
 from .convolutions import speed_convolutions
 from .deferred import defer_weight_gradients
 from .norms import block_norms
@@ -17,7 +16,6 @@ from .softmax import narrow_softmax
 
 TRICKS = {
     "deferred": defer_weight_gradients,
-    "cast_once": cast_weights_once,
     "norms": block_norms,
     "softmax": narrow_softmax,
     "convolutions": speed_convolutions,
@@ -35,5 +33,8 @@ def speed_up(*roots: nn.Module, tricks: Iterable[str] = tuple(TRICKS)) -> None:
         'BlockedNormNormSiLU'
     """
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    unknown = set(tricks) - set(TRICKS)
+    if unknown:
+        raise ValueError(f"fast names {', '.join(sorted(unknown))}, and the tricks are {', '.join(TRICKS)}.")
     for name in tricks:
         TRICKS[name](modules)

@@ -21,10 +21,12 @@ from ..networks.layers import BlockLinear, Linear, NormSiLU
 from ..rssm.rollout import RSSMRollout
 from .mixing import Fast, mix_in
 
+LARGE = 2**17  # elements of a weight; for smaller ones the bookkeeping costs more than it saves
 
-def defers_bias(bias: torch.Tensor) -> bool:
-    """On a GPU, where a step costs its kernel launches. On a CPU a bias costs hardly any arithmetic."""
-    return bias.device.type != "cpu"
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Where a step costs its kernel launches, so that biases and gains are worth deferring, too."""
+    return tensor.device.type != "cpu"
 
 
 class Tape:
@@ -77,11 +79,11 @@ class GainTape(Tape):
 class AffineTape(Tape):
     """Of a weight [..., in, out] and a bias [..., out], cast once to autocast's dtype.
 
-    rows: of a step's input. The bias is deferred where :func:`defers_bias` says so.
+    rows: of a step's input. The bias is deferred on a GPU.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
-        self.defers_bias = bias is not None and defers_bias(bias)
+        self.defers_bias = bias is not None and on_gpu(bias)
         device = weight.device.type
         self.autocast = torch.is_autocast_enabled(device)
         if self.autocast:
@@ -176,6 +178,9 @@ def deferred_weight_gradients(step: Callable, rows: int, *modules: nn.Module) ->
     for layer in layers:
         layer.tapes = layer.make_tapes(rows)
     tapes = [tape for layer in layers for tape in layer.tapes.values()]
+    if not tapes:
+        yield step
+        return
 
     def recorded(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for tape in tapes:
@@ -198,12 +203,13 @@ class Deferred(Fast):
     tapes: dict[str, Tape] = {}
 
     def make_tapes(self, rows: int) -> dict[str, Tape]:
+        """None where deferring does not pay."""
         raise NotImplementedError
 
 
 class DeferredLinear(Deferred):
     def make_tapes(self, rows: int) -> dict[str, Tape]:
-        return {"weight": AffineTape(self.weight.mT, self.bias, rows)}
+        return {"weight": AffineTape(self.weight.mT, self.bias, rows)} if self.weight.numel() >= LARGE else {}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         tape = self.tapes.get("weight")
@@ -214,6 +220,8 @@ class DeferredLinear(Deferred):
 
 class DeferredBlockLinear(Deferred):
     def make_tapes(self, rows: int) -> dict[str, Tape]:
+        if self.weight.numel() < LARGE:
+            return {}
         if not hasattr(self, "shared_weight"):
             return {"weight": AffineTape(self.weight, self.bias.view(self.num_blocks, 1, -1), rows)}
         shared = AffineTape(self.shared_weight.mT, self.bias, rows)
@@ -232,7 +240,7 @@ class DeferredNormSiLU(Deferred):
     """Compiled only: uncompiled, torch's operation takes one gain for all rows."""
 
     def make_tapes(self, rows: int) -> dict[str, Tape]:
-        return {"weight": GainTape(self.weight, rows)}
+        return {"weight": GainTape(self.weight, rows)} if on_gpu(self.weight) else {}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         tape = self.tapes.get("weight")

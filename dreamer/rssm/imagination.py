@@ -85,7 +85,9 @@ class Imagination(nn.Module):
                 stacklevel=2,
             )
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            return self._rollout(max_steps, policy, tensordict)
+            imagined = self._rollout(max_steps, policy, tensordict)
+        torch.clear_autocast_cache()  # its casts of weights may carry no gradient, which the losses need
+        return imagined
 
     def _act(self, policy: Callable[[TensorDictBase], TensorDictBase], latents: TensorDict) -> torch.Tensor:
         if exploration_type() != ExplorationType.RANDOM or not hasattr(policy, "get_dist"):

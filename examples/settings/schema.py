@@ -84,7 +84,7 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
     "throughput": TRAIN | {"counts": list_of(count), "seconds": number(above=0), "rounds": count},
     "benchmark": TRAIN | _algorithm("other") | {
         "synthetic": flag, "measure": list_of(choice("update", "acting", "replay", "environment")),
-        "compare": choice(None, "torchrl", "algorithm"), "repeats": maybe(count),
+        "compare": choice(None, "torchrl", "algorithm", "tricks"), "repeats": maybe(count),
     },
     "evaluate": _PLAYED | {"episodes": maybe(count), "seed": maybe(seed), "max_steps": maybe(count)},
     "saliency": _PLAYED | _SEEN | {
