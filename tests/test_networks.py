@@ -289,6 +289,15 @@ def test_no_wing_imports_another():
                 assert not any(f"r2dreamer.{other}" in line or f"..{other}" in line for line in imports), file
 
 
+def test_rooms_of_the_model_import_downwards():
+    """Networks know no recurrence, and nothing that is only maths knows what makes it fast."""
+    root = pathlib.Path(__file__).parents[1] / "dreamer"
+    for room, above in {"networks": ("rssm", "fast", "agent", "classic"), "rssm": ("fast", "agent", "classic")}.items():
+        for file in (root / room).glob("*.py"):
+            imports = [line for line in file.read_text().splitlines() if line.startswith(("import ", "from "))]
+            assert not [line for line in imports for name in above if line.startswith(f"from ..{name}")], file
+
+
 def test_a_joined_linear_is_the_linear_of_both():
     layer = Linear(5, 4)
     layer.bias.data.normal_()

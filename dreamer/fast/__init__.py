@@ -9,16 +9,14 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .convolutions import speed_convolutions
-from .deferred import defer_weight_gradients
-from .norms import block_norms
-from .softmax import narrow_softmax
+from . import convolutions, deferred, norms, softmax
+from .mixing import mix_in
 
 TRICKS = {
-    "deferred": defer_weight_gradients,
-    "norms": block_norms,
-    "softmax": narrow_softmax,
-    "convolutions": speed_convolutions,
+    "deferred": deferred.MIXINS,
+    "norms": norms.MIXINS,
+    "softmax": softmax.MIXINS,
+    "convolutions": convolutions.MIXINS,
 }
 
 
@@ -30,11 +28,11 @@ def speed_up(*roots: nn.Module, tricks: Iterable[str] = tuple(TRICKS)) -> None:
         >>> layer = normed_linear(3, 2)
         >>> speed_up(layer, tricks=["norms"])
         >>> type(layer[1]).__name__
-        'BlockedNormNormSiLU'
+        'BlockedNorm'
     """
-    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
     unknown = set(tricks) - set(TRICKS)
     if unknown:
         raise ValueError(f"fast names {', '.join(sorted(unknown))}, and the tricks are {', '.join(TRICKS)}.")
+    modules = dict.fromkeys(module for root in roots for module in root.modules())
     for name in tricks:
-        TRICKS[name](modules)
+        mix_in(modules, TRICKS[name])

@@ -8,12 +8,12 @@ from torch import nn
 
 from ..networks.decoders import ImageDecoder
 from ..networks.encoders import ImageEncoder
-from .mixing import Fast, mix_in
+from .mixing import Fast
 
 CHANNELS = 16  # that a GPU's convolution reads at once; for fewer it has slow kernels only
 
 
-class PooledConvolution(Fast):
+class PooledConvolution(Fast, ImageEncoder):
     """On a GPU: few channels become more, and the bias is added after the pooling, to a quarter of the numbers."""
 
     def pooled(self, convolution: nn.Conv2d, value: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def by_squares(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.conv2d(squares, kernels, padding=reach).permute(0, 2, 3, 1).unflatten(-1, (4, -1))
 
 
-class ExpandedUpsampling(Fast):
+class ExpandedUpsampling(Fast, ImageDecoder):
     """Compiled: the gradient of an expansion is a sum, that of an interpolation a scatter."""
 
     def doubled(self, value: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,4 @@ class ExpandedUpsampling(Fast):
         return value[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
 
 
-def speed_convolutions(modules: list[nn.Module]) -> None:
-    """Puts the trick onto the encoders and decoders among ``modules``."""
-    mix_in(modules, {ImageEncoder: PooledConvolution, ImageDecoder: ExpandedUpsampling})
+MIXINS = PooledConvolution, ExpandedUpsampling

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..networks.layers import BlockLinear, Linear, NormSiLU
 from ..rssm.rollout import RSSMRollout
-from .mixing import Fast, mix_in
+from .mixing import Fast
 
 LARGE = 2**17  # elements of a weight; for smaller ones the bookkeeping costs more than it saves
 
@@ -207,7 +207,7 @@ class Deferred(Fast):
         raise NotImplementedError
 
 
-class DeferredLinear(Deferred):
+class DeferredLinear(Deferred, Linear):
     def make_tapes(self, rows: int) -> dict[str, Tape]:
         return {"weight": AffineTape(self.weight.mT, self.bias, rows)} if self.weight.numel() >= LARGE else {}
 
@@ -218,7 +218,7 @@ class DeferredLinear(Deferred):
         return tape.affine(value)
 
 
-class DeferredBlockLinear(Deferred):
+class DeferredBlockLinear(Deferred, BlockLinear):
     def make_tapes(self, rows: int) -> dict[str, Tape]:
         if self.weight.numel() < LARGE:
             return {}
@@ -236,7 +236,7 @@ class DeferredBlockLinear(Deferred):
         return out if shared is None else out + self.tapes["shared"].affine(shared)
 
 
-class DeferredNormSiLU(Deferred):
+class DeferredNormSiLU(Deferred, NormSiLU):
     """Compiled only: uncompiled, torch's operation takes one gain for all rows."""
 
     def make_tapes(self, rows: int) -> dict[str, Tape]:
@@ -250,21 +250,11 @@ class DeferredNormSiLU(Deferred):
         return F.silu((normed * tape.repeated().view(value.shape)).to(value.dtype))
 
 
-class DeferredRollout(Fast):
+class DeferredRollout(Fast, RSSMRollout):
     def unroll(self, step: Callable, state: torch.Tensor, belief: torch.Tensor, *sequences) -> list[torch.Tensor]:
         recurrent = self.rssm_prior.module.core, self.rssm_posterior.module
         with deferred_weight_gradients(step, state.shape[:-1].numel(), *recurrent) as step:
             return super().unroll(step, state, belief, *sequences)
 
 
-MIXINS = {
-    Linear: DeferredLinear,
-    BlockLinear: DeferredBlockLinear,
-    NormSiLU: DeferredNormSiLU,
-    RSSMRollout: DeferredRollout,
-}
-
-
-def defer_weight_gradients(modules: list[nn.Module]) -> None:
-    """Puts the trick onto the layers and the rollout among ``modules``."""
-    mix_in(modules, MIXINS)
+MIXINS = DeferredLinear, DeferredBlockLinear, DeferredNormSiLU, DeferredRollout

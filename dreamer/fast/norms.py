@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ..networks.layers import NormSiLU
-from .mixing import Fast, mix_in
+from .mixing import Fast
 
 BLOCK = 2**18  # elements that stay in a core's cache
 
 
-class BlockedNorm(Fast):
+class BlockedNorm(Fast, NormSiLU):
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         if value.device.type != "cpu" or value.numel() <= 4 * BLOCK or torch.compiler.is_compiling():
             return super().forward(value)
@@ -54,6 +53,4 @@ class BlockedNormSiLU(torch.autograd.Function):
         return out.view(gradient.shape), weight_gradient, None
 
 
-def block_norms(modules: list[nn.Module]) -> None:
-    """Puts the trick onto the norms among ``modules``."""
-    mix_in(modules, {NormSiLU: BlockedNorm})
+MIXINS = (BlockedNorm,)

@@ -6,11 +6,10 @@ Torch vectorises along the classes. Where they do not fill a register, it comput
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..networks.heads import OneHotParameters
 from ..rssm.latents import CategoricalLatent
-from .mixing import Fast, mix_in
+from .mixing import Fast
 
 VECTOR = 16  # float32 numbers in a register
 
@@ -27,16 +26,14 @@ def narrow(logits: torch.Tensor) -> bool:
     return few and not gradient and not torch.compiler.is_compiling()
 
 
-class NarrowLatent(Fast):
+class NarrowLatent(Fast, CategoricalLatent):
     def probs(self, logits: torch.Tensor) -> torch.Tensor:
         return unimix_probs(logits, self.unimix) if narrow(logits) else super().probs(logits)
 
 
-class NarrowParameters(Fast):
+class NarrowParameters(Fast, OneHotParameters):
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         return unimix_probs(logits, self.unimix) if narrow(logits) else super().forward(logits)
 
 
-def narrow_softmax(modules: list[nn.Module]) -> None:
-    """Puts the trick onto the latents and actors among ``modules``."""
-    mix_in(modules, {CategoricalLatent: NarrowLatent, OneHotParameters: NarrowParameters})
+MIXINS = NarrowLatent, NarrowParameters
