@@ -21,7 +21,7 @@ class BoundedNormal(D.Independent):
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
-        """The same draws as torch's, which looks at the smallest scale first: a GPU's graph cannot wait for that."""
+        """Draws as torch does, without its check of the scales, for which a CUDA graph cannot wait."""
         with torch.no_grad():
             return self.rsample(torch.Size(sample_shape))
 
@@ -37,11 +37,11 @@ class OneHotAction(D.OneHotCategorical):
         super().__init__(probs=probs, validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
-        """One draw is the same as torch's, without its looks at the probabilities (see above); NaN stays NaN."""
+        """Draws as torch does, without its check of the probabilities (CUDA graphs); NaN stays NaN."""
         probs = self.probs.detach().expand(*sample_shape, *self.probs.shape)
-        waiting = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_()
-        index = (probs / waiting).argmax(-1, keepdim=True)
-        return torch.zeros_like(waiting).scatter_(-1, index, 1.0) + (probs - probs)
+        exponential = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_()
+        index = (probs / exponential).argmax(-1, keepdim=True)
+        return torch.zeros_like(exponential).scatter_(-1, index, 1.0) + (probs - probs)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         return (value.float() * self.logits).sum(-1)

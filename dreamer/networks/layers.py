@@ -28,12 +28,12 @@ def init_convolution(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float)
 
 
 def bounded(action: torch.Tensor) -> torch.Tensor:
-    """action / max(1, |action|), the divisor without gradient: what the world reads of an action outside of [-1, 1]."""
+    """action / max(1, |action|), with no gradient through the divisor: actions outside of [-1, 1] count as the bound."""
     return action / action.detach().abs().clamp_min(1)
 
 
 def joint_positions(parameters: Sequence[torch.Tensor], *modules: nn.Module) -> list[tuple[int, ...]]:
-    """Which of ``parameters`` are pieces of one weight matrix, by position: what a gradient norm must count as one.
+    """The positions of ``parameters`` that are pieces of one weight matrix, whose gradient norm is one number.
 
     A layer below ``modules`` that holds a matrix in pieces returns them from ``joint_parameters()``.
     """
@@ -57,9 +57,9 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """``forward`` of the two beside each other, which are never copied together."""
+        """``forward`` of ``first`` and ``second`` concatenated, without copying them."""
         left, right = self.weight.split([first.shape[-1], second.shape[-1]], -1)
-        # As matrices: of a batch of strided ones torch makes a bmm without gradients, with a copy of the weight for each.
+        # As matrices: without gradients, torch would copy the weight for each element of a strided batch.
         one, other = first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])
         return (F.linear(one, left, self.bias) + F.linear(other, right)).view(*first.shape[:-1], -1)
 
