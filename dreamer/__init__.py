@@ -13,7 +13,7 @@ from .classic.networks import GRUCell, NormGRUCell
 from .fast.compiling import compile_parts
 from .networks.augmentation import RandomShift
 from .networks.decoders import ImageDecoder, ObservationDecoder
-from .networks.distributions import BoundedNormal, OneHotAction
+from .networks.distributions import BoundedNormal, OneHotAction, unimix_probs
 from .networks.encoders import ImageEncoder, ObservationEncoder, StridedEncoder, VectorEncoder
 from .networks.heads import (
     FeatureMLP,
@@ -30,7 +30,7 @@ from .networks.prediction import belief_prediction_head, next_embedding_head
 from .pretrained import load_pretrained, save_pretrained
 from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior
 from .rssm.imagination import Imagination
-from .rssm.latents import CategoricalLatent, GaussianLatent, unimix_probs
+from .rssm.latents import CategoricalLatent, GaussianLatent
 from .rssm.rollout import RSSMRollout, RSSMStateEstimator
 from .sizes import Sizes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
 from torchrl.envs.transforms import TensorDictPrimer
 
+from .fast import TRICKS, speed_up
 from .networks.encoders import ObservationEncoder
 from .networks.heads import FeatureMLP, TwoHotMLP, actor_head, latent_head, projection_head
 from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior
@@ -166,12 +167,15 @@ def build_agent(
     value_layers: int = 3,
     num_bins: int = 255,
     heads: Mapping[str, HeadFactory] | None = None,
+    fast: bool | Sequence[str] = True,
 ) -> Agent:
     """Builds a whole agent; the keyword arguments are the keys of ``configs/model/size*.yaml``.
 
     ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
     ``{"projection": projection_head}``. ``image_encoder`` is called with an image's shape in the place of the paper's
     convolutions, for example :class:`StridedEncoder`. ``continue_layers=None`` makes no continue head: imagined episodes never end.
+    ``fast=False`` leaves out everything that exists for speed only, a list of names from ``dreamer.fast.TRICKS`` the other
+    tricks; results are the same to rounding.
 
     Example:
         >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
@@ -232,6 +236,7 @@ def build_agent(
         continue_=continue_,
         value=value,
         actor=actor,
+        fast=fast,
     )
 
 
@@ -250,6 +255,7 @@ def assemble(
     actor: ProbabilisticTensorDictSequential,
     exploration: TensorDictModuleBase | None = None,
     differentiable: bool = False,
+    fast: bool | Sequence[str] = True,
 ) -> Agent:
     """Wires networks on the key contract; any of them may be another implementation with the same signature.
 
@@ -285,7 +291,7 @@ def assemble(
         actor,
         *([] if exploration is None else [exploration]),
     )
-    return Agent(
+    agent = Agent(
         observations=observations,
         actions=actions,
         sizes=sizes,
@@ -304,3 +310,6 @@ def assemble(
         imagination=Imagination(prior, latent_head(reward, reward.keys("reward")), differentiable=differentiable),
         policy=policy,
     )
+    tricks = fast if not isinstance(fast, bool) else TRICKS if fast else ()
+    speed_up(agent.rollout, agent.imagination, *agent.parts().values(), tricks=tricks)
+    return agent

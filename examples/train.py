@@ -25,7 +25,7 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
-from r2dreamer.dreamer.fast.capture import PREPARING
+from r2dreamer.dreamer.fast.capture import WARMUP
 from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
 from r2dreamer.envs.replay.buffer import check_memory, make_replay, record_bytes
 from r2dreamer.envs.replay.records import RecordBuilder
@@ -70,7 +70,7 @@ class Trainer:
         self.diagnosis = Diagnosis(largest_entropy(self.agent.actions))
         self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0}
         self.first_update = cfg.warmup_steps  # in policy steps
-        self.unprepared = PREPARING  # updates of this process that may compile or capture
+        self.unprepared = WARMUP  # updates of this process that may compile or capture
 
         workers = {"parallel": cfg.env.parallel, "timeout": cfg.timeout}
         self.environments = make_vector_env(suite["make"], self.train_seeds(), **workers)

@@ -86,7 +86,7 @@ def test_one_command_attacks_a_checkpoint_and_reports_every_condition(server, tr
     "settings",
     [
         ["attack.patch.eot_translations=4", "precision=bf16", "attack.patch.placement=random", "attack.patch.onset=2"],
-        ["attack=perturb", "precision=fp16", "attack.patch.placement=saliency", "attack.allowed=[0,0,9,16]"],
+        ["attack=perturb", "precision=bf16", "attack.patch.placement=saliency", "attack.allowed=[0,0,9,16]"],
     ],
 )
 def test_other_placements_and_precisions_run(server, trained, tmp_path, settings):

@@ -13,7 +13,6 @@ from tensordict import TensorDict
 from test_attack_loss import agent_loss, opinionated, patch_of
 from torchrl.envs import StepCounter, TransformedEnv
 
-import r2dreamer.examples.attacks.search
 from r2dreamer.envs import make_probe, make_vector_env
 from r2dreamer.examples.attack import controls, play
 from r2dreamer.examples.attacks.gallery import overlay, side_by_side
@@ -160,26 +159,9 @@ def test_measuring_neither_draws_from_the_patch_nor_from_the_generators(agent, e
     assert measure(loss, held_out, torch.float32, 8) != one
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_half_precision_finds_a_patch_too(agent, episodes, precision):
-    found, *_ = search_for(agent, episodes, precision=precision)
+def test_half_precision_finds_a_patch_too(agent, episodes):
+    found, *_ = search_for(agent, episodes, precision=torch.bfloat16)
     assert found.score < found.curve[0]["loss"] and found.patch.delta.dtype == torch.float32
-
-
-def test_gradients_that_vanish_in_float16_are_scaled(agent, episodes, monkeypatch):
-    tiny = {"steps": 1, "loss": {"w_return": 1e-8, "w_tv": 0.0, "w_l2": 0.0}}
-
-    def gradient():
-        patch = patch_of(hw=(8, 8), seed=4)
-        search_for(agent, episodes, patch, precision=torch.float16, **tiny)
-        return patch.delta.grad
-
-    scaled = (gradient() != 0).float().mean()
-    plain = functools.partial(torch.amp.GradScaler)
-    monkeypatch.setattr(
-        r2dreamer.examples.attacks.search.torch.amp, "GradScaler", lambda device, enabled: plain(device, enabled=False)
-    )
-    assert scaled > 0.9 and (gradient() != 0).float().mean() < 0.5
 
 
 # -- paired episodes -----------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ COMMANDS = {
     "unsupported observations": (task("Graph"), ["Graph", "not supported"]),
     "no CUDA": ([*CARTPOLE, "device=cuda:99"], ["device=cuda:99"]),
     "no such device": ([*CARTPOLE, "device=gpu"], ["device=gpu", "cpu"]),
-    "precision": ([*CARTPOLE, "precision=fp8"], ["precision=fp8", "bf16, fp16, fp32"]),
+    "precision": ([*CARTPOLE, "precision=fp8"], ["precision=fp8", "bf16, fp32"]),
     "resume elsewhere": ([*CARTPOLE, "resume=/nowhere/at/all"], ["/nowhere/at/all", "no checkpoint"]),
     "resume misspelt": ([*CARTPOLE, "resume=atuo"], ["atuo", "no checkpoint"]),
     "a negative multiplier": (

@@ -157,7 +157,6 @@ VARIANTS = {
     **{f"{member} {kind}": dict(member=member, discrete=kind == "discrete") for member in MEMBERS for kind in KINDS},
     "augmented, probed": dict(member="r2dreamer", discrete=False, extra=EXTRAS),
     "bfloat16": dict(member="r2dreamer", discrete=False, precision=torch.bfloat16),
-    "float16": dict(member="r2dreamer", discrete=False, precision=torch.float16),
     "compiled": dict(member="r2dreamer", discrete=False, compile="parts"),
 }
 

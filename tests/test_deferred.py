@@ -1,23 +1,26 @@
 """Weight gradients once per sequence are those of the plain loop: deferred, compiled, frozen, or not deferred after all."""
 
-import contextlib
-
 import pytest
 import torch
 from agents import BELIEF, TIME, rssm_modules, tiny_agent, tiny_records
 
 from r2dreamer.dreamer import Linear, RSSMRollout
-from r2dreamer.dreamer.fast.deferred import deferred_weight_gradients
+from r2dreamer.dreamer.fast import speed_up
+
+
+def deferring_rollout(*modules):
+    rollout = RSSMRollout(*modules)
+    speed_up(rollout, tricks=["deferred"])
+    return rollout
 
 
 def rollout_gradients(agent, loss, *, deferred, autocast=False, times=1):
     """Of prior and posterior by name, zeros where there is none; the same records and draws every time."""
     torch.manual_seed(7)
     modules = torch.nn.ModuleList(rssm_modules(agent))
-    context = deferred_weight_gradients if deferred else lambda step, *_: contextlib.nullcontext(step)
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        patch.setattr("r2dreamer.dreamer.rssm.core.rollout.deferred_weight_gradients", context)
-        out = RSSMRollout(*modules)(agent.encoder(tiny_records(agent)))["next"]
+    rollout = deferring_rollout(*modules) if deferred else RSSMRollout(*modules)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = rollout(agent.encoder(tiny_records(agent)))["next"]
     modules.zero_grad()
     for left in reversed(range(times)):
         loss(out).backward(retain_graph=left > 0)
@@ -33,10 +36,15 @@ ROLLOUT_LOSSES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_weights_defer(monkeypatch):
+    monkeypatch.setattr("r2dreamer.dreamer.fast.deferred.LARGE", 0)
+
+
 @pytest.fixture(params=["biases at every step", "biases once"])
 def defers_biases(request, monkeypatch):
     """As on a CPU, and as on a GPU."""
-    monkeypatch.setattr("r2dreamer.dreamer.fast.deferred.defers", lambda bias: request.param == "biases once")
+    monkeypatch.setattr("r2dreamer.dreamer.fast.deferred.on_gpu", lambda tensor: request.param == "biases once")
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -66,7 +74,7 @@ def test_a_compiled_step_defers_the_same_gradients(autocast, defers_biases, monk
     for name, gradient in actual.items():
         error = (gradient - expected[name]).norm()
         assert error <= (0.03 if autocast else 1e-5) * expected[name].norm(), name
-    reached = {id(node.variable) for node, _ in seen[2][0][0].grad_fn.next_functions if hasattr(node, "variable")}
+    reached = {id(node.variable) for node, _ in seen[2][0].grad_fn.next_functions if hasattr(node, "variable")}
     named = [each for part in (agent.prior, agent.posterior) for each in part.named_parameters()]
     biases = {id(p) for name, p in named if "bias" in name}
     assert not reached & {id(p) for _, p in named} - biases
@@ -107,7 +115,7 @@ def test_a_gradient_for_the_input_alone_leaves_nothing_behind():
     agent = tiny_agent()
     records = tiny_records(agent)
     belief = records["belief"].requires_grad_()
-    out = RSSMRollout(*rssm_modules(agent))(agent.encoder(records))["next"]
+    out = deferring_rollout(*rssm_modules(agent))(agent.encoder(records))["next"]
     loss = out["belief"].sin().sum()
     weight = agent.prior.core.gates.weight
     torch.autograd.grad(loss, belief, retain_graph=True)

@@ -1,18 +1,18 @@
 """What a GPU or a compiler computes in another order than a CPU: each against the plain way, with its gradients."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
-from agents import rssm_modules, tiny_agent, tiny_records
+from agents import tiny_agent
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from r2dreamer.dreamer import RSSMRollout, compile_parts, encoders
-from r2dreamer.dreamer.classic.networks import Float32Linear
-from r2dreamer.dreamer.fast.casting import cast_once
-from r2dreamer.dreamer.networks.decoders import doubled
-from r2dreamer.dreamer.networks.encoders import by_squares
-from r2dreamer.dreamer.networks.layers import BlockLinear, Linear
+from r2dreamer.dreamer import CategoricalLatent, ImageDecoder, ImageEncoder, Linear, compile_parts
+from r2dreamer.dreamer.fast import convolutions, speed_up
+from r2dreamer.dreamer.fast.convolutions import by_squares
 from r2dreamer.losses import functional
 
 
@@ -44,29 +44,20 @@ def test_squares_as_channels_convolve_as_pixels_do(channels, kernel, height, wid
 
 
 @pytest.mark.parametrize("channels, kernel", [(3, 5), (1, 3), (3, 4), (32, 5)])
-def test_a_stage_gives_elsewhere_what_it_gives_on_a_cpu(channels, kernel, monkeypatch):
+def test_a_stage_gives_on_a_gpu_what_it_gives_on_a_cpu(channels, kernel):
     """Few channels, an even kernel, many channels: three ways to the same."""
     torch.manual_seed(0)
     value = torch.randn(2, channels, 8, 12, dtype=torch.float64)
     convolution = nn.Conv2d(channels, 7, kernel, padding="same", dtype=torch.float64)
-    inputs = value, convolution.weight.detach(), convolution.bias.detach()
-
-    def stage(value, weight, bias):
-        return torch.func.functional_call(Stage(convolution), {"layer.weight": weight, "layer.bias": bias}, value)
-
-    here = with_gradients(stage, *inputs)
-    monkeypatch.setattr(encoders, "on_cpu", lambda value: False)
-    assert here[0].shape == (2, 4, 6, 7)
-    assert_same(here, with_gradients(stage, *inputs))
-
-
-class Stage(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, value):
-        return encoders.pooled(self.layer, value)
+    encoder = ImageEncoder((3, 16, 16), depth=2)
+    inputs = value, *convolution.parameters()
+    plain, faster = (
+        [out := each(convolution, value), *torch.autograd.grad(out.sin().sum(), inputs)]
+        for each in (encoder.pooled, convolutions.pooled)
+        if value.requires_grad_() is not None
+    )
+    assert plain[0].shape == (2, 4, 6, 7)
+    assert_same(plain, faster)
 
 
 @pytest.mark.parametrize("time", [1, 2, 3, 16, 21])
@@ -80,82 +71,45 @@ def test_returns_over_spans_have_the_gradients_of_returns_over_steps(time):
 
 def test_a_compiled_upsampling_is_the_interpolation():
     torch.manual_seed(0)
-    value = torch.randn(2, 3, 4, 5)
-    plain = with_gradients(doubled, value)
+    value, decoder = torch.randn(2, 3, 4, 5), ImageDecoder(3, 8, (3, 16, 16), depth=2, units=4)
+    plain = with_gradients(decoder.doubled, value)
     assert torch.equal(plain[0], value.repeat_interleave(2, 1).repeat_interleave(2, 2))
-    assert_same(plain, with_gradients(torch.compile(doubled, backend="aot_eager"), value))
+    speed_up(decoder, tricks=["convolutions"])
+    assert_same(plain, with_gradients(torch.compile(decoder.doubled, backend="aot_eager"), value))
 
 
-@pytest.fixture
-def layers():
+def test_copies_and_pickles_keep_what_makes_a_layer_fast():
     torch.manual_seed(0)
-    dense, block = Linear(6, 4), BlockLinear(8, 4, 2, shared_features=3)
-    for parameter in (*dense.parameters(), *block.parameters()):
-        nn.init.normal_(parameter)
-    return nn.ModuleDict({"dense": dense, "block": block, "exact": Float32Linear(6, 4)})
+    agent = tiny_agent()
+    with torch.no_grad():
+        for twin in (copy.deepcopy(agent.prior), pickle.loads(pickle.dumps(agent.prior))):
+            assert [type(module) for module in twin.modules()] == [type(module) for module in agent.prior.modules()]
+            assert torch.equal(twin.logits(torch.ones(2, 16)), agent.prior.logits(torch.ones(2, 16)))
 
 
-def outputs(layers):
-    torch.manual_seed(1)
-    value, wide, shared = torch.randn(5, 6), torch.randn(5, 8), torch.randn(5, 3)
-    dense, block = layers["dense"], layers["block"]
-    with torch.autocast("cpu", enabled=False):
-        exact = layers["exact"](value)
-    return [dense(value), dense.joined(value[:, :2], value[:, 2:]), block(wide, shared), exact]
+def test_a_subclass_of_ones_own_stays_as_it_is():
+    class Own(Linear):
+        pass
+
+    layers = nn.ModuleList([Own(2, 3), Linear(2, 3)])
+    speed_up(layers)
+    assert type(layers[0]) is Own and isinstance(layers[1], Linear) and type(layers[1]) is not Linear
 
 
-@torch.no_grad()
-def test_weights_cast_once_compute_what_weights_cast_every_time_do(layers):
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # which has a memory of its own
-        plain = outputs(layers)
-        with cast_once(layers):
-            assert layers["block"].read("shared_weight").dtype == torch.bfloat16
-            assert all(map(torch.equal, plain, outputs(layers)))
-            nn.init.zeros_(layers["dense"].weight)  # what it reads now is what was cast
-            with cast_once(layers["dense"]):
-                assert not torch.equal(outputs(layers)[0], plain[0])
-            assert torch.equal(outputs(layers)[0], plain[0])
-            with torch.enable_grad():
-                assert outputs(layers)[0].requires_grad and not torch.equal(outputs(layers)[0], plain[0])
-        assert layers["dense"].read("weight") is layers["dense"].weight
-        assert not torch.equal(outputs(layers)[0], plain[0])
+def test_a_trick_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="fast names magic, .* deferred"):
+        tiny_agent(fast=["magic"])
 
 
-@torch.no_grad()
-def test_layers_whose_weight_is_computed_or_wide_cast_as_ever():
-    torch.manual_seed(0)
-    made = nn.utils.parametrizations.weight_norm(Linear(6, 4))
-    wide = Linear(6, 4).double()
-    value = torch.randn(5, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = made(value), wide(value.double())
-        with cast_once(made, wide, lambda value: value):  # a policy may be any callable
-            assert torch.equal(made(value), plain[0]) and torch.equal(wide(value.double()), plain[1])
-
-
-def test_nothing_is_cast_for_gradients_or_without_autocast(layers):
-    with torch.autocast("cpu", torch.bfloat16), cast_once(layers):
-        assert layers["dense"].read("weight") is layers["dense"].weight
-    with torch.no_grad(), cast_once(layers):
-        assert layers["dense"].read("weight") is layers["dense"].weight
-    with pytest.raises(KeyError), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), cast_once(layers):
-        raise KeyError
-    assert all(layer.cast is None for layer in layers.values())
-
-
-def test_imagination_casts_prior_and_policy(monkeypatch):
-    agent, seen, read = tiny_agent(), {}, Linear.read
-
-    def watched(layer, name):
-        seen[layer] = read(layer, name)
-        return seen[layer]
-
-    monkeypatch.setattr(Linear, "read", watched)
-    start = tiny_records(agent).select("state", "belief").flatten(0, 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        agent.imagination.rollout(2, agent.actor, tensordict=start)
-    within = [layer for part in (agent.prior, agent.actor) for layer in part.modules() if isinstance(layer, Linear)]
-    assert len(within) > 5 and {seen[layer].dtype for layer in within} == {torch.bfloat16}
+@pytest.mark.parametrize("classes", [2, 8, 15, 16, 32])
+def test_the_narrow_softmax_is_torchs(classes):
+    logits = 30 * torch.randn(5, 7, classes)
+    latent, plain = CategoricalLatent(7, classes), CategoricalLatent(7, classes)
+    speed_up(latent, tricks=["softmax"])
+    torch.testing.assert_close(latent.probs(logits), plain.probs(logits))
+    assert latent.probs(logits.requires_grad_()).requires_grad
+    extreme = torch.tensor([[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30]])
+    torch.testing.assert_close(latent.probs(extreme), plain.probs(extreme))
 
 
 def test_a_module_of_ones_own_says_what_is_compiled_of_it():
@@ -177,22 +131,3 @@ def test_a_module_of_ones_own_says_what_is_compiled_of_it():
     compile_parts(wrapped, backend="eager")
     assert (own(one), own.twice(one), own.other(one)) == (3, 3, 1)
     assert wrapped._compiled_call_impl is None and "twice" not in vars(wrapped)  # it would guard all that a dict holds
-
-
-def test_gradients_of_a_sequence_come_to_its_steps_in_one_piece():
-    """Laid out step by step, whatever the loss reads: a copy for the sequence instead of one for each step."""
-    agent, seen = tiny_agent(), []
-    rollout = RSSMRollout(*rssm_modules(agent))
-    step = rollout.step
-
-    def watched(*args):
-        results = step(*args)
-        for value in results[1]:
-            value.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
-        return results
-
-    rollout.step = watched
-    out = rollout(agent.encoder(tiny_records(agent)))["next"]
-    assert out["belief"].is_contiguous()
-    out["posterior_logits"].sin().sum().backward()
-    assert len(seen) > 3 and all(seen)

@@ -21,7 +21,6 @@ from r2dreamer.dreamer import (
     RSSMRollout,
     build_agent,
 )
-from r2dreamer.dreamer.rssm.latents import softmax
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 SIZES = {"12M": 11.84e6, "25M": 26.5e6, "50M": 47.1e6, "100M": 105.6e6, "200M": 187.6e6}
@@ -290,14 +289,13 @@ def test_no_wing_imports_another():
                 assert not any(f"r2dreamer.{other}" in line or f"..{other}" in line for line in imports), file
 
 
-@pytest.mark.parametrize("classes", [2, 8, 15, 16, 32])
-def test_softmax_is_torchs(classes):
-    logits = 30 * torch.randn(5, 7, classes)
-    torch.testing.assert_close(softmax(logits), torch.softmax(logits, -1))
-    logits.requires_grad_()
-    assert softmax(logits).requires_grad
-    extreme = torch.tensor([[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30]])
-    torch.testing.assert_close(softmax(extreme), torch.softmax(extreme, -1))
+def test_rooms_of_the_model_import_downwards():
+    """Networks know no recurrence, and nothing that is only maths knows what makes it fast."""
+    root = pathlib.Path(__file__).parents[1] / "dreamer"
+    for room, above in {"networks": ("rssm", "fast", "agent", "classic"), "rssm": ("fast", "agent", "classic")}.items():
+        for file in (root / room).glob("*.py"):
+            imports = [line for line in file.read_text().splitlines() if line.startswith(("import ", "from "))]
+            assert not [line for line in imports for name in above if line.startswith(f"from ..{name}")], file
 
 
 def test_a_joined_linear_is_the_linear_of_both():

@@ -12,7 +12,10 @@ from hydra import compose, initialize_config_module
 from tensordict.nn import TensorDictModuleBase
 
 from r2dreamer.dreamer import ObservationSpace, TwoHotMLP, compile_parts
-from r2dreamer.dreamer.networks.layers import BLOCK, BlockedNormSiLU, NormSiLU
+from r2dreamer.dreamer.fast import deferred, norms
+from r2dreamer.dreamer.fast.mixing import Fast
+from r2dreamer.dreamer.fast.norms import BLOCK, BlockedNormSiLU
+from r2dreamer.dreamer.networks.layers import NormSiLU
 from r2dreamer.examples import benchmark
 from r2dreamer.examples.training.learner import Learner
 from r2dreamer.examples.training.setup import make_agent
@@ -21,15 +24,17 @@ from r2dreamer.losses import R2DreamerWorldModelLoss
 CLASSIC_WIDTHS = dict(belief=16, hidden=12, units=10, depth=2, categoricals=7, classes=4)
 
 
-def learner(compile=None, precision=torch.float32, num_bins=255, member="r2dreamer", **overrides):
+def learner(
+    compile=None, precision=torch.float32, num_bins=255, member="r2dreamer", fast=True, images=False, **overrides
+):
     with initialize_config_module("r2dreamer.configs", version_base=None):
         cfg = compose("config", [f"algorithm={member}"])
     cfg.algorithm.actor.imagination_horizon = 3
     cfg.algorithm.optimizer.update(overrides)
-    agent = tiny_agent(images=False, num_bins=num_bins)
+    agent = tiny_agent(images=images, num_bins=num_bins, fast=fast)
     if member != "r2dreamer":
         cfg.model.update(CLASSIC_WIDTHS)
-        agent = make_agent(cfg.algorithm, cfg.model, agent.observations, agent.actions)
+        agent = make_agent(cfg.algorithm, {**cfg.model, "fast": fast}, agent.observations, agent.actions)
     return Learner(agent, cfg.algorithm, precision, compile)
 
 
@@ -57,21 +62,37 @@ def test_updates_with_compiled_parts_equal_eager_ones(member):
         assert (one - other).abs().mean() < 1e-4
 
 
-@pytest.mark.slow
-def test_updates_compiled_as_one_graph_equal_eager_ones():
-    """The whole step with its sampling: inductor is told to draw the random numbers that eager operations draw."""
-    records, losses = tiny_records(tiny_agent(images=False), time=2), []
-    for compile in (None, "step"):
-        made = learner(compile, lr=1e-3, warmup_steps=0)
-        made.actor_loss.imagination_horizon = 1  # building the graph takes a minute even so
-        torch.manual_seed(0)
-        with torch._inductor.config.patch(fallback_random=True):
-            losses.append([made.update(records)[0] for _ in range(3)])
-    for one, other in zip(*losses, strict=True):
-        assert set(one.keys()) == set(other.keys())
-        for key in one.keys():
-            torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-5, msg=key)
-    assert losses[0][2]["loss_value"] != losses[0][0]["loss_value"]
+@pytest.mark.parametrize("member", ["r2dreamer", "dreamerv2"])
+def test_each_update_is_the_same_without_what_exists_for_speed(member, monkeypatch):
+    """From the same weights: losses to 1e-6, gradients to rounding."""
+    monkeypatch.setattr(norms, "BLOCK", 16)  # tiny images and weights are large enough then
+    monkeypatch.setattr(deferred, "LARGE", 0)
+    images = member == "r2dreamer"
+    options = dict(member=member, images=images, lr=1e-3, warmup_steps=0)
+    fast, plain = learner(**options), learner(fast=False, **options)
+    within = lambda agent: [module for part in agent.parts().values() for module in part.modules()]
+    assert any(isinstance(module, Fast) for module in within(tiny_agent()))
+    assert not any(isinstance(module, Fast) for module in within(tiny_agent(fast=False)))
+    records, found = tiny_records(tiny_agent(images=images)), []
+    for update in range(6):
+        plain.load_state_dict(fast.state_dict())
+        for made in (plain, fast):
+            torch.manual_seed(update)
+            losses, _ = made.update(records)
+            found.append((losses, [p.grad.clone() for p in made.parameters() if p.grad is not None]))
+        (ours, gradients), (theirs, others) = found[-2:]
+        assert set(ours.keys()) == set(theirs.keys()) and len(gradients) == len(others)
+        for key in ours.keys():
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-6, atol=1e-6, msg=key)
+        for one, other in zip(gradients, others, strict=True):
+            assert (one - other).norm() <= 1e-4 * other.norm() + 1e-7
+
+
+def test_an_agent_learns_without_what_exists_for_speed():
+    made, records = learner(fast=False, lr=1e-3, warmup_steps=0), tiny_records(tiny_agent(images=False))
+    losses = [made.update(records)[0] for _ in range(40)]
+    assert losses[-1]["loss_barlow"] < losses[0]["loss_barlow"]
+    assert losses[-1]["loss_reward"] < losses[0]["loss_reward"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,33 +113,15 @@ def test_the_blocked_norm_equals_the_composed_one(dtype):
     assert relative < (1e-4 if dtype == torch.float32 else 0.02)
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "member, objective", [("r2dreamer", "barlow"), *((f"dreamerv{i}", "reconstruction") for i in (1, 2))]
 )
-def test_updates_in_half_precision_learn(member, objective, precision):
-    made = learner(precision=precision, member=member, lr=1e-3, warmup_steps=0)
+def test_updates_in_bfloat16_learn(member, objective):
+    made = learner(precision=torch.bfloat16, member=member, lr=1e-3, warmup_steps=0)
     records = tiny_records(tiny_agent(images=False))
     losses = [made.update(records)[0] for _ in range(40)]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in made.parameters())
     assert losses[-1][f"loss_{objective}"] < losses[0][f"loss_{objective}"]
-
-
-def test_float16_scales_the_loss_and_leaves_an_overflowing_step_out():
-    made = learner(precision=torch.float16, lr=1e-3, warmup_steps=0)
-    records = tiny_records(tiny_agent(images=False))
-    made.update(records)
-    before, scale = [p.detach().clone() for p in made.parameters()], made.scaler.get_scale()
-    assert scale > 1
-    hook = made.world_model_loss.world_model_params.flatten_keys(".").values()
-    first = next(p for p in hook if isinstance(p, torch.nn.Parameter))
-    handle = first.register_hook(lambda gradient: gradient * float("inf"))
-    made.update(records)
-    handle.remove()
-    trained = {name for name, p in made.named_parameters() if p.requires_grad}
-    after = dict(made.named_parameters())
-    unmoved = [torch.equal(p, after[name]) for p, name in zip(before, after, strict=True) if name in trained]
-    assert all(unmoved) and made.scaler.get_scale() < scale
 
 
 def test_the_same_parameters_get_a_gradient_in_bfloat16():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
@@ -37,6 +37,7 @@ def build_classic_agent(
     squashed_actions: bool,
     noise: float,
     heads: Mapping[str, HeadFactory],
+    fast: bool | Sequence[str] = True,
 ) -> Agent:
     """An agent of Dreamer V1 or V2; the widths are the keys of ``configs/model/dreamerv1.yaml`` and ``dreamerv2.yaml``.
 
@@ -45,6 +46,7 @@ def build_classic_agent(
         cell: of (input size, belief size), the recurrent cell.
         continue_layers: None makes no continue head: every step is discounted alike, ends of episodes included.
         squashed_actions: tanh of a Normal (V1), or a Normal that the environment clips.
+        fast: as in ``build_agent``.
         noise: on the policy's actions while it explores; 0 leaves exploring to the policy.
     """
     units = hidden if units is None else units
@@ -88,6 +90,7 @@ def build_classic_agent(
         ),
         exploration=ExplorationNoise(noise, actions.discrete) if noise else None,
         differentiable=True,
+        fast=fast,
     )
 
 

@@ -14,7 +14,6 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import TanhNormal
 from torchrl.modules.functional import symlog
 
-from ..fast.deferred import AffineTape
 from ..networks.distributions import BoundedNormal, OneHotAction
 from ..networks.heads import ActorNetwork, NormalParameters, OneHotParameters, probabilistic_head
 from ..networks.layers import Linear, bounded, elu_mlp, init_convolution
@@ -92,20 +91,12 @@ class ConvDecoder(nn.Module):
         return image.reshape(*state.shape[:-1], *image.shape[1:])
 
 
-class Float32Linear(Linear):
-    """For where autocast is turned off, as :class:`GRUCore` does for its cell: its gradients are recorded likewise."""
-
-    def make_tapes(self, rows: int) -> dict[str, AffineTape]:
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return super().make_tapes(rows)
-
-
 class NormGRUCell(nn.Module):
     """The GRU cell of Dreamer V2: one Linear over [input, belief], LayerNorm over all gates, an update biased to keep."""
 
     def __init__(self, input_size: int, belief_size: int):
         super().__init__()
-        self.linear = Float32Linear(input_size + belief_size, 3 * belief_size, bias=False)
+        self.linear = Linear(input_size + belief_size, 3 * belief_size, bias=False)
         self.norm = nn.LayerNorm(3 * belief_size)
 
     def forward(self, value: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:

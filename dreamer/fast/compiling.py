@@ -1,7 +1,7 @@
-"""torch.compile for the parts where it pays: each part once per shape, randomness and loops stay outside.
+"""torch.compile for parts of a model: each part once per shape, with randomness and loops outside.
 
-Compiling a whole update unrolls the sequence and the imagination into one graph, which takes minutes to build; the parts
-take seconds, and since no sampling is inside them a compiled run draws the same random numbers as an eager one.
+A graph of the whole update would unroll the sequence and the imagination, and take minutes to build. The parts take
+seconds. No sampling is inside them, so a compiled run draws the same random numbers as an eager one.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ RECOMPILE_LIMIT = 64
 
 
 def compile_parts(*roots: nn.Module, **options) -> None:
-    """Compiles, in place, the methods that modules below ``roots`` name in ``compiles``; ``options`` go to ``torch.compile``.
+    """Compiles in place the methods that classes at and below ``roots`` name in ``compiles``.
 
-    ``compiles = ("forward",)`` in a class of your own makes it such a part. What is compiled of :class:`RSSMRollout` is its
-    step: it must be among or below the roots for that to be one whole. A copy of a compiled module would run the original:
-    copy before.
+    ``compiles = ("forward",)`` makes a class of your own such a part. Of :class:`RSSMRollout` the step is compiled. Copy
+    modules before: a copy of a compiled module would run the original.
+
+    Args:
+        options: for ``torch.compile``.
     """
     options.setdefault("dynamic", False)
-    # Dynamo counts what it compiled by function, and all heads share one, each in the shapes of records and of imagined
-    # steps; beyond its limit it leaves the rest uncompiled, with a warning.
+    # Dynamo counts compilations by function. All heads share one, in the shapes of records and of imagined steps, and
+    # beyond the limit Dynamo leaves the rest uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
-        # Its class's: a TensorDictModule has the attributes of what it wraps as well.
+        # Asked of the class: an instance of TensorDictModule also has the attributes of what it wraps.
         for name in getattr(type(module), "compiles", ()):
             if name == "forward":
                 module.compile(**options)

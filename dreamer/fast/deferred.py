@@ -1,11 +1,11 @@
-"""Weight gradients of a recurrence, one product per weight for the whole sequence instead of one per step.
+"""Weight gradients of a recurrence: one product per weight for the whole sequence instead of one per step.
 
-In a loop over T steps autograd multiplies T small matrices into T gradients as large as the weight and adds them up.
-Here every step only remembers its input and its output's gradient; the first step, which the backward pass reaches last,
-stacks them and multiplies once.
+In a loop over T steps, autograd multiplies T small matrices into T gradients as large as the weight and adds them up.
+Here each step only remembers its input and the gradient of its output. The first step, which the backward pass reaches
+last, stacks them and multiplies once.
 
-A step may be compiled as one whole: each of its products adds a *sink*, a zero of the output's shape that occupies no
-memory, and the sink's gradient is the output's.
+A step may be compiled as one whole. Each product adds a perturbation: a zero of the output's shape that occupies no
+memory. The gradient of the perturbation is the gradient of the output.
 """
 
 from __future__ import annotations
@@ -14,45 +14,53 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from ..networks.layers import BlockLinear, Linear, NormSiLU
+from ..rssm.rollout import RSSMRollout
+from .mixing import Fast
 
-def defers(bias: torch.Tensor) -> bool:
-    """On a GPU, where a step costs what it launches; on a CPU it costs its arithmetic, and a bias has hardly any."""
-    return bias.device.type != "cpu"
+LARGE = 2**17  # elements of a weight; for smaller ones the bookkeeping costs more than it saves
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Where a step costs its kernel launches, so that biases and gains are worth deferring, too."""
+    return tensor.device.type != "cpu"
 
 
 class Tape:
-    """What one sequence remembers of ``deferred``, parameters or what autocast makes of them.
+    """Records what one sequence needs for the gradients of ``deferred``: parameters, or autocast's casts of them.
 
-    ``nothing``: what a step's sink is, without gradient. Subclasses say what becomes of the sinks' gradients.
+    zero: the value of each step's perturbation, without gradient.
     """
 
-    def __init__(self, deferred: tuple[torch.Tensor, ...], nothing: torch.Tensor):
-        self.deferred, self.nothing = deferred, nothing
-        self.gradients: dict[int, torch.Tensor] = {}
-        self.uses = 0  # steps that used it
-        self.used = False  # in the step that is running
-        self.sink: torch.Tensor | None = None  # of that step
+    def __init__(self, deferred: tuple[torch.Tensor, ...], zero: torch.Tensor):
+        self.deferred, self.zero = deferred, zero
+        self.gradients: dict[int, torch.Tensor] = {}  # of the perturbations, by step
+        self.step = 0  # counts the steps that used the tape
+        self.used = False  # in the current step
+        self.perturbation: torch.Tensor | None = None  # of the current step
 
     def takes(self, rows: int) -> bool:
-        """Whether so many rows can use it now; if not, the layer computes as it does without a tape."""
-        return not self.used and rows == self.nothing.shape[-2]
+        """Whether the current step can use it for so many rows; if not, the layer computes its plain forward."""
+        return not self.used and rows == self.zero.shape[-2]
 
     def begin(self) -> None:
-        self.used, self.sink = False, _Sink.apply(self, self.uses, *self.deferred)
+        self.used, self.perturbation = False, _Perturbation.apply(self, self.step, *self.deferred)
 
     def end(self) -> None:
-        self.uses += self.used
-        self.sink = None  # it knows this tape: held here, only the garbage collector would free either
+        if self.used:
+            self.step += 1
+        self.perturbation = None  # refers to this tape: kept, it would make a reference cycle
 
     def total(self) -> tuple[torch.Tensor, ...]:
         """The gradients of ``deferred``."""
-        raise NotImplementedError  # each kind sums its own
+        raise NotImplementedError
 
 
 class GainTape(Tape):
-    """Of one factor [D] for each feature of ``rows`` rows."""
+    """Of a gain [D] that multiplies each of ``rows`` rows."""
 
     def __init__(self, gain: torch.Tensor, rows: int):
         self.gain = gain.detach()
@@ -61,7 +69,7 @@ class GainTape(Tape):
     def repeated(self) -> torch.Tensor:
         """The gain of every row, [rows, D]."""
         self.used = True
-        return self.gain + self.sink
+        return self.gain + self.perturbation
 
     def total(self) -> tuple[torch.Tensor]:
         gradients, self.gradients = torch.stack(list(self.gradients.values())), {}
@@ -69,13 +77,13 @@ class GainTape(Tape):
 
 
 class AffineTape(Tape):
-    """Of one weight [..., in, out] and bias [..., out], cast once to the dtype that autocast asks for.
+    """Of a weight [..., in, out] and a bias [..., out], cast once to autocast's dtype.
 
-    ``rows``: of a step's input to the weight. The gradient of the bias is deferred where :func:`defers` says so.
+    rows: of a step's input. The bias is deferred on a GPU.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
-        self.defers_bias = bias is not None and defers(bias)
+        self.defers_bias = bias is not None and on_gpu(bias)
         device = weight.device.type
         self.autocast = torch.is_autocast_enabled(device)
         if self.autocast:
@@ -84,41 +92,36 @@ class AffineTape(Tape):
         self.weight, self.bias = weight.detach(), bias.detach() if self.defers_bias else bias
         self.inputs: dict[int, torch.Tensor] = {}
         self.input: torch.Tensor | None = None
-        nothing = self.weight.new_zeros(()).expand(*weight.shape[:-2], rows, weight.shape[-1])
-        super().__init__((weight, bias) if self.defers_bias else (weight,), nothing)
+        zero = self.weight.new_zeros(()).expand(*weight.shape[:-2], rows, weight.shape[-1])
+        super().__init__((weight, bias) if self.defers_bias else (weight,), zero)
 
     def takes(self, rows: int) -> bool:
         return super().takes(rows) and torch.is_autocast_enabled(self.weight.device.type) == self.autocast
 
     def affine(self, value: torch.Tensor) -> torch.Tensor:
-        """value [..., in] for a weight of two dimensions, [G, N, in] for a weight [G, in, out] and a bias [G, 1, out]."""
+        """value [..., in] for a weight [in, out]; [G, N, in] for a weight [G, in, out] and a bias [G, 1, out]."""
         rows = value.to(self.weight.dtype)
         rows = rows.flatten(0, -2) if self.weight.ndim == 2 else rows
         self.input, self.used = rows.detach(), True
         bias = self.bias if self.defers_bias else None
         if torch.compiler.is_compiling():
-            out = affine(rows, self.weight, bias) + self.sink
+            out = affine(rows, self.weight, bias) + self.perturbation
         else:
-            out = _Affine.apply(rows, self.weight, bias, self.sink)
+            out = _Affine.apply(rows, self.weight, bias, self.perturbation)
         out = out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
         return out if self.bias is None or self.defers_bias else out + self.bias.to(out.dtype)
 
     def end(self) -> None:
         if self.used:
-            self.inputs[self.uses], self.input = self.input, None
+            self.inputs[self.step], self.input = self.input, None
         super().end()
 
     def total(self) -> tuple[torch.Tensor, ...]:
         steps = list(self.gradients)  # those that the loss depends on, the last first
-        inputs = _joined([self.inputs[step] for step in steps])  # [..., T*N, in]
-        gradients = _joined([self.gradients.pop(step) for step in steps])  # [..., T*N, out]
+        inputs = torch.cat([self.inputs[step] for step in steps], -2)  # [..., T*N, in]
+        gradients = torch.cat([self.gradients.pop(step) for step in steps], -2)  # [..., T*N, out]
         weight = inputs.mT @ gradients
         return (weight, gradients.sum(-2).view(self.deferred[1].shape)) if self.defers_bias else (weight,)
-
-
-def _joined(steps: list[torch.Tensor]) -> torch.Tensor:
-    """[..., N, D] of each step to [..., T*N, D]. Blocks [G, N, D] are slices of rows [N, G*D], and are joined as those."""
-    return torch.cat([step.movedim(-2, 0) for step in steps]).movedim(0, -2)
 
 
 def affine(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -126,16 +129,16 @@ def affine(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         return rows @ weight
     if weight.ndim == 2:
         return torch.addmm(bias, rows, weight)
-    # Compiled, what comes after adds the bias; baddbmm first fills its output with it.
+    # baddbmm first fills its output with the bias; compiled, the addition is fused with what follows.
     return rows @ weight + bias if torch.compiler.is_compiling() else torch.baddbmm(bias, rows, weight)
 
 
 class _Affine(torch.autograd.Function):
-    """The product, and all of its weight's gradient that it computes: its own, for the sink."""
+    """The product; in place of the weight's gradient it computes the perturbation's."""
 
     @staticmethod
     def forward(
-        ctx, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sink: torch.Tensor
+        ctx, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, perturbation: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)
         return affine(rows, weight, bias)
@@ -146,37 +149,38 @@ class _Affine(torch.autograd.Function):
         return gradient @ weight.mT if ctx.needs_input_grad[0] else None, None, None, gradient
 
 
-class _Sink(torch.autograd.Function):
+class _Perturbation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tape: Tape, step: int, *deferred: torch.Tensor) -> torch.Tensor:
         ctx.tape, ctx.step = tape, step
-        return tape.nothing.view_as(tape.nothing)
+        return tape.zero.view_as(tape.zero)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.tape.gradients[ctx.step] = gradient
         if ctx.step:
             return None, None, *(None for _ in ctx.tape.deferred)
-        # Every later step has run: each depends on this one, and of what is ready autograd runs the latest made first.
+        # Every later step has run: each depends on this one, and autograd runs the ready node made last first.
         return None, None, *ctx.tape.total()
 
 
 @contextmanager
 def deferred_weight_gradients(step: Callable, rows: int, *modules: nn.Module) -> Iterator[Callable]:
-    """``step``, to be called once for each step of a sequence, in which the layers below ``modules`` that offer
-    ``make_tapes(rows)`` defer their weights' gradients wherever they compute ``rows`` rows, for the first time in that step
-    and under autocast as it is now.
+    """``step``, to be called once per step of a sequence, with weight gradients below ``modules`` deferred.
 
-    Each call must depend on the one before through the layer's own output, as in a recurrence. Gradients are of first order
-    only: none passes through them to the weights again.
+    A layer defers where it computes ``rows`` rows, for the first time in a step, under autocast as it is now. Each call
+    must depend on the one before through the layer's own output, as in a recurrence. Gradients are of first order only.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield step
         return
-    layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "make_tapes")]
+    layers = dict.fromkeys(layer for module in modules for layer in module.modules() if isinstance(layer, Deferred))
     for layer in layers:
         layer.tapes = layer.make_tapes(rows)
-    tapes = [tape for layer in dict.fromkeys(layers) for tape in layer.tapes.values()]
+    tapes = [tape for layer in layers for tape in layer.tapes.values()]
+    if not tapes:
+        yield step
+        return
 
     def recorded(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for tape in tapes:
@@ -191,3 +195,66 @@ def deferred_weight_gradients(step: Callable, rows: int, *modules: nn.Module) ->
     finally:
         for layer in layers:
             layer.tapes = {}
+
+
+class Deferred(Fast):
+    """A layer that records on its tapes while a sequence runs, and computes its plain forward otherwise."""
+
+    tapes: dict[str, Tape] = {}
+
+    def make_tapes(self, rows: int) -> dict[str, Tape]:
+        """None where deferring does not pay."""
+        raise NotImplementedError
+
+
+class DeferredLinear(Deferred, Linear):
+    def make_tapes(self, rows: int) -> dict[str, Tape]:
+        return {"weight": AffineTape(self.weight.mT, self.bias, rows)} if self.weight.numel() >= LARGE else {}
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        tape = self.tapes.get("weight")
+        if tape is None or not tape.takes(value.numel() // self.in_features):
+            return super().forward(value)
+        return tape.affine(value)
+
+
+class DeferredBlockLinear(Deferred, BlockLinear):
+    def make_tapes(self, rows: int) -> dict[str, Tape]:
+        if self.weight.numel() < LARGE:
+            return {}
+        if not hasattr(self, "shared_weight"):
+            return {"weight": AffineTape(self.weight, self.bias.view(self.num_blocks, 1, -1), rows)}
+        shared = AffineTape(self.shared_weight.mT, self.bias, rows)
+        return {"weight": AffineTape(self.weight, None, rows), "shared": shared}
+
+    def forward(self, value: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
+        tape = self.tapes.get("weight")
+        if tape is None or not tape.takes(value.numel() // (self.num_blocks * self.weight.shape[1])):
+            return super().forward(value, shared)
+        blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
+        out = tape.affine(blocks).transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
+        return out if shared is None else out + self.tapes["shared"].affine(shared)
+
+
+class DeferredNormSiLU(Deferred, NormSiLU):
+    """Compiled only: uncompiled, torch's operation takes one gain for all rows."""
+
+    def make_tapes(self, rows: int) -> dict[str, Tape]:
+        return {"weight": GainTape(self.weight, rows)} if on_gpu(self.weight) else {}
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        tape = self.tapes.get("weight")
+        if tape is None or not torch.compiler.is_compiling() or not tape.takes(value.numel() // value.shape[-1]):
+            return super().forward(value)
+        normed = F.rms_norm(value.float(), value.shape[-1:], None, self.eps)
+        return F.silu((normed * tape.repeated().view(value.shape)).to(value.dtype))
+
+
+class DeferredRollout(Fast, RSSMRollout):
+    def unroll(self, step: Callable, state: torch.Tensor, belief: torch.Tensor, *sequences) -> list[torch.Tensor]:
+        recurrent = self.rssm_prior.module.core, self.rssm_posterior.module
+        with deferred_weight_gradients(step, state.shape[:-1].numel(), *recurrent) as step:
+            return super().unroll(step, state, belief, *sequences)
+
+
+MIXINS = DeferredLinear, DeferredBlockLinear, DeferredNormSiLU, DeferredRollout

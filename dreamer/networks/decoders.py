@@ -22,14 +22,6 @@ from .heads import FeatureMLP
 from .layers import BlockLinear, Linear, NormSiLU, init_convolution, normed_linear
 
 
-def doubled(value: torch.Tensor) -> torch.Tensor:
-    """Nearest upsampling x2 of value [N, H, W, C]."""
-    if not torch.compiler.is_compiling():
-        return F.interpolate(value.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1)
-    # Compiled, the gradient of an interpolation is scattered, that of an expansion summed.
-    return value[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
-
-
 class ImageDecoder(nn.Module):
     """(state, belief) -> images [..., C, H, W] in (0, 1), float32.
 
@@ -80,10 +72,14 @@ class ImageDecoder(nn.Module):
         value = self.state_in(state).reshape(-1, *self.smallest)  # [N, H, W, C]
         value = value + drawn.permute(0, 2, 3, 1, 4).flatten(3)
         for norm, convolution in zip(self.norms, self.convolutions, strict=True):
-            value = doubled(norm(value)).permute(0, 3, 1, 2)  # channels last in memory, as in the encoder
+            value = self.doubled(norm(value)).permute(0, 3, 1, 2)  # channels last in memory, as in the encoder
             value = convolution(value).permute(0, 2, 3, 1)
         image = torch.sigmoid(value.permute(0, 3, 1, 2).float())
         return image.reshape(*state.shape[:-1], *image.shape[1:])
+
+    def doubled(self, value: torch.Tensor) -> torch.Tensor:
+        """Nearest upsampling x2: [N, H, W, C] -> [N, 2H, 2W, C]."""
+        return F.interpolate(value.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1)
 
 
 def _image(sizes: Sizes, shape: tuple[int, int, int]) -> ImageDecoder:

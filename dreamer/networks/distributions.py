@@ -8,6 +8,12 @@ import torch
 from torch import distributions as D
 
 
+def unimix_probs(logits: torch.Tensor, unimix: float) -> torch.Tensor:
+    """Softmax in float32, mixed with ``unimix`` of the uniform distribution: no class ever has probability 0."""
+    probs = torch.softmax(logits.float(), -1)
+    return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
+
+
 class BoundedNormal(D.Independent):
     """Diagonal Normal whose mean lies in (-1, 1) and std in [0.1, 1]; not squashed: the environment clips."""
 
@@ -15,7 +21,7 @@ class BoundedNormal(D.Independent):
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
-        """The same draws as torch's, which looks at the smallest scale first: a GPU's graph cannot wait for that."""
+        """Draws as torch does, without its check of the scales, for which a CUDA graph cannot wait."""
         with torch.no_grad():
             return self.rsample(torch.Size(sample_shape))
 
@@ -31,11 +37,11 @@ class OneHotAction(D.OneHotCategorical):
         super().__init__(probs=probs, validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
-        """One draw is the same as torch's, without its looks at the probabilities (see above); NaN stays NaN."""
+        """Draws as torch does, without its check of the probabilities (CUDA graphs); NaN stays NaN."""
         probs = self.probs.detach().expand(*sample_shape, *self.probs.shape)
-        waiting = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_()
-        index = (probs / waiting).argmax(-1, keepdim=True)
-        return torch.zeros_like(waiting).scatter_(-1, index, 1.0) + (probs - probs)
+        exponential = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_()
+        index = (probs / exponential).argmax(-1, keepdim=True)
+        return torch.zeros_like(exponential).scatter_(-1, index, 1.0) + (probs - probs)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         return (value.float() * self.logits).sum(-1)

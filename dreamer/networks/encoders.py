@@ -19,45 +19,6 @@ from torchrl.modules.functional import symlog
 
 from .layers import NormSiLU, init_convolution, mlp
 
-AT_ONCE = 16  # channels that a GPU's convolution reads at once; for fewer it has slow kernels only
-
-
-def on_cpu(value: torch.Tensor) -> bool:
-    return value.device.type == "cpu"
-
-
-def pooled(convolution: nn.Conv2d, value: torch.Tensor) -> torch.Tensor:
-    """The largest output of ``convolution`` (stride 1, SAME) in each 2x2 square of value [N, C, H, W]: [N, H/2, W/2, O].
-
-    Elsewhere than on a CPU only its weight and bias are used, it is not called.
-    """
-    if on_cpu(value):
-        return F.max_pool2d(convolution(value), 2).permute(0, 2, 3, 1)
-    if value.shape[1] < AT_ONCE and convolution.weight.shape[-1] % 2:
-        out = by_squares(value, convolution.weight).amax(-2)
-    else:
-        out = F.max_pool2d(F.conv2d(value, convolution.weight, padding="same"), 2).permute(0, 2, 3, 1)
-    return out + convolution.bias.to(out.dtype)  # the largest stays the largest, and there is a quarter as much to add
-
-
-def by_squares(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The four outputs [N, H/2, W/2, 4, O] of a convolution (odd kernel, stride 1, SAME) in each 2x2 square of its input.
-
-    Squares become channels, of which there are then four times as many, and each output a convolution of its own. Of three
-    channels and a 5x5 kernel that is twice as much to multiply, and six times as fast on an H100.
-    """
-    radius = weight.shape[-1] // 2
-    reach = (radius + 1) // 2  # squares beyond its own that an output sees
-    size = 2 * (2 * reach + 1)  # of their pixels
-    before = [2 * reach - radius + offset for offset in (0, 1)]  # unseen pixels, of the first output and of the second
-    after = [size - weight.shape[-1] - unseen for unseen in before]
-    kernels = [F.pad(weight, (before[x], after[x], before[y], after[y])) for y in (0, 1) for x in (0, 1)]
-    squares, kernels = F.pixel_unshuffle(value, 2), F.pixel_unshuffle(torch.cat(kernels), 2)
-    missing = -squares.shape[1] % AT_ONCE
-    squares, kernels = (F.pad(each, (0, 0, 0, 0, 0, missing)) for each in (squares, kernels))
-    squares = squares.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(squares, kernels, padding=reach).permute(0, 2, 3, 1).unflatten(-1, (4, -1))
-
 
 def centred(images: Sequence[torch.Tensor]) -> torch.Tensor:
     """uint8 (or float in [0, 1]) images [..., C, H, W] stacked on channels and moved to [-0.5, 0.5]: [N, C, H, W].
@@ -108,8 +69,12 @@ class ImageEncoder(nn.Module):
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         value = centred(images)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            value = norm(pooled(convolution, value)).permute(0, 3, 1, 2)
+            value = norm(self.pooled(convolution, value)).permute(0, 3, 1, 2)
         return value.reshape(*images[0].shape[:-3], self.out_features)
+
+    def pooled(self, convolution: nn.Conv2d, value: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, H/2, W/2, O]: the largest output of ``convolution`` in each 2x2 square."""
+        return F.max_pool2d(convolution(value), 2).permute(0, 2, 3, 1)
 
 
 class StridedEncoder(nn.Module):

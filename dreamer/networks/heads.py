@@ -18,9 +18,8 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules import SymExpTwoHot
 
-from ..rssm.latents import unimix_probs
 from ..sizes import Sizes
-from .distributions import BoundedNormal, OneHotAction
+from .distributions import BoundedNormal, OneHotAction, unimix_probs
 from .layers import Linear, mlp
 
 NUM_BINS = 255
@@ -29,7 +28,8 @@ NUM_BINS = 255
 class FeatureMLP(nn.Module):
     """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in.
 
-    make_layers: builds the stack, its first layer a :class:`Linear`; ``mlp`` or ``elu_mlp``.
+    Args:
+        make_layers: builds the stack; its first layer is a :class:`Linear`. ``mlp`` or ``elu_mlp``.
     """
 
     compiles = ("forward",)
@@ -50,7 +50,7 @@ class FeatureMLP(nn.Module):
 
     @staticmethod
     def keys(name: str) -> list[str]:
-        """Of what it writes, if it predicts ``name``."""
+        """The keys that a prediction of ``name`` is written to."""
         return [name]
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class TwoHotMLP(FeatureMLP):
 class ProjectionHead(nn.Module):
     """k_t = P(h_t, z_t): one bias-free Linear from the latents to the size of the embedding.
 
-    ``layers`` normed linears of ``units`` features before it make it deeper, which the paper's is not.
+    ``layers`` normed linears of ``units`` features may precede it; the paper has none.
     """
 
     compiles = ("forward",)

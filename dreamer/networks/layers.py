@@ -11,11 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..fast.casting import CastOnce
-from ..fast.deferred import AffineTape, GainTape
-
 NORM_EPS = 1e-4
-BLOCK = 2**18  # elements that stay in a core's cache
 
 
 def init_weight(weight: torch.Tensor, fan_in: float, scale: float = 1.0) -> None:
@@ -32,12 +28,12 @@ def init_convolution(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float)
 
 
 def bounded(action: torch.Tensor) -> torch.Tensor:
-    """action / max(1, |action|), the divisor without gradient: what the world reads of an action outside of [-1, 1]."""
+    """action / max(1, |action|), with no gradient through the divisor: actions outside of [-1, 1] count as the bound."""
     return action / action.detach().abs().clamp_min(1)
 
 
 def joint_positions(parameters: Sequence[torch.Tensor], *modules: nn.Module) -> list[tuple[int, ...]]:
-    """Which of ``parameters`` are pieces of one weight matrix, by position: what a gradient norm must count as one.
+    """The positions of ``parameters`` that are pieces of one weight matrix, whose gradient norm is one number.
 
     A layer below ``modules`` that holds a matrix in pieces returns them from ``joint_parameters()``.
     """
@@ -48,12 +44,11 @@ def joint_positions(parameters: Sequence[torch.Tensor], *modules: nn.Module) -> 
     return [pieces for pieces in found if pieces and None not in pieces]
 
 
-class Linear(CastOnce, nn.Linear):
+class Linear(nn.Linear):
     """``nn.Linear`` with the Dreamer initialisation; ``scale`` shrinks an output layer (0 for critics and reward)."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, scale: float = 1.0):
         self.scale = scale
-        self.tapes: dict[str, AffineTape] = {}
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -61,21 +56,12 @@ class Linear(CastOnce, nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def make_tapes(self, rows: int) -> dict[str, AffineTape]:
-        return {"weight": AffineTape(self.weight.mT, self.bias, rows)}
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        tape = self.tapes.get("weight")
-        if tape is None or not tape.takes(value.numel() // self.in_features):
-            return F.linear(value, self.read("weight"), self.read("bias"))
-        return tape.affine(value)
-
     def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """``forward`` of the two beside each other, which are never copied together."""
-        left, right = self.read("weight").split([first.shape[-1], second.shape[-1]], -1)
-        # As matrices: of a batch of strided ones torch makes a bmm without gradients, with a copy of the weight for each.
+        """``forward`` of ``first`` and ``second`` concatenated, without copying them."""
+        left, right = self.weight.split([first.shape[-1], second.shape[-1]], -1)
+        # As matrices: without gradients, torch would copy the weight for each element of a strided batch.
         one, other = first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])
-        return (F.linear(one, left, self.read("bias")) + F.linear(other, right)).view(*first.shape[:-1], -1)
+        return (F.linear(one, left, self.bias) + F.linear(other, right)).view(*first.shape[:-1], -1)
 
 
 class NormSiLU(nn.Module):
@@ -84,62 +70,11 @@ class NormSiLU(nn.Module):
     def __init__(self, features: int, eps: float = NORM_EPS):
         super().__init__()
         self.eps = eps
-        self.tapes: dict[str, GainTape] = {}
         self.weight = nn.Parameter(torch.ones(features))
 
-    def make_tapes(self, rows: int) -> dict[str, GainTape]:
-        return {"weight": GainTape(self.weight, rows)}
-
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        tape = self.tapes.get("weight")
-        # Uncompiled, torch's operation takes one gain for all rows.
-        if tape is not None and torch.compiler.is_compiling() and tape.takes(value.numel() // value.shape[-1]):
-            normed = F.rms_norm(value.float(), value.shape[-1:], None, self.eps)
-            return F.silu((normed * tape.repeated().view(value.shape)).to(value.dtype))
-        if value.device.type == "cpu" and value.numel() > 4 * BLOCK and not torch.compiler.is_compiling():
-            return BlockedNormSiLU.apply(value, self.weight, self.eps)
         normed = F.rms_norm(value.float(), self.weight.shape, self.weight, self.eps)
         return F.silu(normed.to(value.dtype))
-
-
-class BlockedNormSiLU(torch.autograd.Function):
-    """The same for large tensors on a CPU, block by block, so that every pass but the first stays in the cache.
-
-    Five times faster than the composed operations forward and backward together, whose time is all memory traffic.
-    """
-
-    @staticmethod
-    def forward(ctx, value: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        features = value.shape[-1]
-        rows = value.reshape(-1, features)  # [N, C]
-        out, scales = torch.empty_like(rows), torch.empty(len(rows), 1)
-        step = max(1, BLOCK // features)
-        blocks = zip(rows.split(step), out.split(step), scales.split(step), strict=True)
-        for block, block_out, scale in blocks:
-            block = block.float()
-            norm = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
-            scale.copy_(norm.square_().div_(features).add_(eps).rsqrt_())
-            block_out.copy_(F.silu(block * scale * weight))
-        ctx.save_for_backward(rows, weight, scales)
-        return out.view(value.shape)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        rows, weight, scales = ctx.saved_tensors
-        features = weight.shape[0]
-        out, weight_gradient = torch.empty_like(rows), torch.zeros_like(weight)
-        step = max(1, BLOCK // features)
-        pieces = (tensor.split(step) for tensor in (rows, scales, gradient.reshape(rows.shape), out))
-        for block, scale, block_gradient, block_out in zip(*pieces, strict=True):
-            normed = block.float() * scale
-            inner = torch.ops.aten.silu_backward(
-                block_gradient.float(), normed * weight
-            )  # d loss / d (normed * weight)
-            product = inner * normed
-            weight_gradient += product.sum(0)
-            mean = (product @ weight).div_(features).unsqueeze(-1)
-            block_out.copy_(inner.mul_(weight).addcmul_(normed, mean, value=-1).mul_(scale))
-        return out.view(gradient.shape), weight_gradient, None
 
 
 def normed_linear(in_features: int, out_features: int) -> nn.Sequential:
@@ -165,7 +100,7 @@ def elu_mlp(in_features: int, units: int, layers: int, out_features: int | None 
     return nn.Sequential(*stack)
 
 
-class BlockLinear(CastOnce, nn.Module):
+class BlockLinear(nn.Module):
     """Independent Linears on ``num_blocks`` equal slices of the input (fan-in counts the *whole* input).
 
     Of an input made of a per-block slice and a part repeated for every block, the repeated part is an ordinary dense
@@ -180,7 +115,6 @@ class BlockLinear(CastOnce, nn.Module):
                 f"num_blocks={num_blocks}; choose widths that are multiples of it."
             )
         self.num_blocks = num_blocks
-        self.tapes: dict[str, AffineTape] = {}
         self.weight = nn.Parameter(torch.empty(num_blocks, in_features // num_blocks, out_features // num_blocks))
         self.bias = nn.Parameter(torch.zeros(out_features))
         fan_in = in_features + shared_features * num_blocks
@@ -192,21 +126,8 @@ class BlockLinear(CastOnce, nn.Module):
     def joint_parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.weight, self.shared_weight) if hasattr(self, "shared_weight") else ()
 
-    def make_tapes(self, rows: int) -> dict[str, AffineTape]:
-        if hasattr(self, "shared_weight"):
-            shared = AffineTape(self.shared_weight.mT, self.bias, rows)
-            return {"weight": AffineTape(self.weight, None, rows), "shared": shared}
-        return {"weight": AffineTape(self.weight, self.bias.view(self.num_blocks, 1, -1), rows)}
-
     def forward(self, value: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
-        tape = self.tapes.get("weight")
-        taped = tape is not None and tape.takes(blocks.shape[1])
-        out = tape.affine(blocks) if taped else torch.bmm(blocks, self.read("weight"))
-        out = out.transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
-        if taped:
-            return out if shared is None else out + self.tapes["shared"].affine(shared)
-        bias = self.read("bias")
-        if shared is not None:
-            bias = F.linear(shared, self.read("shared_weight"), bias)
+        out = torch.bmm(blocks, self.weight).transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
+        bias = self.bias if shared is None else F.linear(shared, self.shared_weight, self.bias)
         return out + bias.to(out.dtype)

@@ -23,7 +23,7 @@ from .latents import CategoricalLatent
 
 
 def namesake(init: Callable[..., None]) -> Callable[..., None]:
-    """Of a class that TorchRL has one of the same name of, for Dreamer V1: wrong arguments name the right import."""
+    """For a class whose name TorchRL uses for Dreamer V1: the error of wrong arguments names the right import."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -89,8 +89,7 @@ class RSSMPrior(nn.Module):
 
     Args:
         core: the recurrent cell; offers ``project_action`` and ``advance`` as :class:`BlockGRU` does.
-        latent: the distribution of z_t, with ``noise`` and ``draw``, of which its ``sample`` is made: the prior and a
-            sequence call those alone.
+        latent: the distribution of z_t; offers ``noise`` and ``draw``.
         hidden, layers: the MLP from belief to logits, built by ``make_layers``.
     """
 

@@ -11,7 +11,6 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from ..fast.casting import cast_once
 from .core import RSSMPrior
 
 
@@ -85,9 +84,10 @@ class Imagination(nn.Module):
                 "(Dreamer V1), and others that differentiate it, build Imagination(..., differentiable=True).",
                 stacklevel=2,
             )
-        gradients = torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
-        with gradients, cast_once(self.prior, policy):
-            return self._rollout(max_steps, policy, tensordict)
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            imagined = self._rollout(max_steps, policy, tensordict)
+        torch.clear_autocast_cache()  # its casts of weights may carry no gradient, which the losses need
+        return imagined
 
     def _act(self, policy: Callable[[TensorDictBase], TensorDictBase], latents: TensorDict) -> torch.Tensor:
         if exploration_type() != ExplorationType.RANDOM or not hasattr(policy, "get_dist"):

@@ -7,25 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-VECTOR = 16  # float32 numbers in a CPU's vector register
-
-
-def softmax(logits: torch.Tensor) -> torch.Tensor:
-    """``torch.softmax`` over the last dimension; five times faster on a CPU where it has few classes and no gradient.
-
-    Torch vectorises along the classes, and falls back to one number at a time where they do not fill a register.
-    """
-    few = logits.shape[-1] < VECTOR and logits.device.type == "cpu"
-    if torch.compiler.is_compiling() or not few or (logits.requires_grad and torch.is_grad_enabled()):
-        return torch.softmax(logits, -1)
-    odds = (logits - logits.amax(-1, keepdim=True)).exp_()
-    return odds.div_(odds.sum(-1, keepdim=True))
-
-
-def unimix_probs(logits: torch.Tensor, unimix: float) -> torch.Tensor:
-    """Softmax in float32, mixed with ``unimix`` of the uniform distribution: no class ever has probability 0."""
-    probs = softmax(logits.float())
-    return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
+from ..networks.distributions import unimix_probs
 
 
 class CategoricalLatent(nn.Module):
@@ -63,7 +45,7 @@ class CategoricalLatent(nn.Module):
 
     def draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """The inverse transform of uniform noise."""
-        probs = unimix_probs(logits, self.unimix)  # [..., S, K]
+        probs = self.probs(logits)  # [..., S, K]
         index = (
             (probs.detach().cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1, keepdim=True).clamp_max(self.num_classes - 1)
         )
@@ -71,13 +53,16 @@ class CategoricalLatent(nn.Module):
         # Added in this order the value stays exactly one-hot; the gradient is that of the probabilities.
         return (one_hot + (probs - probs.detach()) if probs.requires_grad else one_hot).flatten(-2)  # [..., S*K]
 
+    def probs(self, logits: torch.Tensor) -> torch.Tensor:
+        return unimix_probs(logits, self.unimix)
+
     def mode(self, logits: torch.Tensor) -> torch.Tensor:
         index = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, index, 1.0).flatten(-2)
 
     def expected(self, logits: torch.Tensor) -> torch.Tensor:
         """The mean of what is sampled."""
-        return unimix_probs(logits, self.unimix).flatten(-2)
+        return self.probs(logits).flatten(-2)
 
 
 class GaussianLatent(nn.Module):

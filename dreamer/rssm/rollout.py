@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -13,7 +13,6 @@ from torchrl.data import Unbounded
 from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.modules import RSSMRolloutV3
 
-from ..fast.deferred import deferred_weight_gradients
 from .core import RSSMPosterior, RSSMPrior
 
 
@@ -22,14 +21,6 @@ def _reset_mask(is_init: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     while is_init.ndim < like.ndim:
         is_init = is_init.unsqueeze(-1)
     return (~is_init.bool()).float()
-
-
-def _sequence(steps: Sequence[torch.Tensor], time: int) -> torch.Tensor:
-    """What the steps kept, stacked at dimension ``time``; one copy, not one per step, lays their gradients out again."""
-    stacked = torch.stack(steps)
-    if stacked.requires_grad and not torch.compiler.is_compiling():
-        stacked.register_hook(torch.Tensor.contiguous)
-    return stacked.movedim(0, time).contiguous()
 
 
 def _check_wrapped(name: str, module: TensorDictModule, reads: Sequence[str], writes: Sequence[str]) -> None:
@@ -108,7 +99,7 @@ class RSSMRollout(TensorDictModuleBase):
             raise ValueError(
                 f"RSSMRollout reads {', '.join(map(repr, lost))}, which {'is' if len(lost) == 1 else 'are'} missing.\n"
                 f"There is {', '.join(present[:12])}{' and more' if len(present) > 12 else ''}.\n"
-                "Records hold state, belief, action and is_init at the root; RecordBuilder of r2dreamer.envs.replay.records makes them. "
+                "Records hold state, belief, action and is_init at the root; r2dreamer.envs.replay.records.RecordBuilder makes them. "
                 "The encoder writes the embedding."
             )
         if self.general is not None:
@@ -121,19 +112,28 @@ class RSSMRollout(TensorDictModuleBase):
         embeddings = posterior.project_embedding(tensordict.get(self.embedding_key)).unbind(-2)
         state = tensordict.get(self.state_key)[..., 0, :].float()
         belief = tensordict.get(self.belief_key)[..., 0, :].float()
-        steps = []
-        rows = state.shape[:-1].numel()
-        with deferred_weight_gradients(self.step, rows, prior.core, posterior) as step:
-            for action_t, embedding_t, keep_t in zip(actions, embeddings, keep.unbind(-2), strict=True):
-                noise = posterior.latent.noise(state.shape[:-1], state.device)
-                (state, belief), kept = step(state, belief, keep_t, action_t, embedding_t, noise)
-                steps.append(kept)
-        states, beliefs, posterior_logits = (_sequence(values, action.ndim - 2) for values in zip(*steps, strict=True))
+        states, beliefs, logits = self.unroll(self.step, state, belief, keep.unbind(-2), actions, embeddings)
         tensordict.set(self.prior_logits_key, prior.logits(beliefs))
-        tensordict.set(self.posterior_logits_key, posterior_logits)
+        tensordict.set(self.posterior_logits_key, logits)
         tensordict.set(self.next_state_key, states)
         tensordict.set(self.next_belief_key, beliefs)
         return tensordict
+
+    def unroll(
+        self,
+        step: Callable[..., tuple[torch.Tensor, ...]],
+        state: torch.Tensor,
+        belief: torch.Tensor,
+        *sequences: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Applies ``step`` along the sequences; states, beliefs and posterior logits of all steps, [B, T, ...] each."""
+        latent, time = self.rssm_posterior.module.latent, state.ndim - 1
+        steps = []
+        for inputs in zip(*sequences, strict=True):
+            noise = latent.noise(state.shape[:-1], state.device)
+            state, belief, logits = step(state, belief, *inputs, noise)
+            steps.append((state, belief, logits))
+        return [torch.stack(values, time) for values in zip(*steps, strict=True)]
 
     def step(
         self,
@@ -143,16 +143,12 @@ class RSSMRollout(TensorDictModuleBase):
         action: torch.Tensor,
         embedding: torch.Tensor,
         noise: torch.Tensor,
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """What recurs, from projected actions and embeddings: (state, belief), and to keep (state, belief, posterior logits)."""
-        prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
-        belief = prior.core.advance(state * keep, belief * keep, action)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step, from a projected action and embedding: state, belief, posterior logits."""
+        belief = self.rssm_prior.module.core.advance(state * keep, belief * keep, action)
+        posterior = self.rssm_posterior.module
         logits = posterior.logits(belief, embedding)
-        state = posterior.latent.draw(logits, noise)
-        if not torch.compiler.is_compiling():
-            return (state, belief), (state, belief, logits)
-        # Two outputs each, whose gradients the compiled step adds up itself.
-        return (state, belief), (state.clone(), belief.clone(), logits)
+        return posterior.latent.draw(logits, noise), belief, logits
 
 
 class RSSMStateEstimator(TensorDictModuleBase):

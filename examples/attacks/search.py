@@ -129,7 +129,6 @@ def optimize(
     patch, device = loss.patch, loss.patch.delta.device
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps, cfg.lr * cfg.final_lr_fraction)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     search = Search(copy.deepcopy(patch))
@@ -141,9 +140,8 @@ def optimize(
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 objective = total_loss(loss(windows.sample(cfg.batch_size, generator).to(device)))
             optimizer.zero_grad()
-            scaler.scale(objective).backward()
-            scaler.step(optimizer)  # in fp16 it unscales first, and skips what overflowed
-            scaler.update()
+            objective.backward()
+            optimizer.step()
             schedule.step()
             patch.project_()
             if step % cfg.eval_every == 0 or step == cfg.steps:

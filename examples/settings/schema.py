@@ -52,8 +52,8 @@ def _algorithm(prefix: str) -> dict[str, Kind]:
 
 
 TRAIN = {
-    "seed": seed, "device": device, "precision": choice("auto", "bf16", "fp16", "fp32"),
-    "compile": choice(None, "parts", "step"), "capture": choice("auto", True, False), "threads": maybe(whole(1, 4096)),
+    "seed": seed, "device": device, "precision": choice("auto", "bf16", "fp32"),
+    "compile": choice(None, "parts"), "capture": choice("auto", True, False), "threads": maybe(whole(1, 4096)),
     "total_frames": count, "train_ratio": weight, "batch_size": count, "batch_length": whole(2),
     "warmup_steps": whole(), "collect_steps": count, "timeout": number(above=0, most=1_000_000), "name": text,
     "logdir": text, "resume": any_of(choice("auto", True, False), text), "log_every": count, "progress": flag,
@@ -84,7 +84,7 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
     "throughput": TRAIN | {"counts": list_of(count), "seconds": number(above=0), "rounds": count},
     "benchmark": TRAIN | _algorithm("other") | {
         "synthetic": flag, "measure": list_of(choice("update", "acting", "replay", "environment")),
-        "compare": choice(None, "torchrl", "algorithm"), "repeats": maybe(count),
+        "compare": choice(None, "torchrl", "algorithm", "tricks"), "repeats": maybe(count),
     },
     "evaluate": _PLAYED | {"episodes": maybe(count), "seed": maybe(seed), "max_steps": maybe(count)},
     "saliency": _PLAYED | _SEEN | {

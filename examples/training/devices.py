@@ -25,7 +25,7 @@ def resolve_device(name: str, key: str = "device") -> torch.device:
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """auto is bfloat16 where the hardware multiplies it natively (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32}
     if name in names:
         return names[name]
     if name != "auto":

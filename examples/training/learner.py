@@ -21,7 +21,7 @@ class Learner(nn.Module):
     Args:
         algorithm: the section of that name of a configuration, ``configuration("algorithm=r2dreamer").algorithm``.
         precision: what losses are computed in; weights stay float32.
-        compile: None, "parts" or "step", as the setting of that name. capture: "auto", True or False, likewise.
+        compile: None or "parts", as the setting of that name. capture: "auto", True or False, likewise.
 
     Example:
         >>> learner = Learner(agent, configuration("algorithm=r2dreamer").algorithm)  # doctest: +SKIP
@@ -56,8 +56,6 @@ class Learner(nn.Module):
         self.anneal = LinearFall(self.optimizer, self.actor_loss, *fractions)
         self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
         self.precision, self.device = precision, device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.compute_losses = torch.compile(self.losses) if compile == "step" else self.losses
         if compile == "parts":
             compile_parts(agent.rollout, *agent.parts().values(), self)
         self.gradients = captured(self.losses_and_gradients, device, capture)
@@ -92,9 +90,7 @@ class Learner(nn.Module):
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """One step of the one optimiser over everything, then the slow critic moves."""
         losses, latents = self.gradients(batch)
-        self.scaler.unscale_(self.optimizer)
-        self.scaler.step(self.optimizer)  # clips each tensor's gradient by its norm (AGC), then LaProp
-        self.scaler.update()
+        self.optimizer.step()  # clips each tensor's gradient by its norm (AGC), then LaProp
         self.slow_critic.step()
         self.world_model_loss.representation.after_update()
         return losses, latents
@@ -102,9 +98,9 @@ class Learner(nn.Module):
     def losses_and_gradients(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Nothing in here may wait for the device: on a GPU it is captured, and runs without Python from then on."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            losses, latents = self.compute_losses(batch)
+            losses, latents = self.losses(batch)
         self.optimizer.zero_grad()
-        self.scaler.scale(total_loss(losses)).backward()
+        total_loss(losses).backward()
         return losses.detach(), latents
 
 

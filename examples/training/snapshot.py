@@ -19,7 +19,7 @@ from .checkpoint import LoadedCheckpoint
 def _stateful(trainer) -> dict[str, dict]:
     learner = trainer.learner
     return {
-        "learner": {"model": learner, "optimizer": learner.optimizer, "scaler": learner.scaler},
+        "learner": {"model": learner, "optimizer": learner.optimizer},
         "trainer": {"ratio": trainer.ratio, "averages": trainer.averages, "returns": trainer.returns},
     }
 
@@ -42,7 +42,7 @@ def snapshot(trainer) -> dict:
 def check_state(state: dict, path: Path) -> None:
     """Raises CheckpointError unless the parts that a trainer needs are there, each of the right kind."""
     counts = {"count": ("policy_steps", "updates", "replayed_steps", "restarts"), "metrics": ("bytes", "lines", "step")}
-    parts = {"learner": ("model", "optimizer", "scaler"), "trainer": ("ratio", "averages", "returns"), "config": ()}
+    parts = {"learner": ("model", "optimizer"), "trainer": ("ratio", "averages", "returns"), "config": ()}
     for group, names in (counts | parts).items():
         found = state.get(group)
         if not isinstance(found, dict) or not found.keys() >= set(names):
