@@ -4,10 +4,13 @@ Two or three seeds have no better interval than their range, which misses the tr
 
     python examples/compare.py env=dmc_vision env.task=walker_walk experiment=ablation_baseline,ablation_half_batch seed=0,1,2
     python examples/compare.py "experiment=[quickstart,ablation_baseline],[quickstart,ablation_dreamer]" "seed=range(0,5)"
+    python examples/compare.py --plan examples/plans/dmc_vectors.yaml             trains what the plan lacks
+    python examples/compare.py --plan examples/plans/dmc_vectors.yaml --status    says what is done, runs, is missing
 
 Commas and range(...) are hydra's multirun syntax. Each run is a process of its own, in the directory that train.py would
 give it; runs with one `name` are the seeds of one variant, the first one is what the others are compared to. The same
-command goes on where it was stopped, and only draws what has finished.
+command goes on where it was stopped, and only draws what has finished. It leaves a run alone that another process trains,
+so several commands can share a plan.
 """
 
 from __future__ import annotations
@@ -29,12 +32,15 @@ from r2dreamer.examples.cli.messages import cannot_compose
 from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
 from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture, read_curve
 from r2dreamer.examples.training.grid import Run, plan
+from r2dreamer.examples.training.plans import read_plan, report, summary
 
 TRAIN = Path(__file__).parent / "train.py"
 
 
 def train(run: Run, children: Children, quiet: bool) -> bool:
     """Whether the run has finished; what it prints is in its directory if several run at once."""
+    if run.finished or run.running:  # by another process, since the plan was read
+        return run.finished
     command = [sys.executable, str(TRAIN), *run.overrides]
     if not quiet:
         return children.run(command) == 0 and run.finished
@@ -87,7 +93,11 @@ def _cell(numbers: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="+", help="as for train.py; a=1,2 and a=range(0,3) vary")
+    parser.add_argument("overrides", nargs="*", help="as for train.py; a=1,2 and a=range(0,3) vary")
+    parser.add_argument(
+        "--plan", type=Path, help="a YAML file of rows to train; the overrides are added to each of them"
+    )
+    parser.add_argument("--status", action="store_true", help="say how each run stands, and train nothing")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument(
         "--out",
@@ -99,35 +109,59 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs} must be at least 1")
+    if not (arguments.plan or arguments.overrides):
+        parser.error("give overrides as for train.py, or --plan FILE")
     try:
-        runs = plan(arguments.overrides)
+        runs = read_plan(arguments.plan, arguments.overrides) if arguments.plan else plan(arguments.overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         sys.exit(cannot_compose(error, "config"))
 
+    if arguments.plan or arguments.status:
+        print(report(runs, arguments.key) + summary(runs), flush=True)
+    if arguments.status:
+        sys.exit()
     waiting = [run for run in runs if not run.finished]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before.")
+
+    def step(run: Run) -> bool:
+        finished = train(run, children, quiet=arguments.jobs > 1)
+        if arguments.plan and finished:
+            print(summary(runs), flush=True)
+        return finished
+
     with Children() as children, ThreadPoolExecutor(arguments.jobs) as pool:
-        done = list(pool.map(lambda run: train(run, children, quiet=arguments.jobs > 1), waiting))
+        done = list(pool.map(step, waiting))
     if children.stopped:
         sys.exit("Stopped; the same command goes on.")
     failed = [run for run, finished in zip(waiting, done, strict=True) if not finished]
     complete = [run for run in runs if run not in failed]
 
-    summary = summarise(complete, arguments.key)
-    for name, numbers in summary.items():
+    means = summarise(complete, arguments.key)
+    for name, numbers in means.items():
         low, high = numbers.get("interval", (None, None))
         spread = "of one seed" if low is None else f"[{low:.4g}, {high:.4g}] over {len(numbers['final'])} seeds"
         print(f"{name}: {numbers['mean']:.4g} {spread}")
-    if summary:
+    if means:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(summary, indent=1))
-        arguments.out.with_suffix(".md").write_text(table(complete, summary))
+        arguments.out.with_suffix(".json").write_text(json.dumps(means, indent=1))
+        arguments.out.with_suffix(".md").write_text(table(complete, means) + "\n" + report(runs, arguments.key))
         columns = ("logdir", "variant", "task")
         directories, variants, tasks = ([getattr(run, column) for run in complete] for column in columns)
-        print(draw_runs(directories, variants, arguments.out, key=arguments.key, bootstrap=True, panels=tasks))
+        published = {run.task: (run.suite, run.task.removeprefix(f"{run.suite}-")) for run in complete}
+        print(
+            draw_runs(
+                directories,
+                variants,
+                arguments.out,
+                key=arguments.key,
+                bootstrap=True,
+                panels=tasks,
+                published=published,
+            )
+        )
     for run in failed:
         print(f"Not finished: {' '.join(run.overrides)} (in {run.logdir})", file=sys.stderr)
-    if complete and not summary:
+    if complete and not means:
         sys.exit(f"No finished run has {arguments.key}. {known_keys(complete[0].logdir, arguments.key)}")
     sys.exit(bool(failed))
 

@@ -9,7 +9,9 @@ from launcher import PENDULUM, TINY, config, lines, train_here
 import r2dreamer.envs  # isort: skip  # before TorchRL
 import torch
 
+from r2dreamer.dreamer.pretrained import load_pretrained
 from r2dreamer.examples import evaluate
+from r2dreamer.examples.export import export
 from r2dreamer.examples.training.checkpoint import Checkpoints
 from r2dreamer.examples.training.evaluation import film
 from r2dreamer.examples.training.manifest import write_manifest
@@ -64,6 +66,21 @@ def test_evaluate_takes_one_checkpoint_other_seeds_and_more_episodes(server, tra
     newest = server.run(tmp_path / "two", f"checkpoint={trained}/checkpoints", *more, script="evaluate")
     assert newest.status == 0 and returns(newest.stdout) != returns(one.stdout)
     assert not any(tmp_path.rglob("*.mp4"))
+
+
+def test_an_exported_agent_plays_as_its_run_does_and_holds_nothing_else(server, trained, tmp_path):
+    out = export(trained, tmp_path / "exported", name="mine")
+    played = [server.run(tmp_path, f"checkpoint={path}", "video=false", script="evaluate") for path in (trained, out)]
+    assert "mine at 200 frames" in played[1].stdout
+    assert returns(played[1].stdout) == pytest.approx(returns(played[0].stdout), rel=0.02)
+    state = torch.load(out / "state.pt", weights_only=True)
+    assert state.keys() == {"agent", "config", "learner"} and state["learner"].keys() == {"model"}
+    assert str(trained.parent) not in str(state["config"]) and state["config"]["logdir"] == "runs/mine/seed0"
+    before = min(path.stat().st_size for path in trained.glob("checkpoints/*/state.pt"))
+    assert (out / "state.pt").stat().st_size < before / 2
+    assert load_pretrained(out).actions.size == 1
+    with pytest.raises(ValueError, match="exported is there already"):
+        export(trained, out)
 
 
 @pytest.mark.parametrize(

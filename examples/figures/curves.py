@@ -7,7 +7,7 @@ import csv
 import difflib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -54,17 +54,21 @@ def draw_runs(
     key: str = "eval/return",
     bootstrap: bool = False,
     panels: Sequence[str] | None = None,
+    published: Mapping[str, tuple[str, str]] | None = None,
 ) -> Path | None:
     """Mean over the runs that share a label, with a band from the worst to the best of them.
 
     suite and task: those of the published curve to draw beside them.
     bootstrap: the band is the 95 % bootstrap interval of the mean.
     panels: the panel that each run is drawn in, by its title; by default there is one.
+    published: by panel the suite and task of the published curve to draw in it.
     """
     if len(logdirs) != len(labels):
         raise ValueError(f"{len(logdirs)} logdirs with {len(labels)} labels: give each run one; seeds share theirs.")
     title = title or (f"{task} ({suite})" if suite and task else "")
     panels = [title] * len(labels) if panels is None else panels
+    if published is None:
+        published = {title: (suite, task)} if suite and task else {}
     titles = list(dict.fromkeys(panels)) or [title]
     columns = min(len(titles), 3)
     rows = -(-len(titles) // columns)
@@ -77,8 +81,8 @@ def draw_runs(
         for index, label in enumerate(dict.fromkeys(labels)):
             those = [each for each in zip(logdirs, labels, panels, strict=True) if each[1:] == (label, panel)]
             longest = max(longest, _draw_mean(axes, [logdir for logdir, *_ in those], label, index, key, bootstrap))
-        if suite and task and longest:
-            _draw_published(axes, suite, task, longest)
+        if panel in published and longest:
+            _draw_published(axes, *published[panel], longest)
         _label(axes, panel, "episode return" if key in ("eval/return", "train/return") else key)
     for axes in grid[len(titles) :]:
         axes.remove()

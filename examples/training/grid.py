@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class Run:
     logdir: Path
     total_frames: int
     task: str = ""
+    bar: float | None = None  # the score that a plan asks for
+
+    @property
+    def suite(self) -> str:
+        return self.task.partition("-")[0]
 
     @property
     def variant(self) -> str:
@@ -38,6 +44,18 @@ class Run:
         """Whether a checkpoint of its last frame is there; earlier ones are resumed."""
         steps = [int(path.name.split("_")[1]) for path in own_directories(self.logdir / "checkpoints")]
         return max(steps, default=-1) >= self.total_frames
+
+    @property
+    def running(self) -> bool:
+        """Whether a process trains it: that one holds the directory's lock."""
+        try:
+            with open(self.logdir / ".lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
 
 def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:
@@ -72,14 +90,18 @@ def check_finished(run: Run, cfg: DictConfig) -> None:
 
 def plan(arguments: Sequence[str]) -> list[Run]:
     """The runs of a grid; two of them in one directory are refused, and one where another has finished."""
+    return plan_rows([(arguments, None)])
+
+
+def plan_rows(rows: Sequence[tuple[Sequence[str], float | None]]) -> list[Run]:
+    """The runs of several grids, each with the bar of its runs."""
     runs: dict[Path, Run] = {}
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
-        for overrides in expand(arguments):
+        for overrides, bar in ((overrides, bar) for arguments, bar in rows for overrides in expand(arguments)):
             cfg = hydra.compose("config", list(overrides))
             check(cfg, "config")
-            run = Run(
-                overrides, cfg.name, refuse_links(cfg.logdir), cfg.total_frames, f"{cfg.env.suite}-{cfg.env.task}"
-            )
+            task = f"{cfg.env.suite}-{cfg.env.task}"
+            run = Run(overrides, cfg.name, refuse_links(cfg.logdir), cfg.total_frames, task, bar)
             if run.logdir in runs:
                 raise ValueError(
                     f"{' '.join(runs[run.logdir].overrides)} and {' '.join(overrides)} share logdir={run.logdir}: vary "
