@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
-from tqdm import tqdm
 
 from r2dreamer.examples.training.files import replace_text
 from r2dreamer.examples.training.metrics import (
@@ -184,7 +183,6 @@ class Board(TensorBoardLogger):
 def fill(patch):
     """The disk has room for five bytes, and for no line."""
     real = os.write
-    tqdm.get_lock()  # the first one starts a helper process, which writes, too
     patch.setattr("r2dreamer.examples.training.metrics.os.write", lambda file, data: real(file, data[:5]))
 
 
