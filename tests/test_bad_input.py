@@ -211,7 +211,11 @@ def test_an_error_of_the_users_own_environment_is_shown_as_it_was_raised(server,
     run = server.run(tmp_path, *task("Faulty"), "env.parallel=false", "logdir=log")
     said, _, shown = run.stderr.strip().partition("\nTraceback")
     assert run.status == 1 and said.rpartition("\n")[2].startswith("KeyError ended the program; ")
-    assert "hydra" not in shown and 'else {}["speed"]' in shown and shown.endswith("KeyError: 'speed'")
+    assert (
+        "hydra" not in shown
+        and 'else {}["speed"]' in shown
+        and "KeyError: 'speed'\nThis happened in `step` of task" in shown
+    )
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         _require(replay, {"rings": dict, "segments": list}, path, "replay")
         for segment in replay["segments"]:
             _require(segment, SEGMENT, path, "a segment", only=True)
+            if segment["kind"] not in ("records", "latents"):
+                raise CheckpointError(f"{path} names a segment of the kind {segment['kind']!r}")
     return {**manifest, "replay": replay}
 
 
