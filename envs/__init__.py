@@ -9,8 +9,8 @@ from .base.check import check_environment
 from .base.contract import ClippedActionScaling, FiniteCheck
 from .base.errors import WorkerError
 from .base.simulator import Simulator
+from .replay.buffer import RecordReplay, make_replay
 from .replay.records import RecordBuilder
-from .replay.replay import RecordReplay, make_replay
 from .suites.atari import make_atari
 from .suites.atari_scores import HumanNormalizedScore
 from .suites.crafter import CrafterScores, crafter_score, make_crafter
@@ -24,8 +24,8 @@ from .suites.probes import PROBES, make_probe
 from .transforms.patch import AdversarialPatch
 from .transforms.rendering import RenderPixels
 from .transforms.subtle import DMCSubtle
-from .vector.collecting import VectorCollector
-from .vector.vector import VectorEnv, count_workers, env_seeds, make_vector_env, reseed
+from .vector.collector import VectorCollector
+from .vector.environment import VectorEnv, count_workers, env_seeds, make_vector_env, reseed
 
 __all__ = [
     "AdversarialPatch",

@@ -41,7 +41,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.dreamer.fast.capture import CapturedStep
 from r2dreamer.envs import env_seeds, make_vector_env
-from r2dreamer.envs.replay.replay import make_replay
+from r2dreamer.envs.replay.buffer import make_replay
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.timing.peers import torchrl_dreamer
 from r2dreamer.examples.train import Learner

@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.envs import check_environment, env_seeds, make_vector_env
-from r2dreamer.envs.replay.replay import check_memory, free_bytes, record_bytes
+from r2dreamer.envs.replay.buffer import check_memory, free_bytes, record_bytes
 from r2dreamer.envs.suites.registry import suites
 from r2dreamer.examples.cli.machine import opengl, packages, private_bytes, processor
 from r2dreamer.examples.cli.messages import USER_ERRORS, what_is_wrong
@@ -68,7 +68,7 @@ def measure(cfg: DictConfig, count: int) -> tuple[float, int]:
                 start = time.perf_counter()
             _, root = environments.step_and_maybe_reset(root.update(environments.rand_action(root)))
         seconds = time.perf_counter() - start
-        return cfg.steps * count * cfg.env.action_repeat / seconds, private_bytes(environments.squad.pids()) // count
+        return cfg.steps * count * cfg.env.action_repeat / seconds, private_bytes(environments.pool.pids()) // count
     finally:
         environments.close()
 

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from r2dreamer.dreamer import Agent, compile_parts
 from r2dreamer.dreamer.fast.capture import PREPARING, captured
 from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
+from r2dreamer.envs.replay.buffer import check_memory, make_replay, record_bytes
 from r2dreamer.envs.replay.records import RecordBuilder
-from r2dreamer.envs.replay.replay import check_memory, make_replay, record_bytes
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.figures.curves import draw_curve
 from r2dreamer.examples.training.checkpoint import CheckpointError

@@ -5,8 +5,8 @@ import zlib
 import torch
 from counting import CountingStreams
 
+from r2dreamer.envs.replay.buffer import make_replay
 from r2dreamer.envs.replay.records import RecordBuilder
-from r2dreamer.envs.replay.replay import make_replay
 
 STREAMS, BATCH, LENGTH, CAPACITY = 3, 4, 5, 90
 

@@ -177,7 +177,7 @@ def save_for_ever(directory, ready):
 
 def test_a_process_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, capsys):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchrl.data", "torchrl.envs", "r2dreamer.envs.replay.replay"])
+    context.set_forkserver_preload(["torch", "torchrl.data", "torchrl.envs", "r2dreamer.envs.replay.buffer"])
     draw, interrupted, newest, kills = random.Random(0), 0, 0, 0
     while kills < 10 or (interrupted < 3 and kills < 60):  # how much of its time is saving depends on the machine
         kills += 1

@@ -12,8 +12,8 @@ from torchrl.envs import ParallelEnv, StepCounter, TransformedEnv
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import VectorCollector, make_gym, make_vector_env, reseed
 from r2dreamer.envs.base.check import RESERVED
+from r2dreamer.envs.replay.buffer import make_replay
 from r2dreamer.envs.replay.records import RecordBuilder
-from r2dreamer.envs.replay.replay import make_replay
 from r2dreamer.examples.train import Trainer
 
 SEEDS = [2, 4, 6]

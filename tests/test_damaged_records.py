@@ -87,9 +87,9 @@ def test_a_spoilt_step_is_an_error_with_key_task_and_seed_and_is_not_stored(rout
     env = make_vector_env(functools.partial(ROUTES[route], fault), [40, 42], parallel=False)
     env.reset()
     for _ in range(2):
-        env.play(torch.zeros_like(env.action))
+        env.step_arrays(torch.zeros_like(env.action))
     with pytest.raises(ValueError, match=FAULTS[fault]) as caught:
-        env.play(torch.zeros_like(env.action))
+        env.step_arrays(torch.zeros_like(env.action))
     assert "environment seed 40" in "".join(caught.value.__notes__)
 
 

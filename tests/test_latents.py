@@ -9,7 +9,7 @@ import torch
 from launcher import TINY, config, train_here
 
 from r2dreamer.envs import make_dmc, make_dmc_subtle
-from r2dreamer.envs.base.contract import finish
+from r2dreamer.envs.base.contract import apply_contract
 from r2dreamer.envs.base.simulator import Simulator
 from r2dreamer.examples import latents
 from r2dreamer.examples.probing.facts import facts
@@ -42,7 +42,7 @@ class Square(Simulator):
 
     def advance(self, action):
         self.acted = action
-        return self.observe(), float(action[0]), False, self.played >= self.ends
+        return self.observe(), float(action[0]), False, self.step_count >= self.ends
 
     def observe(self):
         pixels = np.zeros((3, SIZE, SIZE), np.uint8)
@@ -64,12 +64,12 @@ TOY = ["experiment=latents", "env=custom", "env.factory=test_latents:square", "m
 
 @pytest.fixture(scope="module")
 def recording():
-    return record(finish(square(), "square", 0), ["pixels"], 0, **RECORD)
+    return record(apply_contract(square(), "square", 0), ["pixels"], 0, **RECORD)
 
 
 def agent_of(member):
     run = config(*TOY, f"algorithm={member}")
-    return build(lambda seed: finish(square(), "square", seed), run, torch.device("cpu"))[0], run
+    return build(lambda seed: apply_contract(square(), "square", seed), run, torch.device("cpu"))[0], run
 
 
 def test_a_probe_finds_what_is_linear_and_scores_nothing_for_noise():
@@ -96,7 +96,7 @@ def test_what_stands_still_in_an_episode_is_scored_on_other_episodes():
 
 
 def test_records_hold_the_action_that_led_to_them_and_rows_begin_anew():
-    records = record(finish(square(ends=5), "square", 0), ["pixels"], 3, episodes=20, steps=9, lead=4)
+    records = record(apply_contract(square(ends=5), "square", 0), ["pixels"], 3, episodes=20, steps=9, lead=4)
     begins = records["is_init"].squeeze(-1)
     assert begins[:, 0].all() and begins[:, 1:].any() and records["next", "done"][:, -1].all()
     arrived = records["action"][~begins]
@@ -104,7 +104,7 @@ def test_records_hold_the_action_that_led_to_them_and_rows_begin_anew():
     assert torch.equal(records["next", "reward"][~begins], arrived[:, :1])
     assert not records["action"][begins].any() and not records["next", "reward"][begins].any()
     assert torch.equal(begins[:, 1:], records["next", "done"][:, :-1].squeeze(-1))
-    again = record(finish(square(ends=5), "square", 9), ["pixels"], 3, episodes=20, steps=9, lead=4)
+    again = record(apply_contract(square(ends=5), "square", 9), ["pixels"], 3, episodes=20, steps=9, lead=4)
     assert all(torch.equal(records[key], again[key]) for key in records.keys(True, True))
 
 

@@ -14,7 +14,7 @@ from r2dreamer.envs.suites.registry import suites, suites_with, table, targets
 CONFIGS = EXAMPLES.parent / "configs" / "env"
 SUITE = """
 import numpy as np
-from r2dreamer.envs.base.contract import finish
+from r2dreamer.envs.base.contract import apply_contract
 from r2dreamer.envs.base.simulator import Simulator
 from r2dreamer.envs.suites.registry import register, unknown_task
 
@@ -37,7 +37,7 @@ class Corridor(Simulator):
 def make_corridor(task, *, seed):
     if task != "short":
         raise unknown_task(task, ["short"], "The corridor")
-    return finish(Corridor(), task, seed)
+    return apply_contract(Corridor(), task, seed)
 
 register("corridor", title="A corridor", make=make_corridor, tasks=lambda: ["short"], extra="corridor")
 """

@@ -181,7 +181,7 @@ def test_a_worker_that_dies_under_async_is_named_and_what_was_learned_is_saved(t
     def deadly(self, transitions):
         collect(self, transitions)
         if self.frames == 120:
-            os.kill(self.environments.squad.crew[-1].process.pid, signal.SIGKILL)
+            os.kill(self.environments.pool.workers[-1].process.pid, signal.SIGKILL)
 
     with monkeypatch.context() as patched:
         patched.setattr(train.Trainer, "collect", deadly)

@@ -80,12 +80,12 @@ def test_workers_give_what_one_process_gives_also_after_reseeding(name, workers)
     parallel = make_vector_env(FACTORIES[name], [1, 2, 5], parallel=workers)
     named = {True: 3, "auto": min(3, len(os.sched_getaffinity(0)))}
     expected = workers if type(workers) is int else named[workers]
-    assert len(parallel.squad.crew) == expected
+    assert len(parallel.pool.workers) == expected
     assert same(trajectory(serial), trajectory(parallel))
     for env in (serial, parallel):
         reseed(env, [6, 7, 9])
     assert same(trajectory(serial), trajectory(parallel))
-    processes = [member.process for member in parallel.squad.crew]
+    processes = [worker.process for worker in parallel.pool.workers]
     parallel.close()
     assert not any(process.is_alive() for process in processes)
     assert torch.get_num_threads() == threads
@@ -196,11 +196,11 @@ def test_a_worker_that_hangs_in_the_renderer_is_answered_with_the_driver_and_the
 def test_one_failing_worker_among_healthy_ones_is_the_one_named():
     env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=3)
     env.reset()
-    os.kill(env.squad.crew[1].process.pid, signal.SIGKILL)
+    os.kill(env.pool.workers[1].process.pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match="environment 1 .*CartPole-v1.*seed 5.*SIGKILL"):
         env.rollout(2)
     env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=3)
-    os.kill(env.squad.crew[2].process.pid, signal.SIGKILL)
+    os.kill(env.pool.workers[2].process.pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match="environment 2 .*seed 6"):
         reseed(env, [1, 2, 3])
 
@@ -246,7 +246,7 @@ def factory(seed):
 
 if __name__ == "__main__":
     env = make_vector_env(factory, [1, 2], parallel=True)
-    print(env.squad.folder.name, *env.squad.pids(), flush=True)
+    print(env.pool.folder.name, *env.pool.pids(), flush=True)
     env.rollout(5)
 """
 
@@ -281,11 +281,11 @@ def test_workers_in_a_hanging_step_end_with_their_trainer_and_what_is_left_goes_
     young.mkdir(exist_ok=True)
     mine = make_vector_env(FACTORIES["gym state"], [1], parallel=True)
     assert folder.exists() and young.exists()  # both are young: their owners may be about to lock them
-    for old in (folder, Path(mine.squad.folder.name)):
+    for old in (folder, Path(mine.pool.folder.name)):
         os.utime(old, (0, 0))
     other = make_vector_env(FACTORIES["gym state"], [1], parallel=True)
     assert not folder.exists() and not shared.exists()
-    assert young.exists() and Path(mine.squad.folder.name).exists() and lock(mine.squad.folder.name) is None
+    assert young.exists() and Path(mine.pool.folder.name).exists() and lock(mine.pool.folder.name) is None
     for env in (mine, other):
         env.close()
     young.rmdir()

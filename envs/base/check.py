@@ -1,5 +1,10 @@
 """Whether an environment keeps the contract this package's agents rely on, and what to do where it does not."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torchrl.data import Bounded, OneHot, Unbounded
 from torchrl.envs.utils import check_env_specs
@@ -12,8 +17,15 @@ RESERVED = (
 )  # fmt: skip
 
 
-def check_environment(env):
-    """Raise a ValueError that names every missing or misshaped key of one unbatched environment, with the remedy."""
+def check_environment(env: Any) -> None:
+    """Checks one unbatched environment against the contract of keys.
+
+    Args:
+        env: The environment.
+
+    Raises:
+        ValueError: Names every missing or misshaped key, with the remedy.
+    """
     problems = [*_observations(env), *_action(env), *_reward_and_flags(env)]
     if env.batch_size:
         problems.insert(0, f"its batch size is {tuple(env.batch_size)}: hand over a single environment, unbatched")
@@ -26,7 +38,7 @@ def check_environment(env):
         raise ValueError(f"The environment {env} does not keep the contract: " + "; ".join(problems) + ".")
 
 
-def _observations(env):
+def _observations(env: Any) -> Iterator[str]:
     # What stands below "metrics" is reported, not observed.
     named = env.observation_spec.keys(True, True)
     keys = [key for key in named if key != "is_init" and not (isinstance(key, tuple) and key[0] == "metrics")]
@@ -52,7 +64,7 @@ def _observations(env):
             yield f"vector {key!r} is {spec.dtype}, not float32: append torchrl.envs.DoubleToFloat or a cast"
 
 
-def _action(env):
+def _action(env: Any) -> Iterator[str]:
     keys = list(env.full_action_spec.keys(True, True))
     if keys != ["action"]:
         yield f"its action entries are {keys}: exactly one, called 'action', is supported"
@@ -68,7 +80,7 @@ def _action(env):
         yield "'action' is not in [-1, 1]: append r2dreamer.envs.ClippedActionScaling()"
 
 
-def _reward_and_flags(env):
+def _reward_and_flags(env: Any) -> Iterator[str]:
     reward = env.full_reward_spec.get("reward", None)
     if reward is None:
         yield f"'reward' is missing (it has {list(env.full_reward_spec.keys(True, True))}): rename it"
@@ -80,6 +92,6 @@ def _reward_and_flags(env):
             yield f"{flag!r} is missing or not bool [1]: an episode terminates or is truncated, {remedy}"
 
 
-def _is_flag(specs, name):
+def _is_flag(specs: Any, name: str) -> bool:
     spec = specs.get(name, None)
     return spec is not None and spec.dtype == torch.bool and tuple(spec.shape) == (1,)

@@ -1,7 +1,13 @@
 """Transforms every environment of this package carries, and the one that assembles them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
-from torchrl.envs import Compose, InitTracker, TransformedEnv
+from tensordict import TensorDictBase
+from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 from torchrl.envs.transforms import ActionScaling, Transform
 
 from .errors import not_finite
@@ -15,32 +21,37 @@ class ClippedActionScaling(ActionScaling):
     what they do with that: some clip, some integrate it, some raise.
     """
 
-    def _inv_apply_transform(self, action):
+    def _inv_apply_transform(self, action: torch.Tensor) -> torch.Tensor:
         return super()._inv_apply_transform(action.clamp(-1, 1))
 
 
 class FiniteCheck(Transform):
-    """Raise a ValueError naming the entry, the step and the task when an observation or a reward is NaN or infinite."""
+    """Raises a ValueError with the entry, the step and the task when an observation or a reward is NaN or infinite.
 
-    def __init__(self, task, keys):
+    Args:
+        task: The name for the message.
+        keys: The observations to check.
+    """
+
+    def __init__(self, task: str, keys: Iterable[str]):
         super().__init__()
         self.task = task
         self.keys = list(keys)
         self.steps = 0
 
-    def _check(self, tensordict, name):
+    def _check(self, tensordict: TensorDictBase, name: str) -> None:
         value = tensordict.get(name, None)
         if value is not None and not torch.isfinite(value.float()).all():
             raise not_finite(name, value.numpy(force=True), self.steps, self.task)
 
-    def _step(self, tensordict, next_tensordict):
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         self.steps += 1
         for name in self.keys:
             self._check(next_tensordict, name)
         self._check(next_tensordict, "reward")
         return next_tensordict
 
-    def _reset(self, tensordict, tensordict_reset):
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         self.steps = 0
         for name in self.keys:
             self._check(tensordict_reset, name)
@@ -50,29 +61,29 @@ class FiniteCheck(Transform):
 class ContractEnv(TransformedEnv):
     """A transformed environment whose exceptions carry its task and seed, however deep in a simulator they start."""
 
-    def __init__(self, env, transform, task):
+    def __init__(self, env: EnvBase, transform: Transform, task: object):
         super().__init__(env, transform)
         self.task = str(task)
         self.seed = None
 
     @property
-    def bare(self):
-        """Whether all there is to it is a simulator and that its episodes' starts are marked."""
+    def bare(self) -> bool:
+        """Whether it is a simulator with no other transform than the one that marks the starts of episodes."""
         return isinstance(self.base_env, Simulator) and all(isinstance(each, InitTracker) for each in self.transform)
 
-    def set_seed(self, seed=None, static_seed=False):
+    def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
         self.seed = seed
         return super().set_seed(seed, static_seed=static_seed)
 
-    def _step(self, tensordict):
-        return with_task(super()._step, "step", self, tensordict)
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return name_task_in_errors(super()._step, "step", self, tensordict)
 
-    def _reset(self, tensordict=None, **kwargs):
-        return with_task(super()._reset, "reset", self, tensordict, **kwargs)
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        return name_task_in_errors(super()._reset, "reset", self, tensordict, **kwargs)
 
 
-def with_task(call, name, env, *args, **kwargs):
-    """What `call` returns; an exception carries the task and the seed of `env`."""
+def name_task_in_errors(call: Callable, name: str, env: EnvBase, *args: Any, **kwargs: Any) -> Any:
+    """What `call` returns; an exception gets a note with the task and the seed of `env`."""
     try:
         return call(*args, **kwargs)
     except Exception as error:
@@ -83,8 +94,8 @@ def with_task(call, name, env, *args, **kwargs):
         raise
 
 
-def finish(env, task, seed, *transforms):
-    """Give `env`, after `transforms`, what the contract asks of every environment, and seed it."""
+def apply_contract(env: EnvBase, task: Any, seed: int, *transforms: Transform) -> ContractEnv:
+    """Gives an environment, after `transforms`, what the contract asks of every environment, and seeds it."""
     starts = [] if "is_init" in env.observation_spec.keys() else [InitTracker()]
     checks = []
     if isinstance(env, Simulator):  # it checks itself
@@ -93,7 +104,9 @@ def finish(env, task, seed, *transforms):
         # Not what stands below "metrics": nobody learns from it, and a suite can have dozens.
         entries = env.observation_spec.items(True, True)
         checks = [
-            FiniteCheck(task, [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point])
+            FiniteCheck(
+                str(task), [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point]
+            )
         ]
     env = ContractEnv(env, Compose(*transforms, *starts, *checks), task)
     # static_seed: without it TorchRL draws the seed of a next environment, which nobody here wants.

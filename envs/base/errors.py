@@ -1,8 +1,12 @@
 """What a user is told when something is missing, misspelt or broken: one paragraph with the remedy."""
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import sys
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,13 +15,13 @@ class WorkerError(RuntimeError):
     """An environment failed while running: names its task, its index among the environments, its seed and traceback."""
 
 
-def require_linux(what, instead):
+def require_linux(what: str, instead: str) -> None:
     """Refuse what other systems lack (/proc, shared memory, locks), and say what can be done there."""
     if not sys.platform.startswith("linux"):
         raise OSError(f"{what} needs Linux, and this system is {sys.platform}. {instead}")
 
 
-def require_positive(**sizes):
+def require_positive(**sizes: int | None) -> None:
     """Refuse sizes that are not positive whole numbers; None means "not given" and passes."""
     for name, value in sizes.items():
         if value is None:
@@ -26,13 +30,13 @@ def require_positive(**sizes):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
-def unknown_task(task, known, suite):
+def unknown_task(task: str, known: Collection[str], suite: str) -> ValueError:
     """The error for a task that `suite` does not have, naming the nearest ones it has."""
     hint = nearest(task, known) or f" Some it has: {', '.join(sorted(known)[:5])}."
     return ValueError(f"{suite} has no task {task!r}.{hint}")
 
 
-def nearest(name, known):
+def nearest(name: str, known: Collection[str]) -> str:
     """A sentence that names the nearest of the known names; empty where none is near."""
     # Case must not hide a near miss: "cartpole-v1" is one key away from "CartPole-v1".
     by_lower = {each.lower(): each for each in sorted(known)}
@@ -40,7 +44,7 @@ def nearest(name, known):
     return f" The nearest: {', '.join(by_lower[each] for each in close)}." if close else ""
 
 
-def not_finite(name, value, step, task):
+def not_finite(name: str, value: Any, step: int, task: str) -> ValueError:
     """The error for a number that would poison the replay and show up thousands of updates later as a NaN loss."""
     return ValueError(
         f"{_entry(name)} is not finite at step {step} of an episode of task {task!r}: {np.asarray(value).tolist()}. It is "
@@ -49,14 +53,14 @@ def not_finite(name, value, step, task):
     )
 
 
-def fits(value, shape, dtype):
+def fits(value: Any, shape: Sequence[int], dtype: Any) -> bool:
     """Whether an array can be stored in this shape and dtype; a number may become a narrower one of its kind."""
     if value is None or value.shape != shape:
         return False
     return value.dtype == dtype or np.can_cast(value.dtype, dtype, "same_kind")
 
 
-def unexpected(name, value, shape, dtype, step, task):
+def unexpected(name: str, value: Any, shape: Sequence[int], dtype: Any, step: int, task: str) -> ValueError:
     """The error for an entry that changed its shape or its kind of number in mid-run and would be broadcast or cut."""
     found = "is missing" if value is None else f"is {value.dtype} of shape {list(value.shape)}"
     return ValueError(
@@ -65,12 +69,12 @@ def unexpected(name, value, shape, dtype, step, task):
     )
 
 
-def _entry(name):
+def _entry(name: str) -> str:
     flags = ("reward", "done", "terminated", "truncated")
     return str(name) if name in flags else f"observation {name!r}"
 
 
-def require(module, extra):
+def require(module: str, extra: str) -> Any:
     """Import an optional dependency, or say which line installs it."""
     try:
         return importlib.import_module(module)

@@ -3,6 +3,8 @@
 Imports neither TorchRL nor MuJoCo at its top: TorchRL imports MuJoCo, and MuJoCo reads MUJOCO_GL once, on import.
 """
 
+from __future__ import annotations
+
 import ctypes
 import faulthandler
 import importlib
@@ -10,11 +12,12 @@ import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def choose_gl():
+def choose_gl() -> None:
     """On a Linux machine without a display, let MuJoCo render by EGL, unless the user chose something else."""
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if "MUJOCO_GL" in os.environ or display or not sys.platform.startswith("linux"):
@@ -26,7 +29,7 @@ def choose_gl():
     os.environ["MUJOCO_GL"] = "egl"
 
 
-def check_chosen_gl():
+def check_chosen_gl() -> None:
     """Import MuJoCo with the MUJOCO_GL the user chose, so that a missing library is explained and not a stack dump."""
     if "MUJOCO_GL" in os.environ and importlib.util.find_spec("mujoco") is not None:
         try:
@@ -35,7 +38,7 @@ def check_chosen_gl():
             raise missing_gl(error) from error
 
 
-def missing_gl(error):
+def missing_gl(error: Exception) -> ImportError:
     """The error of a machine that cannot render."""
     used = os.environ.get("MUJOCO_GL", "unset")
     return ImportError(
@@ -45,7 +48,7 @@ def missing_gl(error):
     )
 
 
-def hanging_gl(driver=Path("/proc/driver/nvidia/version")):
+def hanging_gl(driver: Path = Path("/proc/driver/nvidia/version")) -> str:
     """What a user is told when rendering never came back."""
     version = driver.read_text().splitlines()[0].strip() if driver.exists() else "the system's OpenGL driver"
     return (
@@ -56,10 +59,10 @@ def hanging_gl(driver=Path("/proc/driver/nvidia/version")):
 
 
 @contextmanager
-def watch(what, seconds):
-    """Ends the process, with its stack and the way out, if what is inside takes longer: no exception reaches a driver's call."""
+def watch(what: str, seconds: float) -> Iterator[None]:
+    """Ends the process, with its stack and the remedy, if the block takes longer: an exception cannot stop a driver's call."""
 
-    def give_up():
+    def give_up() -> None:
         faulthandler.dump_traceback()
         print(
             f"{what} did not come back within {seconds:g} seconds (timeout=...): see the stack above. If it ends in the "

@@ -1,5 +1,9 @@
 """Images on the way into the contract: uint8 [C, H, W] of the wanted size, cheaply."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
@@ -7,14 +11,14 @@ from torch.nn.functional import interpolate
 CHANNELS = (1, 3, 4)
 
 
-def is_image(shape, dtype):
+def is_image(shape: tuple[int, ...], dtype: Any) -> bool:
     """Whether an array of this shape and dtype is an image: uint8, and [H, W], [H, W, C] or [C, H, W]."""
     if dtype != np.uint8:
         return False
     return len(shape) == 2 or (len(shape) == 3 and (shape[-1] in CHANNELS or shape[0] in CHANNELS))
 
 
-def to_pixels(image, size=None, grayscale=False):
+def to_pixels(image: np.ndarray, size: int | None = None, grayscale: bool = False) -> np.ndarray:
     """A uint8 image [H, W], [H, W, C] or [C, H, W] as a uint8 array [C, size, size] of its own."""
     if image.ndim == 2:
         image = image[..., None]

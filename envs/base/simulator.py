@@ -1,8 +1,13 @@
 """A simulator that steps in plain Python and numpy, and the same as a TorchRL environment."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
@@ -12,9 +17,9 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 class Simulator(EnvBase):
-    """The base of every suite; a subclass says how an episode begins and what an action does.
+    """The base of every suite. A subclass defines three methods::
 
-        begin() -> observation
+        begin() -> observation                                             # of a new episode
         advance(action) -> (observation, reward, terminated, truncated)
         seed(number)
 
@@ -22,19 +27,31 @@ class Simulator(EnvBase):
     array within the simulator's own bounds. What a suite reports beside the return (a success, an achievement) goes into
     `self.metrics`, by name; an episode counts the largest value it had. All are zero when an episode begins.
 
-    Here an environment is stepped alone, with a TensorDict for each step. `VectorEnv` steps many by `start` and `play`,
-    without.
+    As a TorchRL environment it is stepped alone, with a TensorDict for each step. `VectorEnv` steps many by
+    `reset_arrays` and `step_arrays`, without.
 
-    observations: the shapes, by name.
-    actions: the number of choices, or the bounds (low, high) of a vector, two arrays. Actions come in [-1, 1] and are
-        clipped and scaled to finite bounds: a Gaussian policy samples outside now and then, and simulators differ in what
-        they do with that.
+    Args:
+        observations: The shapes, by name.
+        actions: The number of choices, or the bounds (low, high) of a vector, two arrays. Actions come in [-1, 1] and
+            are clipped and scaled to finite bounds: a Gaussian policy samples outside now and then, and simulators
+            differ in what they do with that.
+        metrics: The names of `self.metrics`.
     """
 
-    def __init__(self, *, observations, actions, metrics=()):
+    task: str
+    step_count: int
+    metrics: dict[str, float]
+
+    def __init__(
+        self,
+        *,
+        observations: Mapping[str, tuple[int, ...]],
+        actions: int | tuple[np.ndarray, np.ndarray],
+        metrics: Iterable[str] = (),
+    ):
         super().__init__()
         self.metrics = dict.fromkeys(metrics, 0.0)
-        self.task, self.played = type(self).__name__, 0
+        self.task, self.step_count = type(self).__name__, 0
         pixels = lambda shape: Bounded(0, 255, shape, dtype=torch.uint8)
         self.observation_spec = Composite(
             {name: pixels(shape) if len(shape) == 3 else Unbounded(shape) for name, shape in observations.items()}
@@ -44,7 +61,7 @@ class Simulator(EnvBase):
         if self.metrics:
             self.observation_spec["metrics"] = Composite({name: Unbounded((1,)) for name in self.metrics})
         self.discrete, self.scale = isinstance(actions, int), None
-        if self.discrete:
+        if isinstance(actions, int):
             self.action_spec = OneHot(actions, dtype=torch.int64)
         else:
             self.bounds = low, high = [np.asarray(bound, np.float32) for bound in actions]
@@ -57,56 +74,56 @@ class Simulator(EnvBase):
         flag = Categorical(2, shape=(1,), dtype=torch.bool)
         self.full_done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone())
 
-    def begin(self):
+    def begin(self) -> dict[str, np.ndarray]:
         raise NotImplementedError  # each suite begins its own episodes
 
-    def advance(self, action):
+    def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         raise NotImplementedError  # and says what an action does
 
-    def seed(self, number):
+    def seed(self, number: int) -> None:
         raise NotImplementedError  # and which generators it has
 
-    def start(self):
+    def reset_arrays(self) -> dict[str, np.ndarray]:
         """The first observation of a new episode."""
-        self.played, self.metrics = 0, dict.fromkeys(self.metrics, 0.0)
+        self.step_count, self.metrics = 0, dict.fromkeys(self.metrics, 0.0)
         return self._checked(self.begin())
 
-    def play(self, action):
-        """(observation, reward, terminated, truncated) after one action as the agent gives it: one-hot, or in [-1, 1]."""
+    def step_arrays(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
+        """(observation, reward, terminated, truncated) after one action of an agent: one-hot, or in [-1, 1]."""
         if self.discrete:
             action = int(action.argmax())
         elif self.scale is not None:
             action = np.clip(action, -1, 1) * self.scale + self.middle
-        self.__dict__["played"] += 1  # the ordinary way to set an attribute of an EnvBase takes 5 us
+        vars(self)["step_count"] += 1  # the ordinary way to set an attribute of an EnvBase takes 5 us
         observation, reward, terminated, truncated = self.advance(action)
         return self._checked(observation, reward), float(reward), bool(terminated), bool(truncated and not terminated)
 
-    def _checked(self, observation, reward=0.0):
+    def _checked(self, observation: Mapping[str, np.ndarray], reward: float = 0.0) -> dict[str, np.ndarray]:
         """The observation in the shapes and dtypes of the specs, in which it is stored."""
         checked = {}
         for name, shape, dtype in self.layout:
             value = observation.get(name)
             value = None if value is None else np.asarray(value)
-            if not fits(value, shape, dtype):
-                raise unexpected(name, value, shape, dtype, self.played, self.task)
+            if value is None or not fits(value, shape, dtype):
+                raise unexpected(name, value, shape, dtype, self.step_count, self.task)
             checked[name] = value.astype(dtype, copy=False)
             if dtype.kind == "f" and not np.isfinite(checked[name]).all():
-                raise not_finite(name, value, self.played, self.task)
+                raise not_finite(name, value, self.step_count, self.task)
         if not abs(reward) <= LARGEST:  # nor NaN
-            raise not_finite("reward", reward, self.played, self.task)
+            raise not_finite("reward", reward, self.step_count, self.task)
         return checked
 
-    def _set_seed(self, seed):
-        self.seed(seed)
+    def _set_seed(self, seed: int | None) -> None:
+        self.seed(0 if seed is None else seed)
 
-    def _reset(self, tensordict=None, **kwargs):
-        return self._tensors(self.start(), False, False)
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
+        return self._tensors(self.reset_arrays(), False, False)
 
-    def _step(self, tensordict):
-        observation, reward, terminated, truncated = self.play(tensordict["action"].numpy())
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        observation, reward, terminated, truncated = self.step_arrays(tensordict["action"].numpy())
         return self._tensors(observation, terminated, truncated).set("reward", torch.tensor([reward]))
 
-    def _tensors(self, observation, terminated, truncated):
+    def _tensors(self, observation: Mapping[str, np.ndarray], terminated: bool, truncated: bool) -> TensorDict:
         flags = {"done": terminated or truncated, "terminated": terminated, "truncated": truncated}
         observed = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in observation.items()}
         tensors = TensorDict(observed | {name: torch.tensor([flag]) for name, flag in flags.items()})

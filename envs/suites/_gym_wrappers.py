@@ -1,5 +1,10 @@
 """Gymnasium wrappers behind `make_gym`; imported only when Gymnasium is there."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -11,7 +16,7 @@ from ..base.images import is_image, to_pixels
 class ContractActions(gymnasium.ActionWrapper):
     """Discrete actions counted from 0 and boxes flattened to float32 vectors; any other space is refused."""
 
-    def __init__(self, env, task):
+    def __init__(self, env: Any, task: str):
         super().__init__(env)
         space = env.action_space
         if isinstance(space, spaces.Discrete):
@@ -26,7 +31,7 @@ class ContractActions(gymnasium.ActionWrapper):
                 "becomes one Discrete over all combinations)."
             )
 
-    def action(self, action):
+    def action(self, action: Any) -> Any:
         space = self.env.action_space
         if isinstance(space, spaces.Discrete):
             return int(action) + int(space.start)
@@ -37,11 +42,11 @@ class ActionRepeat(gymnasium.Wrapper):
     """Repeat each action, sum the rewards, stop at the end of the episode."""
 
     # TorchRL's own frame skip repeats what lies below it, the rendering of every frame included.
-    def __init__(self, env, repeat):
+    def __init__(self, env: Any, repeat: int):
         super().__init__(env)
         self.repeat = repeat
 
-    def step(self, action):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         total = 0.0
         for _ in range(self.repeat):
             observation, reward, terminated, truncated, info = self.env.step(action)
@@ -54,20 +59,20 @@ class ActionRepeat(gymnasium.Wrapper):
 class Rendered(gymnasium.ObservationWrapper):
     """The rendered image is the observation."""
 
-    def __init__(self, env):
+    def __init__(self, env: Any):
         super().__init__(env)
         env.reset(seed=0)
         shape = env.render().shape
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
 
-    def observation(self, observation):
+    def observation(self, observation: Any) -> Any:
         return self.env.render()
 
 
 class ContractObservations(gymnasium.ObservationWrapper):
     """Any mixture of boxes and discrete spaces as a flat dict of uint8 images [C, H, W] and float32 vectors."""
 
-    def __init__(self, env, image_size, grayscale, keys, task):
+    def __init__(self, env: Any, image_size: int, grayscale: bool, keys: Sequence[str] | None, task: str):
         super().__init__(env)
         self.image_size, self.grayscale = image_size, grayscale
         self.leaves = {name: (path, space) for name, path, space in _leaves(env.observation_space, (), task)}
@@ -85,7 +90,7 @@ class ContractObservations(gymnasium.ObservationWrapper):
             out[name] = spaces.Box(*bounds, sample.shape, sample.dtype)
         self.observation_space = spaces.Dict(out)
 
-    def observation(self, observation):
+    def observation(self, observation: Any) -> Any:
         out = {}
         for name, (path, space) in self.leaves.items():
             value = observation
@@ -94,7 +99,7 @@ class ContractObservations(gymnasium.ObservationWrapper):
             out[name] = self._convert(space, value)
         return out
 
-    def _convert(self, space, value):
+    def _convert(self, space: Any, value: Any) -> np.ndarray:
         if _is_image(space):
             return to_pixels(np.asarray(value), self.image_size, self.grayscale)
         if isinstance(space, spaces.Box):
@@ -102,11 +107,11 @@ class ContractObservations(gymnasium.ObservationWrapper):
         return spaces.flatten(space, value).astype(np.float32)  # one-hot
 
 
-def _is_image(space):
+def _is_image(space: Any) -> bool:
     return isinstance(space, spaces.Box) and is_image(space.shape, space.dtype)
 
 
-def _leaves(space, path, task):
+def _leaves(space: Any, path: tuple, task: str) -> Iterator[tuple[str, tuple, Any]]:
     """Yield (name, path, space) of every leaf of a nested dict space."""
     if isinstance(space, spaces.Dict):
         for key, child in space.spaces.items():

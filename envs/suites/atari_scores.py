@@ -4,7 +4,11 @@ Source: Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement 
 of the table with up to 30 no-op starts; Badia et al. 2020 ("Agent57") and the Atari 100k papers use the same numbers.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 SCORES = {  # game: random, human
     "alien": (227.8, 7127.7),
@@ -47,10 +51,10 @@ class HumanNormalizedScore:
         {'human_normalized': 0.5}
     """
 
-    def __init__(self, task, lives="unused"):
+    def __init__(self, task: str, lives: str = "unused"):
         self.reference = SCORES.get(task) if lives == "unused" else None
 
-    def __call__(self, returns, metrics):
+    def __call__(self, returns: Sequence[float], metrics: Mapping[str, Sequence[float]]) -> Any:
         if self.reference is None:
             return {}
         random, human = self.reference

@@ -1,12 +1,16 @@
 """Crafter, a small open world with 22 things to achieve: `make_crafter("reward", seed=0)`, and its score."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import io
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import ContractEnv, apply_contract
 from ..base.errors import require, require_positive
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
@@ -17,13 +21,17 @@ ACHIEVEMENT = "achievement_"  # what the names of the metrics begin with
 SMALLEST_IMAGE = 18  # the picture is 9 cells wide, and a digit 60% of a cell
 
 
-def make_crafter(task, *, seed, image_size=64, action_repeat=1):
+def make_crafter(task: str, *, seed: int, image_size: int = 64, action_repeat: int = 1) -> ContractEnv:
     """One of the two tasks, "reward" or "noreward", seeded; every episode is another world.
 
     Both report the 22 achievements below "metrics", as 1 from the moment they are unlocked in this episode; without
     reward the agent is paid nothing for them. Death terminates, 10,000 frames truncate.
 
-    image_size: part of the task, as the darkness of the night is drawn, pixel by pixel, from the world's own generator.
+    Args:
+        task: ``"reward"`` or ``"noreward"``.
+        seed: Of the worlds.
+        image_size: Part of the task: the game draws the night's noise, pixel by pixel, from the world's generator.
+        action_repeat: Frames of one step.
     """
     require_positive(image_size=image_size, action_repeat=action_repeat)
     if task not in TASKS:
@@ -33,13 +41,13 @@ def make_crafter(task, *, seed, image_size=64, action_repeat=1):
     with contextlib.redirect_stderr(io.StringIO()):  # Crafter tries the old gym, which prints that it is unmaintained
         crafter = require("crafter", "crafter")
     game = functools.partial(crafter.Env, size=(image_size, image_size), reward=task == "reward")
-    return finish(Crafter(game, crafter.constants, image_size, action_repeat), task, seed)
+    return apply_contract(Crafter(game, crafter.constants, image_size, action_repeat), task, seed)
 
 
 class Crafter(Simulator):
     """Upstream's game, made repeatable."""
 
-    def __init__(self, new_game, constants, image_size, action_repeat):
+    def __init__(self, new_game: Callable, constants: Any, image_size: int, action_repeat: int):
         self.names = {name: ACHIEVEMENT + name for name in constants.achievements}
         super().__init__(
             observations={"pixels": (3, image_size, image_size)},
@@ -48,13 +56,13 @@ class Crafter(Simulator):
         )
         self.new_game, self.repeat = new_game, action_repeat
 
-    def seed(self, number):
+    def seed(self, number: int) -> None:
         self.game = repeatable(self.new_game(seed=number))
 
-    def begin(self):
+    def begin(self) -> dict[str, np.ndarray]:
         return {"pixels": to_pixels(self.game.reset())}
 
-    def advance(self, action):
+    def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         total = 0.0
         for _ in range(self.repeat):
             image, reward, done, info = self.game.step(action)
@@ -65,7 +73,7 @@ class Crafter(Simulator):
         return {"pixels": to_pixels(image)}, total, info["discount"] == 0, done
 
 
-def repeatable(game):
+def repeatable(game: Any) -> Any:
     """The game whose episodes depend on its seed and the actions only; other games of this process stay as they are.
 
     Upstream keeps the creatures of a region in a set, which iterates in the order of their memory addresses, and draws
@@ -77,16 +85,17 @@ def repeatable(game):
     return game
 
 
-def crafter_score(rates):
+def crafter_score(rates: Sequence[float]) -> float:
     """exp(mean(ln(1 + s))) - 1, a geometric mean, of success rates given as fractions and counted in percent."""
     return float(np.expm1(np.log1p(100 * np.asarray(rates)).mean()))
 
 
 class CrafterScores:
-    """From the returns and metrics of a number of episodes to {"crafter_score": ...}; nothing from no episode.
+    """Turns the returns and metrics of episodes into ``{"crafter_score": ...}``; no episode gives no score.
 
-    cumulative: count all episodes there ever were, as the published scores do. The score of a few episodes is biased: the
-        mean of logarithms takes an achievement that none of them happened to unlock for an impossible one.
+    Args:
+        cumulative: Counts all episodes so far, as the published scores do. The score of a few episodes is biased: the
+            mean of logarithms treats an achievement that none of them unlocked as impossible.
     """
 
     def __init__(self, cumulative: bool = False):

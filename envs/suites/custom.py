@@ -1,24 +1,36 @@
 """Anybody's environment on the package's contract: `make_custom("my_module:make_env", seed=0)`."""
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from torchrl.envs import EnvBase
 
-from ..base.contract import finish
+from ..base.contract import ContractEnv, apply_contract
 from .registry import register
 
 
-def make_custom(factory, *, seed, task=None, **kwargs):
+def make_custom(factory: str | Callable, *, seed: int, task: str | None = None, **kwargs: Any) -> ContractEnv:
     """The environment that `factory(**kwargs)` returns: a TorchRL `EnvBase`, seeded.
 
-    factory: a callable, or where to import one from, "package.module:function"; modules beside the script and in the
-    working directory are found.
-    task: a name for messages and metrics; default: the factory's.
-    Missing flags (`is_init`) are added; `check_environment` names whatever else the contract misses.
+    A missing ``is_init`` is added; `check_environment` names whatever else the contract lacks.
+
+    Args:
+        factory: A callable, or where to import one from, ``"package.module:function"``. Modules beside the script and
+            in the working directory are found.
+        seed: Given to the environment's ``set_seed``.
+        task: A name for messages and metrics; default: the factory's.
+        **kwargs: Arguments of the factory.
+
+    Raises:
+        ValueError: If the factory cannot be called with these arguments or returns something else.
+        ImportError: If its module cannot be found.
     """
     make = factory if callable(factory) else _import(factory)
     if not callable(make):
@@ -39,10 +51,10 @@ def make_custom(factory, *, seed, task=None, **kwargs):
             "torchrl.envs.GymWrapper for Gymnasium's, torchrl.envs.DMControlWrapper for dm_control's; or, if it is "
             "registered with Gymnasium, use env=gym env.task=NAME."
         )
-    return finish(env, task or factory, seed)
+    return apply_contract(env, task or factory, seed)
 
 
-def _import(path):
+def _import(path: str) -> Any:
     path = str(path)
     module, separator, name = path.partition(":")
     if not (module and separator and name):

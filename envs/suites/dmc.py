@@ -1,10 +1,14 @@
 """The DeepMind Control suite on the package's contract: `make_dmc("walker_walk", seed=0, from_pixels=True)`."""
 
+from __future__ import annotations
+
 import importlib
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import ContractEnv, apply_contract
 from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.simulator import Simulator
@@ -14,21 +18,36 @@ from .registry import register, unknown_task
 CAMERAS = {"quadruped": 2, "fish": 3}  # all others: 0
 
 
-def make_dmc(task, *, seed, from_pixels, image_size=64, action_repeat=2, camera=None):
+def make_dmc(
+    task: str,
+    *,
+    seed: int,
+    from_pixels: bool,
+    image_size: int = 64,
+    action_repeat: int = 2,
+    camera: int | str | None = None,
+) -> ContractEnv:
     """One task of the suite, "walker_walk" for example, seeded.
 
-    from_pixels: observe the camera image, and only that, under "pixels"; without, the vectors: nothing is rendered.
-    camera: index or name of the camera; None is the suite's usual one.
+    Args:
+        task: Domain and task, joined by an underscore.
+        seed: Of the episodes.
+        from_pixels: Observes only the camera image, under ``"pixels"``. Otherwise the vectors, and nothing is rendered.
+        image_size: Side of the square image.
+        action_repeat: Frames of one step.
+        camera: Index or name of the camera; ``None`` is the suite's usual one.
     """
     suite = import_suite()
     tasks = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
     if task not in tasks:
         raise unknown_task(task, tasks, "The DeepMind Control suite")
     view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
-    return finish(build_dmc(*tasks[task], action_repeat=action_repeat, **view), task, seed)
+    return apply_contract(build_dmc(*tasks[task], action_repeat=action_repeat, **view), task, seed)
 
 
-def build_dmc(domain, name, *, from_pixels, image_size, action_repeat, camera):
+def build_dmc(
+    domain: str, name: str, *, from_pixels: bool, image_size: int, action_repeat: int, camera: int | str | None
+) -> Control:
     """The suite's `domain` and `name` as a simulator."""
     require_positive(image_size=image_size, action_repeat=action_repeat)
     # Some tasks draw their physical constants when they are built. With one fixed draw, train and evaluation
@@ -41,10 +60,13 @@ def build_dmc(domain, name, *, from_pixels, image_size, action_repeat, camera):
 class Control(Simulator):
     """A dm_control environment; TorchRL's DMControlWrapper takes several times as long for a step without images.
 
-    view: (size, camera) of the image that is observed, rendered once after a repeated action; without, the vectors are.
+    Args:
+        env: The environment.
+        action_repeat: Frames of one step.
+        view: (size, camera) of the observed image, rendered once after a repeated action; ``None`` observes the vectors.
     """
 
-    def __init__(self, env, action_repeat, view):
+    def __init__(self, env: Any, action_repeat: int, view: tuple[int, int | str] | None):
         if view:
             render_pixels(env.physics, *view)  # what cannot render says so now, not in mid-run
             shapes = {"pixels": (3, view[0], view[0])}
@@ -52,21 +74,19 @@ class Control(Simulator):
             shapes = {name: (int(np.prod(spec.shape)),) for name, spec in env.observation_spec().items()}
         spec = env.action_spec()
         # An actuator without limits has MuJoCo's largest number for them.
-        bounds = (
-            np.where(np.abs(bound) < 1e10, bound, sign * np.inf)
-            for bound, sign in ((spec.minimum, -1), (spec.maximum, 1))
-        )
-        super().__init__(observations=shapes, actions=tuple(bounds))
+        low = np.where(np.abs(spec.minimum) < 1e10, spec.minimum, -np.inf)
+        high = np.where(np.abs(spec.maximum) < 1e10, spec.maximum, np.inf)
+        super().__init__(observations=shapes, actions=(low, high))
         self._env, self.repeat, self.view = env, action_repeat, view
 
-    def seed(self, number):
+    def seed(self, number: int) -> None:
         self._env.task._random = np.random.RandomState(number)
         self._env.reset()  # as TorchRL's DMControlEnv does when it is seeded: the same episodes follow
 
-    def begin(self):
+    def begin(self) -> dict[str, np.ndarray]:
         return self.observe(self._env.reset())
 
-    def advance(self, action):
+    def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         total = 0.0
         for _ in range(self.repeat):
             now = self._env.step(action)
@@ -75,17 +95,17 @@ class Control(Simulator):
                 break
         return self.observe(now), total, now.last() and now.discount == 0, now.last()
 
-    def observe(self, now):
+    def observe(self, now: Any) -> dict[str, np.ndarray]:
         if self.view:
             return {"pixels": render_pixels(self._env.physics, *self.view)}
         return {name: np.array(value, np.float32).reshape(-1) for name, value in now.observation.items()}
 
-    def close(self, *, raise_if_closed=True):
+    def close(self, *, raise_if_closed: bool = True) -> None:
         super().close(raise_if_closed=raise_if_closed)
         self._env.close()
 
 
-def import_suite():
+def import_suite() -> Any:
     choose_gl()  # before MuJoCo is imported: it reads the variable only then
     require("dm_control", "dmc")
     try:
@@ -108,7 +128,7 @@ TASKS = """
 """.split()  # noqa: SIM905
 
 
-def _tasks():
+def _tasks() -> Collection[str]:
     try:
         return {"_".join(names) for names in importlib.import_module("dm_control.suite").ALL_TASKS}
     except Exception:  # the extra is missing, or MuJoCo finds no OpenGL

@@ -1,12 +1,18 @@
 """Memory Maze: walk to the sphere of the colour that frames the image, then to the next; who remembers walks less."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import io
 import logging
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from ..base.contract import finish
+import numpy as np
+
+from ..base.contract import ContractEnv, apply_contract
 from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.images import to_pixels
@@ -19,38 +25,44 @@ CAMERA, COLOR = "walker/egocentric_camera", "target_color"
 FRAMED_IMAGE = 64  # smaller ones come from upstream painted over by their frame
 
 
-def make_memory_maze(task, *, seed, image_size=64, action_repeat=1):
+def make_memory_maze(task: str, *, seed: int, image_size: int = 64, action_repeat: int = 1) -> ContractEnv:
     """One of the four sizes, seeded; every episode is another maze.
 
     A target reached pays 1 and is counted below "metrics". Nothing terminates; the sizes, in their order, truncate
     after 1,000, 2,000, 3,000 and 4,000 frames.
+
+    Args:
+        task: The size, ``"9x9"`` for example.
+        seed: Of the mazes.
+        image_size: Images are resized to this square.
+        action_repeat: Frames of one step.
     """
     require_positive(image_size=image_size, action_repeat=action_repeat)
     if task not in TASKS:
         raise unknown_task(task, TASKS, "Memory Maze")
     build = getattr(_import_tasks(), f"memory_maze_{task}")
-    return finish(MemoryMaze(build, image_size, action_repeat), task, seed)
+    return apply_contract(MemoryMaze(build, image_size, action_repeat), task, seed)
 
 
 class MemoryMaze(Simulator):
     """Upstream's `dm_env` task. Seeding builds a new one: the layouts come from a generator that takes no new seed."""
 
-    def __init__(self, build, image_size, action_repeat):
+    def __init__(self, build: Callable, image_size: int, action_repeat: int):
         super().__init__(observations={"pixels": (3, image_size, image_size)}, actions=6, metrics=["targets_reached"])
         self.build, self.size, self.repeat = build, image_size, action_repeat
-        self.maze = None
+        self.maze: Any = None
 
-    def seed(self, number):
+    def seed(self, number: int) -> None:
         if self.maze is not None:
             self.maze.close()
         self.maze = self.build(seed=number, camera_resolution=max(self.size, FRAMED_IMAGE), image_only_obs=True)
-        hasten(self.maze.task)
+        speed_up(self.maze.task)
 
-    def begin(self):
+    def begin(self) -> dict[str, np.ndarray]:
         with _without_warnings():  # each episode's "Cannot set velocity on Entity with no free joint"
             return {"pixels": to_pixels(self.maze.reset().observation, self.size)}
 
-    def advance(self, action):
+    def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         total = 0.0
         for _ in range(self.repeat):
             now = self.maze.step(action)
@@ -62,24 +74,24 @@ class MemoryMaze(Simulator):
         return {"pixels": pixels}, total, now.last() and now.discount == 0, now.last()
 
 
-def hasten(task):
-    """Make one task five times faster, with the same pixels, rewards and draws; other tasks stay as they are."""
+def speed_up(task: Any) -> None:
+    """Makes one task five times faster, with the same pixels, rewards and draws; other tasks stay as they are."""
     for name, observable in task.observables.items():
         observable.enabled = name in (CAMERA, COLOR)  # all others are computed every step and then dropped
     camera = task.observables[CAMERA]
     camera._callable = lambda physics: _render_in_one_scene(physics, camera, task._walker.egocentric_camera)
     for target in task._targets:
-        target._update_activation = _look_before_searching(target)
+        target._update_activation = _search_only_contacts(target)
 
 
-def _render_in_one_scene(physics, observable, camera):
+def _render_in_one_scene(physics: Any, observable: Any, camera: Any) -> Callable:
     """What renders an episode's images. dm_control makes a scene for each image, which takes as long as drawing it."""
     engine = importlib.import_module("dm_control.mujoco.engine")
     size = {"height": observable.height, "width": observable.width}
     return engine.Camera(physics, camera_id=camera.full_identifier, **size).render
 
 
-def _look_before_searching(target):
+def _search_only_contacts(target: Any) -> Callable:
     """The target's search through the contacts for itself, made only if it is there.
 
     It is made 50 times a step for each target, and MuJoCo's list of contacts ends a loop over it by a C++ exception,
@@ -87,15 +99,15 @@ def _look_before_searching(target):
     """
     search = target._update_activation
 
-    def look(physics):
+    def search_if_touched(physics: Any) -> None:
         if target._geom_id in physics.data.contact.geom:
             search(physics)
 
-    return look
+    return search_if_touched
 
 
 @contextlib.contextmanager
-def _without_warnings():
+def _without_warnings() -> Iterator[None]:
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -105,7 +117,7 @@ def _without_warnings():
         logger.setLevel(level)
 
 
-def _import_tasks():
+def _import_tasks() -> Any:
     choose_gl()  # before dm_control is imported: it reads the variable only then
     chosen = os.environ.get("MUJOCO_GL")
     try:

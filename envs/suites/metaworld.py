@@ -1,15 +1,19 @@
 """Meta-World's fifty manipulation tasks from one camera image: `make_metaworld("reach", seed=0)`."""
 
+from __future__ import annotations
+
 import importlib
 import pickle
 import queue
 import sys
 import threading
 import weakref
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import ContractEnv, apply_contract
 from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.images import to_pixels
@@ -22,13 +26,21 @@ CORNER2_POSITION = (0.75, 0.075, 0.7)  # closer to the table than upstream's (1.
 UPSIDE_DOWN = ("corner", "corner2", "corner3")
 
 
-def make_metaworld(task, *, seed, image_size=64, action_repeat=2, camera="corner2"):
+def make_metaworld(
+    task: str, *, seed: int, image_size: int = 64, action_repeat: int = 2, camera: int | str | None = "corner2"
+) -> ContractEnv:
     """One of the MT1 tasks ("reach", "door-open", ...; "reach-v3" works too) with a new goal each episode, seeded.
 
     The reward is upstream's dense one, summed over repeats. Success, that of any repeat, is reported below "metrics"
     and ends nothing; an episode ends after 500 frames, by truncation.
 
-    camera: "corner2", moved closer, or "corner", "corner3", "topview", "behindGripper", "gripperPOV" as they are.
+    Args:
+        task: Its name.
+        seed: Of the goals.
+        image_size: Side of the square image.
+        action_repeat: Frames of one step.
+        camera: ``"corner2"``, moved closer, or one of upstream's others as it is: corner, corner3, topview,
+            behindGripper, gripperPOV.
     """
     require_positive(image_size=image_size, action_repeat=action_repeat)
     choose_gl()
@@ -37,18 +49,16 @@ def make_metaworld(task, *, seed, image_size=64, action_repeat=2, camera="corner
     if name not in tasks:
         raise unknown_task(task, [known.removesuffix("-v3") for known in tasks], "Meta-World")
     env = MetaWorld(_build(name, tasks[name], image_size), image_size, action_repeat, camera)
-    return finish(env, task, seed)
+    return apply_contract(env, task, seed)
 
 
 class MetaWorld(Simulator):
     """One Meta-World task that draws its goals from a generator of its own."""
 
-    def __init__(self, upstream, image_size, action_repeat, camera):
+    def __init__(self, upstream: Any, image_size: int, action_repeat: int, camera: int | str | None):
         space = upstream.action_space
         super().__init__(
-            observations={"pixels": (3, image_size, image_size)},
-            actions=(space.low, space.high),
-            metrics=["success"],
+            observations={"pixels": (3, image_size, image_size)}, actions=(space.low, space.high), metrics=["success"]
         )
         self.upstream, self.repeat, self.flipped = upstream, action_repeat, camera in UPSIDE_DOWN
         cameras = [upstream.model.camera(index).name for index in range(upstream.model.ncam)]
@@ -61,14 +71,14 @@ class MetaWorld(Simulator):
         except Exception as error:  # a missing or broken renderer throws whatever its backend throws
             raise missing_gl(error) from error
 
-    def seed(self, number):
+    def seed(self, number: int) -> None:
         self.upstream.seed(number)
 
-    def begin(self):
+    def begin(self) -> dict[str, np.ndarray]:
         self.upstream.reset()
         return {"pixels": self.image()}
 
-    def advance(self, action):
+    def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         total, success, truncated = 0.0, 0.0, False
         for _ in range(self.repeat):
             _, reward, _, _, info = self.upstream.step(action)
@@ -81,16 +91,16 @@ class MetaWorld(Simulator):
         self.metrics["success"] = success
         return {"pixels": self.image()}, total, False, truncated
 
-    def image(self):
+    def image(self) -> np.ndarray:
         image = self.viewer.render()
         return to_pixels(np.flipud(image) if self.flipped else image)
 
-    def close(self, *, raise_if_closed=True):
+    def close(self, *, raise_if_closed: bool = True) -> None:
         super().close(raise_if_closed=raise_if_closed)
         self.viewer.close()
 
 
-def _build(name, task_class, size):
+def _build(name: str, task_class: Any, size: int) -> Any:
     """The task as MT1 sets it up, without MT1: that builds it twice and resets it fifty times to draw goals."""
     from metaworld.types import Task
 
@@ -111,7 +121,7 @@ class ThreadViewer:
     nobody else touches its thread. On a thread of its own a viewer neither suffers that nor does it to others.
     """
 
-    def __init__(self, model, data, size, camera):
+    def __init__(self, model: Any, data: Any, size: int, camera: int | str | None):
         self.requests, self.images = queue.SimpleQueue(), queue.SimpleQueue()
         arguments = (model, data, size, camera, self.requests, self.images)
         # A daemon: a process that ends does not wait for it, and the context ends with the process.
@@ -119,7 +129,7 @@ class ThreadViewer:
         self.thread.start()
         weakref.finalize(self, self.requests.put, False).atexit = False  # an environment nobody closed
 
-    def render(self):
+    def render(self) -> np.ndarray:
         if not self.thread.is_alive():
             raise RuntimeError(
                 "This environment's renderer is gone: the environment was closed, or the process was forked after it "
@@ -131,13 +141,15 @@ class ThreadViewer:
             raise image
         return image
 
-    def close(self):
+    def close(self) -> None:
         self.requests.put(False)
         if not sys.is_finalizing():  # at the very end no other thread runs any more
             self.thread.join()
 
 
-def _render_on_request(model, data, size, camera, requests, images):
+def _render_on_request(
+    model: Any, data: Any, size: int, camera: int | str | None, requests: queue.SimpleQueue, images: queue.SimpleQueue
+) -> None:
     # The viewer lives in this frame only, so that nobody frees its textures while another context is current.
     viewer = None
     while requests.get():
@@ -152,7 +164,7 @@ def _render_on_request(model, data, size, camera, requests, images):
         viewer.free()
 
 
-def _offscreen_viewer(model, data, size):
+def _offscreen_viewer(model: Any, data: Any, size: int) -> Any:
     from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
 
     return OffScreenViewer(model, data, size, size)
@@ -169,7 +181,7 @@ TASKS = """
 """.split()  # noqa: SIM905
 
 
-def _tasks():
+def _tasks() -> Collection[str]:
     try:
         names = importlib.import_module("metaworld").ALL_V3_ENVIRONMENTS
     except Exception:  # the extra is missing, or MuJoCo finds no OpenGL

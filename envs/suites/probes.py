@@ -6,12 +6,16 @@ An agent that fails on one of them says where to look: at its encoder, reward he
     env.optimum, env.random_return      # the best expected return, and that of uniformly random actions
 
 Episodes end by truncation, and only `ending` is about the continue head. Where nothing is paid before the last step they
-terminate: what an agent dreams up beyond an end that it was never shown would outweigh it.
+terminate: else what an agent imagines beyond an end that it never saw would outweigh it.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
-from ..base.contract import finish
+from ..base.contract import ContractEnv, apply_contract
 from ..base.errors import require_positive
 from ..base.simulator import Simulator
 from .registry import register, unknown_task
@@ -22,14 +26,16 @@ TARGET = 2  # side of the small target, in pixels
 class Probe(Simulator):
     """One probe: `prepare` begins an episode, `image` shows it, `act` answers a choice with (reward, terminated).
 
-    actions: number of choices; the image shows them as vertical bands, the first on the left.
-    continuous: one action in [-1, 1] instead, whose sign decides between two choices.
+    Args:
+        image_size: Side of the square image.
+        actions: Number of choices; the image shows them as vertical bands, the first on the left.
+        continuous: One action in [-1, 1] instead, whose sign decides between two choices.
     """
 
     length = 8
     terminates = False  # when the time is over; else an episode is truncated
 
-    def __init__(self, image_size=64, actions=2, continuous=False):
+    def __init__(self, image_size: int = 64, actions: Any = 2, continuous: bool = False):
         super().__init__(
             observations={"pixels": (3, image_size, image_size)},
             actions=(np.full(1, -1), np.full(1, 1)) if continuous else actions,
@@ -43,56 +49,56 @@ class Probe(Simulator):
         self.blank = np.full((3, image_size, image_size), 64, np.uint8)
         self.set_seed(0, static_seed=True)
 
-    def seed(self, number):
+    def seed(self, number: int) -> None:
         self.random = np.random.default_rng(number)
 
-    def begin(self):
+    def begin(self) -> dict[str, np.ndarray]:
         self.steps = 0
         self.cue = self.draw()
         self.prepare()
         return self.observe()
 
-    def advance(self, action):
+    def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         reward, terminated = self.act(int(action[0] > 0) if self.continuous else action)
         self.steps += 1
         over = self.steps >= self.length
         return self.observe(), reward, terminated or (over and self.terminates), over
 
-    def observe(self):
+    def observe(self) -> dict[str, np.ndarray]:
         return {"pixels": self.image().copy()}
 
-    def draw(self):
+    def draw(self) -> int:
         return int(self.random.integers(self.actions))
 
-    def prepare(self):
+    def prepare(self) -> None:
         pass
 
-    def image(self):
+    def image(self) -> np.ndarray:
         return self.blank
 
-    def act(self, choice):
+    def act(self, choice: int) -> tuple[float, bool]:
         raise NotImplementedError  # each probe says what a choice earns
 
-    def best_choice(self):
+    def best_choice(self) -> int:
         """What a player who sees everything does now."""
         return self.cue
 
     @property
-    def optimum(self):
-        return float(self.length)
+    def optimum(self) -> float:
+        return 1.0 if self.terminates else float(self.length)
 
     @property
-    def random_return(self):
+    def random_return(self) -> float:
         return self.optimum / self.actions
 
 
 class RewardFromObservation(Probe):
     """The bright band says which action pays now; the next frame shows another one."""
 
-    def image(self):
+    def image(self) -> np.ndarray:
         return self.bands[self.cue]
 
-    def act(self, choice):
+    def act(self, choice: int) -> tuple[float, bool]:
         reward = choice == self.cue
         self.cue = self.draw()
         return reward, False
@@ -101,30 +107,29 @@ class RewardFromObservation(Probe):
 class RewardFromAction(Probe):
     """Nothing to see; the last action pays, always."""
 
-    def prepare(self):
+    def prepare(self) -> None:
         self.cue = self.actions - 1
 
-    def act(self, choice):
+    def act(self, choice: int) -> tuple[float, bool]:
         return choice == self.cue, False
 
 
 class DelayedReward(Probe):
     """The first action decides what the last step pays. Choice and progress stay in sight: only credit is delayed."""
 
-    optimum = 1.0
     terminates = True
 
-    def prepare(self):
+    def prepare(self) -> None:
         self.cue = self.actions - 1
         self.chosen = None
 
-    def image(self):
+    def image(self) -> np.ndarray:
         image = self.blank if self.chosen is None else self.bands[self.chosen] // 2
         image = image.copy()
         image[:, : self.size // 8, : self.size * self.steps // self.length] = 255
         return image
 
-    def act(self, choice):
+    def act(self, choice: int) -> tuple[float, bool]:
         if self.chosen is None:
             self.chosen = choice
         return self.steps == self.length - 1 and self.chosen == self.cue, False
@@ -137,21 +142,20 @@ class RememberFirstFrame(Probe):
     the cue alone would say nothing about the mean reward, and what is hard would be a parity, not a memory.
     """
 
-    optimum = 1.0
     terminates = True
 
-    def image(self):
+    def image(self) -> np.ndarray:
         if self.steps == 0:
             return self.bands[self.cue]
         return self.blank if self.steps != self.length - 1 else np.full_like(self.blank, 255)
 
-    def act(self, choice):
+    def act(self, choice: int) -> tuple[float, bool]:
         if self.steps != self.length - 1:
             return 0, False
         return (1 if choice == self.cue else -float(choice == self.actions - 1)), False
 
     @property
-    def random_return(self):
+    def random_return(self) -> float:
         return 1 / self.actions**2
 
 
@@ -161,19 +165,19 @@ class Ending(Probe):
     length = 16
     leaving_reward = 1.5
 
-    def act(self, choice):
+    def act(self, choice: int) -> tuple[float, bool]:
         leaves = choice == self.actions - 1
         return (self.leaving_reward if leaves else 1.0), leaves
 
-    def best_choice(self):
+    def best_choice(self) -> int:
         return self.actions - 1 if self.steps == self.length - 1 else 0
 
     @property
-    def optimum(self):
+    def optimum(self) -> float:
         return self.length - 1 + self.leaving_reward
 
     @property
-    def random_return(self):
+    def random_return(self) -> float:
         leave = 1 / self.actions
         mean_reward = 1 - leave + leave * self.leaving_reward
         return sum((1 - leave) ** step * mean_reward for step in range(self.length))
@@ -185,11 +189,11 @@ class SmallTarget(RewardFromObservation):
     The background is one texture of random colours, always the same: 4 of 4096 pixels are all that ever changes.
     """
 
-    def __init__(self, image_size=64, actions=2, continuous=False):
+    def __init__(self, image_size: int = 64, actions: Any = 2, continuous: bool = False):
         self.background = np.random.default_rng(0).integers(0, 128, (3, image_size, image_size), np.uint8)
         super().__init__(image_size, actions, continuous)
 
-    def image(self):
+    def image(self) -> np.ndarray:
         image = self.background.copy()
         width = self.size // self.actions
         left = self.cue * width + int(self.random.integers(width - TARGET + 1))
@@ -208,7 +212,9 @@ PROBES = {
 }
 
 
-def make_probe(task, *, seed, image_size=64, actions=2, continuous=False, action_repeat=1):
+def make_probe(
+    task: str, *, seed: int, image_size: int = 64, actions: Any = 2, continuous: bool = False, action_repeat: int = 1
+) -> ContractEnv:
     """One probe from PROBES, seeded."""
     if task not in PROBES:
         raise unknown_task(task, PROBES, "The probe suite")
@@ -220,7 +226,7 @@ def make_probe(task, *, seed, image_size=64, actions=2, continuous=False, action
     if image_size < 8:
         raise ValueError(f"image_size={image_size} is too small for a probe to show anything: use at least 8.")
     env = PROBES[task](image_size, actions, continuous)
-    return finish(env, task, seed)
+    return apply_contract(env, task, seed)
 
 
 register("probe", title="Probes: tiny images, known best returns", make=make_probe, tasks=lambda: PROBES)

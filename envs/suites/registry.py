@@ -1,15 +1,19 @@
-"""The suites: each file of this package registers its own, and whoever asks about suites asks here.
+"""The registry of suites: each file of this package registers its own.
 
 A new suite is one file here, which calls :func:`register`, and one file in ``configs/env``. Suites are found by importing
 every module of this package; they import what an extra brings only when a task is made or listed.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from ..base import errors
 from ..base.gl import choose_gl
@@ -47,17 +51,17 @@ class Suite:
 _SUITES: dict[str, Suite] = {}
 
 
-def register(*names: str, **suite) -> None:
+def register(*names: str, **suite: Any) -> None:
     """Registers a suite under each of these values of ``env=``; the keywords are those of :class:`Suite`."""
     _SUITES.update((name, Suite(name=name, **suite)) for name in names)
 
 
 def suites() -> dict[str, Suite]:
     """Every suite by its name."""
-    package = importlib.import_module(__package__)
+    package = sys.modules[__name__.rpartition(".")[0]]
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
-            importlib.import_module(f"{__package__}.{module.name}")
+            importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(_SUITES)
 
 

@@ -1,16 +1,22 @@
 """A patch of pixels that an agent sees and that can be optimised against it."""
 
+from __future__ import annotations
+
 import copy
 import json
 import math
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from torch import nn
 from torch.nn.functional import avg_pool2d
+from torchrl.data import Composite
 from torchrl.envs.transforms import Transform
 
 from ..base.errors import require_positive
@@ -26,18 +32,29 @@ class AdversarialPatch(Transform):
     floats in [0, 1] that carry the gradient of `delta`. In an environment the images keep their dtype. Pixels outside of the
     rectangle stay as they are, to the bit. One corner is drawn for each sequence or episode.
 
-    mode: what the rectangle shows. "direct": clip(delta, 0, 1). "eps": `base` + clip(delta, -eps, eps), an opaque sticker of
-        low contrast. "perturb": the pixels underneath + clip(delta, -eps, eps), and never further from them than eps.
-    base: grey level or colour, in [0, 1]; what "eps" starts from and what the L2 norm of "direct" is measured to.
-    placement: where; "fixed" at (x0, y0), "random" anew in each sequence and episode, "saliency" where
-        :meth:`place_by_saliency` finds that it matters, inside of `allowed`, a mask [H, W].
-    eot_translations: number of draws over which a loss is averaged (expectation over transformation), each shifted by at most
-        `eot_max_shift` pixels and brightened by at most `eot_max_brightness`; 0 is one draw, as it is. Environments show
-        the patch as it is.
-    quantize: to 8 bits, as environments do, with a straight-through gradient.
-    onset: the first step of an episode at which an environment shows the patch.
-    seed: of the first `delta` and of all draws. In a `ParallelEnv` give each worker's patch its own.
+    Args:
+        patch_hw: Height and width in pixels.
+        mode: What the rectangle shows. ``"direct"``: clip(delta, 0, 1). ``"eps"``: `base` + clip(delta, -eps, eps), an
+            opaque sticker of low contrast. ``"perturb"``: the pixels underneath + clip(delta, -eps, eps), and never
+            further from them than eps.
+        eps: The bound of the last two.
+        base: Grey level or colour in [0, 1]: what ``"eps"`` starts from, and the origin of the L2 norm of ``"direct"``.
+        placement: ``"fixed"`` is at (x0, y0), ``"random"`` anew in each sequence and episode, ``"saliency"`` where
+            :meth:`place_by_saliency` finds that it matters.
+        x0: Left edge of a fixed patch.
+        y0: Its top edge.
+        allowed: Mask ``[H, W]`` that saliency stays inside of.
+        eot_translations: Number of draws over which a loss is averaged (expectation over transformation); 0 is one, as
+            it is. Environments show the patch as it is.
+        eot_max_shift: Pixels by which a draw is shifted at most.
+        eot_max_brightness: By how much a draw is brightened at most.
+        quantize: To 8 bits, as environments do, with a straight-through gradient.
+        onset: The first step of an episode at which an environment shows the patch.
+        channels: Of the images.
+        pixels_key: Where they are.
+        seed: Of the first `delta` and of all draws. In a `ParallelEnv` give each worker's patch its own.
 
+    Example:
         env = TransformedEnv(make_dmc("walker_walk", seed=0, from_pixels=True), AdversarialPatch.load("patch.npz"))
 
     >>> from tensordict import TensorDict
@@ -48,10 +65,16 @@ class AdversarialPatch(Transform):
     tensor([4.])
     """
 
+    low: torch.Tensor
+    high: torch.Tensor
+    colour: torch.Tensor
+    found: torch.Tensor | None
+    allowed: torch.Tensor | None
+
     def __init__(
-        self, patch_hw=(16, 16), *, mode="direct", eps=None, base=0.5, placement="bottom_center", x0=None, y0=None,
-        allowed=None, eot_translations=0, eot_max_shift=2, eot_max_brightness=0.0, quantize=True, onset=0, channels=3,
-        pixels_key="pixels", seed=0,
+        self, patch_hw: Sequence[int]=(16, 16), *, mode: str="direct", eps: float | None=None, base: float | Sequence[float]=0.5, placement: str="bottom_center", x0: int | None=None, y0: int | None=None,
+        allowed: Any=None, eot_translations: int=0, eot_max_shift: int=2, eot_max_brightness: float=0.0, quantize: bool=True, onset: int=0, channels: int=3,
+        pixels_key: str="pixels", seed: int=0,
     ):  # fmt: skip
         super().__init__(in_keys=[pixels_key], out_keys=[pixels_key])
         height, width = patch_hw
@@ -76,7 +99,7 @@ class AdversarialPatch(Transform):
         for name, value in dict(eot_translations=eot_translations, eot_max_shift=eot_max_shift, onset=onset).items():
             _require(isinstance(value, int) and value >= 0, f"{name}={value} must be a whole number, not negative.")
         _require(0 <= eot_max_brightness <= 1, f"eot_max_brightness={eot_max_brightness} must lie in [0, 1].")
-        self.settings = dict(
+        self.settings: dict[str, Any] = dict(
             patch_hw=[height, width], mode=mode, eps=eps, base=colour.tolist(), placement=placement, x0=x0, y0=y0,
             eot_translations=eot_translations, eot_max_shift=eot_max_shift, eot_max_brightness=eot_max_brightness,
             quantize=quantize, onset=onset, channels=channels, pixels_key=pixels_key, seed=seed,
@@ -89,7 +112,9 @@ class AdversarialPatch(Transform):
             low, high = torch.zeros(channels), torch.ones(channels)
         else:
             # On the 8-bit grid, so that rounding cannot leave the bound.
-            bound = torch.full((channels,), math.floor(eps * 255 + 1e-4) / 255 if mode == "perturb" else eps)
+            bound = torch.full(
+                (channels,), math.floor((eps or 0) * 255 + 1e-4) / 255 if mode == "perturb" else eps or 0.0
+            )
             low, high = (-bound, bound) if mode == "perturb" else (-torch.minimum(bound, colour), bound)
             high = torch.minimum(high, 1 - colour) if mode == "eps" else high
         middle, spread = (low + high) / 2, (high - low) / 4  # U[0.25, 0.75] in the mode "direct"
@@ -100,35 +125,38 @@ class AdversarialPatch(Transform):
         self.register_buffer("allowed", None if allowed is None else torch.as_tensor(allowed, dtype=torch.bool))
         self.register_buffer("heat", None)  # [H, W]
         self.register_buffer("found", None)  # the corner that saliency chose
-        self._corners = self._steps = None  # of the episodes under way
+        self._corners: Any = None  # of the episodes under way
+        self._steps: Any = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"AdversarialPatch({self.patch_hw[0]}x{self.patch_hw[1]}, {self.mode!r}, {self.placement!r})"
 
     # -- what it shows
 
-    def content(self):
+    def content(self) -> torch.Tensor:
         """[ph, pw, C]: delta within its bounds, on `colour` in the mode "eps"."""
         clipped = torch.minimum(torch.maximum(self.delta, self.low), self.high)
         return self.colour + clipped if self.mode == "eps" else clipped
 
     @torch.no_grad()
-    def project_(self):
+    def project_(self) -> None:
         """Takes delta back into its bounds, after a step of an optimiser."""
         self.delta.copy_(torch.minimum(torch.maximum(self.delta, self.low), self.high))
 
-    def total_variation(self):
+    def total_variation(self) -> torch.Tensor:
         """Mean |difference| of neighbours, vertical plus horizontal."""
         content = self.content()
         steps = (content.diff(dim=0), content.diff(dim=1))
         return sum(step.abs().sum() / max(step.numel(), 1) for step in steps)
 
-    def l2(self):
+    def l2(self) -> torch.Tensor:
         """Mean square of what the patch adds to the pixels, or to `base`."""
         content = self.content()
         return (content if self.mode == "perturb" else content - self.colour).square().mean()
 
-    def paste(self, pixels, corners, brightness=None):
+    def paste(
+        self, pixels: torch.Tensor, corners: torch.Tensor, brightness: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Images [N, ..., C, H, W], bytes or floats in [0, 1], with the patch, as floats; one corner (y, x) each [N, 2]."""
         image = pixels if pixels.is_floating_point() else pixels / 255
         height, width = self.patch_hw
@@ -158,7 +186,7 @@ class AdversarialPatch(Transform):
 
     # -- where it shows it
 
-    def corners(self, count, image_hw):
+    def corners(self, count: int, image_hw: Sequence[int]) -> torch.Tensor:
         """One corner (y, x) for each of `count` sequences, int64 [count, 2]."""
         self.check_image((self.settings["channels"], *image_hw))
         room_y, room_x = (side - patch for side, patch in zip(image_hw, self.patch_hw, strict=True))
@@ -180,7 +208,7 @@ class AdversarialPatch(Transform):
             }[self.placement]
         return torch.tensor(corner, device=self.delta.device).repeat(count, 1)
 
-    def views(self, count, image_hw):
+    def views(self, count: int, image_hw: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """The draws (corners [count, 2], brightness [count] or None) that a loss is averaged over."""
         draws, shift, brightness = self.eot
         corners = self.corners(count, image_hw)
@@ -194,7 +222,7 @@ class AdversarialPatch(Transform):
             views.append((shifted.clamp_min(0).minimum(room).to(corners.device), brighter.to(corners.device)))
         return views
 
-    def place_by_saliency(self, heat):
+    def place_by_saliency(self, heat: torch.Tensor) -> None:
         """Chooses the corner below which `heat` [H, W] has the largest mean, and keeps the map."""
         _require(self.placement == "saliency", f"placement={self.placement!r} is not chosen by saliency.")
         self.check_image((self.settings["channels"], *heat.shape))
@@ -213,7 +241,7 @@ class AdversarialPatch(Transform):
         self.heat = heat.detach().float().clone()
         self.found = torch.tensor([index // mean.shape[1], index % mean.shape[1]], device=self.delta.device)
 
-    def showing(self, delta):
+    def showing(self, delta: torch.Tensor) -> AdversarialPatch:
         """A patch of the same size, bounds and place that shows something else."""
         other = copy.deepcopy(self)
         with torch.no_grad():
@@ -221,16 +249,16 @@ class AdversarialPatch(Transform):
         other.project_()
         return other
 
-    def reseed(self, seed):
+    def reseed(self, seed: int) -> None:
         """Draws begin anew, as those of a patch made with this seed."""
         self.seed, self.draws = int(seed), 0
 
-    def _generator(self):
+    def _generator(self) -> torch.Generator:
         # A new one for each draw: a generator of torch's own cannot be sent to another process.
         self.draws += 1
         return torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)
 
-    def check_image(self, shape):
+    def check_image(self, shape: Sequence[Any]) -> None:
         """Refuses images [C, H, W] that this patch does not fit."""
         channels, *sides = shape
         _require(
@@ -249,7 +277,7 @@ class AdversarialPatch(Transform):
 
     # -- the transform
 
-    def forward(self, tensordict):
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The images of a batch [N, ...], at the root and below "next", as floats that carry gradients."""
         (key,) = self.in_keys
         keys = [each for each in (key, ("next", key)) if tensordict.get(each, None) is not None]
@@ -263,7 +291,7 @@ class AdversarialPatch(Transform):
             tensordict.set(each, self.paste(pixels, corners))
         return tensordict
 
-    def _reset(self, tensordict, tensordict_reset):
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         pixels = self._pixels(tensordict_reset)
         begins = tensordict.get("_reset", None)
         batch = pixels.shape[:-3]
@@ -276,14 +304,14 @@ class AdversarialPatch(Transform):
         self._corners, self._steps = corners, steps
         return self._show(tensordict_reset)
 
-    def _step(self, tensordict, next_tensordict):
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         if self._steps is None:  # stepped from a TensorDict of the caller's own
             self._reset(tensordict, next_tensordict.copy())
         self._steps = self._steps + 1
         return self._show(next_tensordict)
 
     @torch.no_grad()
-    def _show(self, tensordict):
+    def _show(self, tensordict: TensorDictBase) -> TensorDictBase:
         pixels = self._pixels(tensordict)
         patched = self.paste(pixels.to(self.delta.device), self._corners).to(pixels.device)
         if not pixels.is_floating_point():
@@ -291,11 +319,11 @@ class AdversarialPatch(Transform):
         shown = (self._steps >= self.onset).reshape(*self._steps.shape, 1, 1, 1).to(pixels.device)
         return tensordict.set(self.in_keys[0], torch.where(shown, patched, pixels))
 
-    def transform_observation_spec(self, observation_spec):
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         self.check_image(self._pixels(observation_spec).shape[-3:])
         return observation_spec
 
-    def _pixels(self, entries):
+    def _pixels(self, entries: Any) -> Any:
         (key,) = self.in_keys
         pixels = entries.get(key, None)
         _require(
@@ -306,7 +334,7 @@ class AdversarialPatch(Transform):
 
     # -- on disk
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> Path:
         """Writes everything that it is, as an archive of plain arrays: nothing in it is executed when it is loaded."""
         path = Path(path)
         _require(path.suffix == ".npz", f"path={path} must end in .npz.")
@@ -319,7 +347,7 @@ class AdversarialPatch(Transform):
         return path
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | os.PathLike) -> AdversarialPatch:
         """What :meth:`save` wrote: the same pixels, placement, bounds and draws."""
         try:
             with np.load(path, allow_pickle=False) as archive:
@@ -337,6 +365,6 @@ class AdversarialPatch(Transform):
         return patch
 
 
-def _require(holds, otherwise):
+def _require(holds: Any, otherwise: str) -> None:
     if not holds:
         raise ValueError(otherwise)

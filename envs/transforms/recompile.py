@@ -2,11 +2,16 @@
 
 Which masses are given and which follow from a density stands in the XML and no longer in the compiled model. So the
 edited XML is compiled, and what comes out different is carried over into the environment's own model: all the rest,
-a target the task has moved or a gravity the user has set, stays. What an edit and a part are is said in `subtle.py`.
+a target the task has moved or a gravity the user has set, stays.
 """
+
+from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torchrl.envs import DMControlEnv
@@ -20,6 +25,47 @@ NUMBERS = {"PLANE": 2, "SPHERE": 1, "CAPSULE": 2, "CYLINDER": 2, "ELLIPSOID": 3,
 STATISTICS = ("center", "extent", "meaninertia", "meanmass", "meansize")
 
 
+@dataclass
+class Edit:
+    """What one DMCSubtle does: names by kind, the factor, and perhaps the size that it is the factor of."""
+
+    names: dict
+    shrink: float
+    size: float | None
+    frozen: bool
+
+    def __str__(self) -> str:
+        how = "frozen" if self.frozen else "official"
+        return f"{describe(self.names)} shrunk to {self.shrink:.4g} of the size, physics={how!r}"
+
+
+@dataclass
+class Part:
+    """The numbers of one thing's size in a compiled model."""
+
+    edit: Edit
+    field: str
+    index: int
+    numbers: np.ndarray
+
+    def read(self, model: Any) -> np.ndarray:
+        return getattr(model, self.field)[self.index : self.index + 1][self.numbers]  # a copy
+
+    def write(self, model: Any, sizes: Any) -> None:
+        getattr(model, self.field)[self.index : self.index + 1][self.numbers] = sizes
+
+    def shrink(self, model: Any) -> None:
+        self.write(model, self.small(self.read(model)))
+
+    def small(self, sizes: Any) -> np.ndarray:
+        return (sizes if self.edit.size is None else np.full_like(sizes, self.edit.size)) * self.edit.shrink
+
+
+def describe(names: Mapping[str, Sequence[str]]) -> str:
+    """What is named, by kind, for a message."""
+    return ", ".join(f"{kind} {name!r}" for kind, group in names.items() for name in group)
+
+
 class _Source(Exception):
     """The (XML, assets) that a physics was about to be compiled from."""
 
@@ -27,12 +73,12 @@ class _Source(Exception):
 _listening = threading.Lock()
 
 
-def domain_of(physics):
+def domain_of(physics: Any) -> str | None:
     modules = [kind.__module__ for kind in type(physics).__mro__]
     return next((module.split(".")[2] for module in modules if module.startswith("dm_control.suite.")), None)
 
 
-def sources_of(env, domain):
+def sources_of(env: Any, domain: str | None) -> list[tuple[Any, Any]]:
     """The (XML, assets) from which an environment of the suite may have been compiled; dm_control keeps none of them.
 
     To begin building the task again, and to listen, works also for the tasks that put their XML together in Python.
@@ -43,7 +89,7 @@ def sources_of(env, domain):
     tasks = [env.task_name] if isinstance(env, DMControlEnv) else suite.TASKS_BY_DOMAIN.get(domain, ())
     ordinary, thread, sources = vars(MjModel)["from_xml_string"], threading.get_ident(), {}
 
-    def listen(xml_string, assets=None):
+    def listen(xml_string, assets: Mapping[str, str | bytes] | None = None) -> Any:
         if threading.get_ident() != thread:
             return ordinary.__func__(MjModel, xml_string, assets=assets)
         raise _Source(xml_string, assets)
@@ -61,7 +107,9 @@ def sources_of(env, domain):
     return list(sources.values())
 
 
-def nearest_source(sources, model, edits):
+def nearest_source(
+    sources: Sequence[tuple[Any, Any]], model: Any, edits: Sequence[Edit]
+) -> tuple[tuple[Any, Any], Any]:
     """The source that compiles to `model`, apart from what a task sets in it, and what the source compiles to."""
     compiled = [compile_edited(source, edits)[0] for source in sources]
     distances = [distance(model, other) for other in compiled]
@@ -76,7 +124,7 @@ def nearest_source(sources, model, edits):
     return sources[best], compiled[best]
 
 
-def compile_edited(source, edits):
+def compile_edited(source: tuple[Any, Any], edits: Sequence[Edit]) -> tuple[Any, list[tuple[str, int]]]:
     """The model compiled from an edited XML, and the fields and indices of what the last edit touched."""
     import mujoco
 
@@ -98,7 +146,7 @@ def compile_edited(source, edits):
     return model, [(SIZES[kind], element.id) for kind, element in (touched or [[]])[-1]]
 
 
-def _shrink_spec(spec, edit):
+def _shrink_spec(spec: Any, edit: Edit) -> list:
     """Multiply the sizes that an edit names in a parsed XML; gives the (kind, element) it touched."""
     elements = {"geom": spec.geoms, "site": spec.sites, "tendon": spec.tendons}
     known = {kind: {element.name: [(kind, element)] for element in elements[kind] if element.name} for kind in elements}
@@ -128,7 +176,7 @@ def _shrink_spec(spec, edit):
     return touched
 
 
-def _mesh(spec, geom, shape, edit, touched):
+def _mesh(spec: Any, geom: Any, shape: str, edit: Edit, touched: list) -> str:
     """The mesh a geom has its size from; refused where shrinking that shrinks not this geom, or not this alone."""
     others = [other.name for other in spec.geoms if other.meshname == geom.meshname and ("geom", other) not in touched]
     if shape == "MESH" and not edit.frozen and not others:
@@ -142,7 +190,7 @@ def _mesh(spec, geom, shape, edit, touched):
     raise ValueError(f"DMCSubtle cannot change the size of the geom {geom.name!r}: {reason}.")
 
 
-def adopt(physics, before, after, parts):
+def adopt(physics: Any, before: Any, after: Any, parts: Iterable[Part]) -> None:
     """Carry over what differs between two compiled models; sizes shrink from what they are, not from the XML's."""
     model = physics.model.ptr
     old, new, now = _numbers(before), _numbers(after), _numbers(model)
@@ -164,18 +212,18 @@ def adopt(physics, before, after, parts):
     physics._reload_from_data(physics.data)  # computes what depends on the model, and drops the renderer's copy of it
 
 
-def _numbers(model):
+def _numbers(model: Any) -> dict[str, np.ndarray]:
     """The arrays of a compiled model, by name, and copies of its statistics."""
     values = {name: getattr(model, name) for name in dir(model) if not name.startswith("_")}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     return arrays | {name: np.array(getattr(model.stat, name)) for name in STATISTICS}
 
 
-def _differ(left, right):
+def _differ(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return (left != right) & ~((left != left) & (right != right))  # NaN equals NaN
 
 
-def distance(model, other):
+def distance(model: Any, other: Any) -> float:
     """How many numbers differ between two compiled models; infinity for models that are not alike."""
     left, right = _numbers(model), _numbers(other)
     if model.names != other.names or any(left[name].shape != right[name].shape for name in left):
@@ -186,7 +234,7 @@ def distance(model, other):
 # -- what a user is told ----------------------------------------------------------------------------------------------
 
 
-def _unknown_name(kind, name, known):
+def _unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> ValueError:
     elsewhere = [
         f" There is a {other} of that name: {KINDS[other]}={name!r}." for other in known if name in known[other]
     ]

@@ -1,7 +1,13 @@
 """Camera images of dm_control's physics."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
 import torch
-from torchrl.data import Bounded
+from tensordict import TensorDictBase
+from torchrl.data import Bounded, Composite
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Transform
 
@@ -15,26 +21,26 @@ class RenderPixels(Transform):
     which takes most of a step's time.
     """
 
-    def __init__(self, size=64, camera=0):
+    def __init__(self, size: int = 64, camera: int | str | None = 0):
         super().__init__(out_keys=["pixels"])
         self.size, self.camera = size, camera
 
-    def _call(self, next_tensordict):
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         env = self.parent
         while isinstance(env, TransformedEnv):
             env = env.base_env
         pixels = render_pixels(env._env.physics, self.size, self.camera)
         return next_tensordict.set("pixels", torch.from_numpy(pixels))
 
-    def _reset(self, tensordict, tensordict_reset):
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         return self._call(tensordict_reset)
 
-    def transform_observation_spec(self, observation_spec):
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         observation_spec["pixels"] = Bounded(0, 255, (3, self.size, self.size), dtype=torch.uint8)
         return observation_spec
 
 
-def render_pixels(physics, size, camera):
+def render_pixels(physics: Any, size: int, camera: int | str | None) -> np.ndarray:
     """One camera image of a dm_control physics as a uint8 array [3, size, size]."""
     cameras = [physics.model.id2name(index, "camera") for index in range(physics.model.ncam)]
     if camera not in cameras and camera not in range(-1, len(cameras)):  # -1 is the free camera

@@ -4,18 +4,33 @@
 others. The paper's tasks as a suite are in `suites/dmc_subtle.py`.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Transform
 
 from ..base.errors import nearest, unknown_task
-from .recompile import KINDS, adopt, compile_edited, distance, domain_of, nearest_source, sources_of
+from .recompile import (
+    KINDS,
+    Edit,
+    Part,
+    adopt,
+    compile_edited,
+    describe,
+    distance,
+    domain_of,
+    nearest_source,
+    sources_of,
+)
 
 
 @dataclass(frozen=True)
@@ -40,17 +55,23 @@ OFFICIAL = {
 class DMCSubtle(Transform):
     """Shrinks things in a DeepMind Control environment, however it is rendered; its specs stay as they are.
 
-    The image's size is the environment's, and TorchRL's default is 240x320: the paper's is `RenderPixels(64)`. The environment itself changes when it gets this transform, also for whoever holds it without. Reset it next.
+    The environment keeps its image size: TorchRL's default is 240x320, and the paper's is `RenderPixels(64)`. The transform
+    changes the environment itself. Reset the environment next.
 
-    task: one of the paper's five; None is the one of the environment's domain. Or, instead of a task, what shrinks:
-        geoms, sites, tendons, default classes (their geoms and sites) of the environment's XML, one name or several.
-    shrink: what sizes are multiplied by, a number in (0, 1] or a fraction such as "1/20". None is the paper's size,
-        also where the environment has an easier task of the same domain, with a bigger target.
-    physics: "official" compiles the edited XML as the paper does: masses, inertias and the rewarded region change too.
-        "frozen" shrinks only what is seen; states and rewards stay as they were, to the bit.
-    xml, assets: what the environment was compiled from. Not needed for the tasks of the suite.
+    Args:
+        task: One of the paper's five; ``None`` is the one of the environment's domain. What shrinks can be named instead.
+        geoms: Names in the environment's XML, one or several.
+        sites: The same.
+        tendons: The same.
+        classes: Default classes, with all their geoms and sites.
+        shrink: What sizes are multiplied by, a number in (0, 1] or a fraction such as ``"1/20"``. ``None`` is the paper's
+            size, also where the environment has an easier task of the same domain, with a bigger target.
+        physics: ``"official"`` compiles the edited XML as the paper does: masses, inertias and the rewarded region change
+            too. ``"frozen"`` shrinks only what is seen; states and rewards stay the same, to the bit.
+        xml: What the environment was compiled from. Not needed for the tasks of the suite.
+        assets: The files that the XML includes.
 
-    Example: the paper's reacher, and another task with a small target.
+    Example:
         >>> from r2dreamer.envs import DMCSubtle, RenderPixels
         >>> from torchrl.envs import Compose, DMControlEnv, TransformedEnv
         >>> env = DMControlEnv("reacher", "hard", frame_skip=2)
@@ -61,8 +82,8 @@ class DMCSubtle(Transform):
     """
 
     def __init__(
-        self, task=None, *, geoms=(), sites=(), tendons=(), classes=(), shrink=None, physics="official", xml=None,
-        assets=None,
+        self, task: str | None=None, *, geoms: str | Sequence[str]=(), sites: str | Sequence[str]=(), tendons: str | Sequence[str]=(), classes: str | Sequence[str]=(), shrink: float | str | None = None, physics: Any="official", xml: str | None=None,
+        assets: Mapping[str, str | bytes] | None=None,
     ):  # fmt: skip
         super().__init__()
         if task is not None and task not in OFFICIAL:
@@ -71,7 +92,7 @@ class DMCSubtle(Transform):
         names = {kind: [names] if isinstance(names, str) else list(names) for kind, names in given.items()}
         if names and (task is not None or shrink is None):
             raise ValueError(
-                f"DMCSubtle names {_said(names)} and has task={task!r}, shrink={shrink!r}. Names go with a shrink, such "
+                f"DMCSubtle names {describe(names)} and has task={task!r}, shrink={shrink!r}. Names go with a shrink, such "
                 'as shrink=1/20, and without a task: a task, such as DMCSubtle("reacher"), brings its own names.'
             )
         if physics not in ("official", "frozen"):
@@ -82,11 +103,11 @@ class DMCSubtle(Transform):
         self.task, self.names, self.shrink, self.physics = task, names, _fraction(shrink), physics
         self.source = None if xml is None else (xml, assets)
 
-    def __repr__(self):
-        what = _said(self.names) or f"task={self.task!r}"
+    def __repr__(self) -> str:
+        what = describe(self.names) or f"task={self.task!r}"
         return f"{type(self).__name__}({what}, shrink={self.shrink}, physics={self.physics!r})"
 
-    def set_container(self, container):
+    def set_container(self, container: Any) -> None:
         super().set_container(container)
         env = container
         while isinstance(env, Transform):  # a Compose, perhaps not on an environment yet: then this is called again
@@ -98,7 +119,7 @@ class DMCSubtle(Transform):
             env = env.base_env
         self.put_on(env)
 
-    def put_on(self, env):
+    def put_on(self, env: Any) -> None:
         """Shrink what is to be shrunk in an environment that holds one of dm_control's."""
         physics = getattr(vars(env).get("_env"), "physics", None)
         if physics is None:
@@ -114,7 +135,7 @@ class DMCSubtle(Transform):
         shrunk.add(self._edit(domain), physics, [self.source] if self.source else sources_of(env, domain))
         task.initialize_episode = shrunk
 
-    def _edit(self, domain):
+    def _edit(self, domain: str | None) -> Edit:
         frozen = self.physics == "frozen"
         if self.names:
             return Edit(self.names, self.shrink, None, frozen)
@@ -136,50 +157,14 @@ class DMCSubtle(Transform):
 # -- what is shrunk, while episodes run -------------------------------------------------------------------------------
 
 
-@dataclass
-class Edit:
-    """What one DMCSubtle does: names by kind, the factor, and perhaps the size that it is the factor of."""
-
-    names: dict
-    shrink: float
-    size: float | None
-    frozen: bool
-
-    def __str__(self):
-        how = "frozen" if self.frozen else "official"
-        return f"{_said(self.names)} shrunk to {self.shrink:.4g} of the size, physics={how!r}"
-
-
-@dataclass
-class Part:
-    """The numbers of one thing's size in a compiled model."""
-
-    edit: Edit
-    field: str
-    index: int
-    numbers: np.ndarray
-
-    def read(self, model):
-        return getattr(model, self.field)[self.index : self.index + 1][self.numbers]  # a copy
-
-    def write(self, model, sizes):
-        getattr(model, self.field)[self.index : self.index + 1][self.numbers] = sizes
-
-    def shrink(self, model):
-        self.write(model, self.small(self.read(model)))
-
-    def small(self, sizes):
-        return (sizes if self.edit.size is None else np.full_like(sizes, self.edit.size)) * self.edit.shrink
-
-
 class Shrunk:
     """What is shrunk in one environment. It takes the place of its task's `initialize_episode`."""
 
-    def __init__(self, begin):
+    def __init__(self, begin: Callable):
         self.begin = begin
         self.parts, self.edits = {}, []
 
-    def __call__(self, physics):
+    def __call__(self, physics: Any) -> None:
         parts = [part for part in self.parts.values() if not part.edit.frozen]
         sizes = [part.read(physics.model) for part in parts]
         marks = [np.nextafter(size, np.inf) for size in sizes]  # which no task sets, though it may set what is there
@@ -191,7 +176,7 @@ class Shrunk:
             part.write(physics.model, np.where(now == mark, size, part.small(now)))
         self.render_small(physics)
 
-    def add(self, edit, physics, sources):
+    def add(self, edit: Edit, physics: Any, sources: Sequence[tuple[Any, Any]]) -> None:
         if any(part.edit == edit for part in self.parts.values()):
             return  # as when TorchRL puts a clone on the environment, to give a later transform its parent
         source, before = nearest_source(sources, physics.model.ptr, self.edits)
@@ -203,21 +188,21 @@ class Shrunk:
                 "environment for another size."
             )
         # Which numbers are a size shows at any shrink: what is frozen need not compile with the mass of a small one.
-        probe = replace(edit, shrink=0.5) if edit.frozen else edit
-        after, touched = compile_edited(source, [*self.edits, probe])
+        trial = replace(edit, shrink=0.5) if edit.frozen else edit
+        after, touched = compile_edited(source, [*self.edits, trial])
         if distance(before, after) == math.inf:
             raise ValueError(f"DMCSubtle cannot make {edit}: the smaller mesh compiles to another number of faces.")
         parts = {}
         for field, index in touched:
             old, new = (getattr(model, field)[index : index + 1] for model in (before, after))
-            parts[field, index] = Part(edit, field, index, (old != new) & (old * probe.shrink == new))
+            parts[field, index] = Part(edit, field, index, (old != new) & (old * trial.shrink == new))
         if not edit.frozen:
             adopt(physics, before, after, parts.values())
             self.edits.append(edit)
         self.parts |= parts
         self.render_small(physics)
 
-    def render_small(self, physics):
+    def render_small(self, physics: Any) -> None:
         """Have a physics render what is frozen small; it forgets that when it is pickled, so every episode says it."""
         if not isinstance(physics.render, SmallRender) and any(part.edit.frozen for part in self.parts.values()):
             physics.render = SmallRender(physics, self)
@@ -226,10 +211,10 @@ class Shrunk:
 class SmallRender:
     """A physics' `render`; what is frozen is small only while it runs."""
 
-    def __init__(self, physics, shrunk):
+    def __init__(self, physics: Any, shrunk: Shrunk):
         self.render, self.physics, self.shrunk = physics.render, physics, shrunk
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.physics.model
         parts = [part for part in self.shrunk.parts.values() if part.edit.frozen]
         sizes = [part.read(model) for part in parts]
@@ -245,7 +230,7 @@ class SmallRender:
 # -- what a user is told ----------------------------------------------------------------------------------------------
 
 
-def _fraction(shrink):
+def _fraction(shrink: float | str | None) -> float | None:
     if shrink is None:
         return None
     try:
@@ -258,7 +243,3 @@ def _fraction(shrink):
             "multiplied by it, so a third of the size is shrink=1/3."
         )
     return float(number)
-
-
-def _said(names):
-    return ", ".join(f"{kind} {name!r}" for kind, group in names.items() for name in group)

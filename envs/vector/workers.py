@@ -1,8 +1,10 @@
-"""Worker processes that step environments and say how they ended, and the parent's end, which listens.
+"""A pool of worker processes that step environments.
 
-The rows of all environments lie in one piece of shared memory (`players.Arrays`); through a pipe go only a letter and,
+The rows of all environments lie in one piece of shared memory (`steppers.SharedArrays`). A pipe carries only one letter and,
 where needed, numbers or seeds. A worker that dies or hangs becomes a `WorkerError` that names the environment it was at.
 """
+
+from __future__ import annotations
 
 import contextlib
 import faulthandler
@@ -19,31 +21,35 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torchrl.envs import EnvBase
 
 from ..base.errors import WorkerError
 from ..base.gl import hanging_gl
-from .players import Arrays, Squad
+from .steppers import LocalPool, SharedArrays
 
-STEP, BEGIN, SEED, CLOSE = b"s", b"b", b"n", b"c"  # what a worker is asked; numbers or seeds may follow
-DONE, FAILED = b"d", b"f"  # what it answers
+STEP, RESET, SEED, CLOSE = b"s", b"r", b"n", b"c"  # requests; numbers or seeds may follow
+DONE, FAILED = b"d", b"f"  # replies
 FOLDER = "r2dreamer-workers-"
 
 
-def start_fork_server():
+def start_fork_server() -> None:
     """Start the clean process from which workers are forked, with everything slow already imported."""
     multiprocessing.set_forkserver_preload(["r2dreamer.envs.vector.workers"])
     # TorchRL imports MuJoCo, which opens the EGL display at once if MUJOCO_GL says so: a GL driver does not survive
     # being forked. The server therefore does not know of MUJOCO_GL; each worker is told.
     gl = os.environ.pop("MUJOCO_GL", None)
     try:
-        with hang_up_ignored():
+        with sighup_ignored():
             forkserver.ensure_running()
     finally:
         if gl is not None:
@@ -51,8 +57,8 @@ def start_fork_server():
 
 
 @contextlib.contextmanager
-def hang_up_ignored():
-    """Processes started in here, and theirs, ignore what a closed terminal sends to all: that is for the trainer."""
+def sighup_ignored() -> Iterator[None]:
+    """Processes started in here, and theirs, ignore the signal of a closed terminal, which is for the trainer."""
     if threading.current_thread() is not threading.main_thread():  # which alone can set signals
         yield
         return
@@ -67,22 +73,22 @@ def hang_up_ignored():
 
 
 @dataclass
-class Post:
-    """What a worker builds, and the files in which it leaves word: which environment it is at, and how it ended."""
+class WorkerTask:
+    """What a worker builds, and the files in which it writes the environment it is at and how it ended."""
 
-    factory: object
-    seeds: dict  # number of the environment -> seed
+    factory: Callable[..., EnvBase]
+    seeds: dict[int, int]  # number of the environment -> seed
     progress: Path
     report: Path
     gl: str | None
 
 
-class Gone(Exception):
-    """The trainer is; an EOFError of the environment's own is an error like any other."""
+class TrainerGone(Exception):
+    """The trainer closed its end of the pipe; an environment's own EOFError is an error like any other."""
 
 
-def end_with_trainer(life):
-    """Has the system end this process, also in a step that hangs, when the trainer's end of this pipe is closed."""
+def exit_with_trainer(life: Connection) -> None:
+    """Has the system end this process, also in a step that hangs, when the trainer's end of this pipe closes."""
     signal.signal(signal.SIGIO, signal.SIG_DFL)  # which ends the process
     fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
@@ -90,45 +96,45 @@ def end_with_trainer(life):
         os._exit(0)
 
 
-def work(post, channel, life):
-    """The life of a worker."""
-    end_with_trainer(life)
-    if post.gl is not None:
-        os.environ["MUJOCO_GL"] = post.gl
-    file = post.report.open("w", buffering=1)
+def run_worker(task: WorkerTask, channel: Connection, life: Connection) -> None:
+    """The main function of a worker process."""
+    exit_with_trainer(life)
+    if task.gl is not None:
+        os.environ["MUJOCO_GL"] = task.gl
+    file = task.report.open("w", buffering=1)
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes its workers
     torch.set_num_threads(1)
-    progress = np.memmap(post.progress, np.int64, "r+")
+    progress = np.memmap(task.progress, np.int64, "r+")
 
-    def at(number):
+    def on_turn(number: int) -> None:
         progress[0] = number
 
-    def exchange(call, *message):
+    def exchange(call: Callable, *message: bytes) -> Any:
         try:
             return call(*message)
         except (EOFError, OSError) as error:
-            raise Gone from error
+            raise TrainerGone from error
 
-    answer, ask = partial(exchange, channel.send_bytes), partial(exchange, channel.recv_bytes)
+    reply, receive = partial(exchange, channel.send_bytes), partial(exchange, channel.recv_bytes)
 
     try:
-        squad = Squad(post.factory, post.seeds, at)
-        answer(DONE + pickle.dumps(squad.describe()))
-        memory, layout, count = pickle.loads(ask())
-        squad.attach(Arrays.allocate(layout, count, np.memmap(memory, np.uint8, "r+")))
-        answer(DONE)
-        while (asked := ask()) != CLOSE:
-            if asked == STEP:
-                squad.step()
-            elif asked[:1] == BEGIN:
-                squad.begin(json.loads(asked[1:]))
+        pool = LocalPool(task.factory, task.seeds, on_turn)
+        reply(DONE + pickle.dumps(pool.describe()))
+        memory, layout, count = pickle.loads(receive())
+        pool.attach(SharedArrays.allocate(layout, count, np.memmap(memory, np.uint8, "r+")))
+        reply(DONE)
+        while (request := receive()) != CLOSE:
+            if request == STEP:
+                pool.step()
+            elif request[:1] == RESET:
+                pool.reset(json.loads(request[1:]))
             else:
-                squad.seed({int(number): seed for number, seed in json.loads(asked[1:]).items()})
-            answer(DONE)
-        squad.close()
-    except Gone:
+                pool.seed({int(number): seed for number, seed in json.loads(request[1:]).items()})
+            reply(DONE)
+        pool.close()
+    except TrainerGone:
         os._exit(0)
     except BaseException:
         file.write(traceback.format_exc())
@@ -137,98 +143,108 @@ def work(post, channel, life):
         os._exit(1)  # a broken simulator may hang when it is taken down
 
 
-# -- in the process that listens --------------------------------------------------------------------------------------
+# -- in the trainer's process ----------------------------------------------------------------------------------------
 
 
-class Workers:
-    """`count` processes that share the environments between them. Offers what a `Squad` does."""
+class WorkerPool:
+    """Processes that share the environments between them, with the methods of a `LocalPool`.
 
-    def __init__(self, factory, seeds, count, timeout):
+    Args:
+        factory: Makes one environment, ``factory(seed=seed)``.
+        seeds: One seed for each environment.
+        count: The number of processes.
+        timeout: Seconds to wait for a reply.
+    """
+
+    def __init__(self, factory: Callable[..., EnvBase], seeds: Sequence[int], count: int, timeout: float):
         start_fork_server()
         self.task = getattr(factory, "keywords", {}).get("task") or next(iter(getattr(factory, "args", ())), None)
-        self.seeds, self.patience = dict(enumerate(seeds)), timeout
+        self.seeds, self.timeout = dict(enumerate(seeds)), timeout
         remove_leftovers()
         self.folder = tempfile.TemporaryDirectory(prefix=FOLDER)
         self.lock = lock(self.folder.name)
         numbers = [list(range(len(seeds)))[first::count] for first in range(count)]
-        self.crew = [Member(factory, {number: seeds[number] for number in mine}, self.folder.name) for mine in numbers]
-        self.listening = select.poll()
-        for member in self.crew:
-            self.listening.register(member.channel, select.POLLIN)
-        self.layout, self.specs = pickle.loads(self._hear(self.crew)[0])
-        for member in self.crew:
-            member.built = True
+        self.workers = [
+            Worker(factory, {number: seeds[number] for number in mine}, self.folder.name) for mine in numbers
+        ]
+        self.poller = select.poll()
+        for worker in self.workers:
+            self.poller.register(worker.channel, select.POLLIN)
+        self.layout, self.specs = pickle.loads(self._receive(self.workers)[0])
+        for worker in self.workers:
+            worker.built = True
 
-    def allocate(self):
+    def allocate(self) -> SharedArrays:
         """The rows of all environments, in memory that the workers share."""
-        path = shared_file(Arrays.size_of(self.layout, len(self.seeds)), self.folder.name)
-        for member in self.crew:
-            self._tell(member, pickle.dumps((path, self.layout, len(self.seeds))))
-        self._hear(self.crew)
-        arrays = Arrays.allocate(self.layout, len(self.seeds), np.memmap(path, np.uint8, "r+"))
+        path = shared_file(SharedArrays.size_of(self.layout, len(self.seeds)), self.folder.name)
+        for worker in self.workers:
+            self._send(worker, pickle.dumps((path, self.layout, len(self.seeds))))
+        self._receive(self.workers)
+        arrays = SharedArrays.allocate(self.layout, len(self.seeds), np.memmap(path, np.uint8, "r+"))
         os.unlink(path)  # it lives on as long as somebody has it mapped
         return arrays
 
-    def step(self):
-        for member in self.crew:
-            self._tell(member, STEP)
-        self._hear(self.crew)
+    def step(self) -> None:
+        for worker in self.workers:
+            self._send(worker, STEP)
+        self._receive(self.workers)
 
-    def begin(self, numbers):
-        self._ask(BEGIN, {member: [n for n in member.numbers if n in numbers] for member in self.crew})
+    def reset(self, numbers: Collection[int]) -> None:
+        self._request(RESET, {worker: [n for n in worker.numbers if n in numbers] for worker in self.workers})
 
-    def seed(self, seeds):
-        self._ask(SEED, {m: {n: seeds[n] for n in m.numbers if n in seeds} for m in self.crew})
+    def seed(self, seeds: Mapping[int, int]) -> None:
+        shares = {worker: {n: seeds[n] for n in worker.numbers if n in seeds} for worker in self.workers}
+        self._request(SEED, shares)
         self.seeds |= seeds
 
-    def _ask(self, what, shares):
-        asked = [member for member, share in shares.items() if share]
-        for member in asked:
-            self._tell(member, what + json.dumps(shares[member]).encode())
-        self._hear(asked)
+    def _request(self, request: bytes, shares: Mapping[Worker, Any]) -> None:
+        busy = [worker for worker, share in shares.items() if share]
+        for worker in busy:
+            self._send(worker, request + json.dumps(shares[worker]).encode())
+        self._receive(busy)
 
-    def _tell(self, member, message):
+    def _send(self, worker: Worker, message: bytes) -> None:
         try:
-            member.channel.send_bytes(message)
+            worker.channel.send_bytes(message)
         except OSError:  # it ended between two calls
-            self._fail(member)
+            self._fail(worker)
 
-    def _hear(self, members):
-        """The answers of all of them; waits as long as patience lasts."""
-        waiting = {member.channel.fileno(): member for member in members}
-        answers, deadline = {}, time.monotonic() + self.patience
+    def _receive(self, workers: Sequence[Worker]) -> list[bytes]:
+        """The replies of these workers; waits until the timeout."""
+        waiting = {worker.channel.fileno(): worker for worker in workers}
+        replies, deadline = {}, time.monotonic() + self.timeout
         while waiting:
-            for descriptor, _ in self.listening.poll(1000 * max(0, deadline - time.monotonic())):
-                member = waiting.pop(descriptor, None)
-                if member is None:
+            for descriptor, _ in self.poller.poll(1000 * max(0, deadline - time.monotonic())):
+                worker = waiting.pop(descriptor, None)
+                if worker is None:
                     continue
                 try:
-                    answer = member.channel.recv_bytes()
+                    reply = worker.channel.recv_bytes()
                 except (EOFError, OSError):
-                    answer = FAILED
-                if answer[:1] == FAILED:
-                    self._fail(member)
-                answers[member] = answer[1:]
+                    reply = FAILED
+                if reply[:1] == FAILED:
+                    self._fail(worker)
+                replies[worker] = reply[1:]
             if waiting and time.monotonic() > deadline:
                 self._fail(next(iter(waiting.values())), hangs=True)
-        return [answers[member] for member in members]
+        return [replies[worker] for worker in workers]
 
-    def _fail(self, member, hangs=False):
-        what = f"did not answer within {self.patience:g} seconds"
+    def _fail(self, worker: Worker, hangs: bool = False) -> NoReturn:
+        what = f"did not answer within {self.timeout:g} seconds"
         if hangs:
-            member.dump_stack()
+            worker.dump_stack()
         else:
-            member.process.join(5)
-            what = f"ended ({_describe_exit(member.process.exitcode)})"
-        number = int(member.progress[0])
-        text = member.report.read_text().strip() if member.report.exists() else ""
-        if not member.built:
+            worker.process.join(5)
+            what = f"ended ({_describe_exit(worker.process.exitcode)})"
+        number = int(worker.progress[0])
+        text = worker.report.read_text().strip() if worker.report.exists() else ""
+        if not worker.built:
             what += " while it was built"
         error = WorkerError(
             f"The worker of environment {number} (task {self.task!r}, seed {self.seeds[number]}) {what}. "
             + (f"Its traceback:\n{text}" if text else "It left no traceback.")
         )
-        if not member.report.exists():
+        if not worker.report.exists():
             error.add_note(
                 "In a script of your own, what it runs must stand below `if __name__ == '__main__':`, because every worker "
                 "imports that script first."
@@ -239,32 +255,33 @@ class Workers:
         self.kill()
         raise error
 
-    def pids(self):
-        return [member.process.pid for member in self.crew]
+    def pids(self) -> list[int]:
+        return [worker.process.pid or 0 for worker in self.workers]
 
-    def kill(self):
-        for member in self.crew:
-            member.process.kill()
+    def kill(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
 
-    def close(self):
-        for member in self.crew:
+    def close(self) -> None:
+        for worker in self.workers:
             with contextlib.suppress(OSError):
-                member.channel.send_bytes(CLOSE)
+                worker.channel.send_bytes(CLOSE)
         deadline = time.monotonic() + 5
-        for member in self.crew:
-            member.process.join(max(0, deadline - time.monotonic()))
-            member.process.kill()
-            member.process.join()
-            member.channel.close()
-            member.life.close()
+        for worker in self.workers:
+            worker.process.join(max(0, deadline - time.monotonic()))
+            worker.process.kill()
+            worker.process.join()
+            worker.channel.close()
+            worker.life.close()
         self.folder.cleanup()
-        os.close(self.lock)
+        if self.lock is not None:
+            os.close(self.lock)
 
 
-class Member:
-    """One worker as it is seen from outside."""
+class Worker:
+    """One worker process as the trainer sees it."""
 
-    def __init__(self, factory, seeds, folder):
+    def __init__(self, factory: Callable[..., EnvBase], seeds: dict[int, int], folder: str):
         self.numbers, self.built = list(seeds), False
         self.report, progress = (Path(folder, f"{self.numbers[0]}.{what}") for what in ("traceback", "progress"))
         progress.write_bytes(np.int64(self.numbers[0]).tobytes())
@@ -273,20 +290,20 @@ class Member:
         # worker, which takes seconds of CPU. The fork server imports it once and forks from a clean process.
         context = multiprocessing.get_context("forkserver")
         self.channel, theirs = context.Pipe()
-        post = Post(factory, seeds, progress, self.report, os.environ.get("MUJOCO_GL"))
+        task = WorkerTask(factory, seeds, progress, self.report, os.environ.get("MUJOCO_GL"))
         life, self.life = context.Pipe(duplex=False)
-        self.process = context.Process(target=work, args=(post, theirs, life), daemon=True)
+        self.process = context.Process(target=run_worker, args=(task, theirs, life), daemon=True)
         self.process.start()
-        theirs.close()  # only then is a worker's end heard here
+        theirs.close()  # only then does a worker's end close the pipe here
         life.close()
 
-    def dump_stack(self):
-        if self.process.is_alive():
+    def dump_stack(self) -> None:
+        if self.process.is_alive() and self.process.pid:
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.2)
 
 
-def shared_file(size, folder):
+def shared_file(size: int, folder: str) -> str:
     """A file of `size` bytes, in memory where there is room; `remove_leftovers` finds it by the name of the folder."""
     for path in (f"/dev/shm/{Path(folder).name}", f"{folder}/shared"):
         with contextlib.suppress(OSError):
@@ -303,7 +320,7 @@ def shared_file(size, folder):
     )
 
 
-def lock(folder):
+def lock(folder: str | Path) -> int | None:
     """A descriptor that holds the folder's lock, or None where another process holds it. The system lets go of it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -311,9 +328,10 @@ def lock(folder):
         return descriptor
     except OSError:
         os.close(descriptor)
+        return None
 
 
-def remove_leftovers():
+def remove_leftovers() -> None:
     """Removes what killed processes left: folders of workers that nobody holds the lock of."""
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
@@ -326,7 +344,7 @@ def remove_leftovers():
                 os.close(held)
 
 
-def _describe_exit(code):
+def _describe_exit(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = "; running out of memory is the usual cause" if name == "SIGKILL" else ""

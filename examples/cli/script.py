@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from r2dreamer.envs.base.errors import require_linux
-from r2dreamer.envs.vector.workers import hang_up_ignored
+from r2dreamer.envs.vector.workers import sighup_ignored
 
 from ..settings.schema import check
 from ..settings.targets import SettingError
@@ -40,7 +40,7 @@ def script(config_name: str, foreign: bool = False) -> Callable:
             elif os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())  # a _target_ may be a module of the user's
             leave_with_parent()
-            with hang_up_ignored():  # Python's own helper process, which TorchRL starts
+            with sighup_ignored():  # Python's own helper process, which TorchRL starts
                 resource_tracker.ensure_running()
             with guarded_output(Interrupt.output_lost):
                 compose(main, config_name, cfg)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torchrl.checkpoint import CheckpointError, GlobalRNGState
 
-from r2dreamer.envs.replay.replay import RecordReplay
+from r2dreamer.envs.replay.buffer import RecordReplay
 
 from .journal import CheckedFile, Journal, Segment, check_segment, is_disk_full
 from .manifest import MANIFEST, check_files, copies, name_of, read_manifest, survey, write_manifest

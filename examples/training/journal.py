@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torchrl.checkpoint import CheckpointError
 
-from r2dreamer.envs.replay.replay import RecordReplay
+from r2dreamer.envs.replay.buffer import RecordReplay
 
 OWN_NAME = re.compile(r"\d{8,}-(records|latents)\.bin")
 CHUNK = 1024  # records gathered and written at a time

@@ -109,7 +109,7 @@ class Overlapping(Alternating):
 
     def close(self) -> None:
         if self.begun and not wait([self.begun[0]], timeout=PATIENCE).done:  # nobody waits minutes for a second Ctrl-C
-            self.collector.env.squad.kill()
+            self.collector.env.pool.kill()
         super().close()
         self.thread.shutdown()
 
