@@ -89,27 +89,20 @@ class RecordBuilder:
         is_init = transitions["is_init"]  # [N, k, 1]
         done = nxt["done"]  # [N, k, 1]
         self._refuse_gaps(transitions)
-        action, reward = self._arrive(transitions["action"].float(), nxt["reward"].float(), is_init, done)
+        action, reward = self._with_arrivals(transitions["action"].float(), nxt["reward"].float(), is_init, done)
 
         # A collector writes its next batch into the same memory.
         self._pending_observations = {key: nxt[key][:, -1].clone() for key in self.observation_keys}
 
         # Two slots per transition: its root observation, and the observation that ends the episode.
         mask = torch.stack([torch.ones_like(done), done], 2).squeeze(-1)  # [N, k, 2]
-        place = mask.flatten().cumsum(0).reshape(mask.shape) - 1  # [N, k, 2]
-        last = done.squeeze(-1)  # [N, k]
-        roots, ends, count = place[..., 0].flatten(), place[..., 1][last], int(mask.sum())
 
         def merge(root: torch.Tensor, end: torch.Tensor | None) -> torch.Tensor:
-            dtype = torch.float32 if root.dtype == torch.float64 else root.dtype
-            out = torch.zeros(count, *root.shape[2:], dtype=dtype, device=root.device)
-            out[roots] = root.flatten(0, 1).to(dtype)
-            if end is not None:
-                out[ends] = end[last].to(dtype)
-            return out  # [M, ...]
+            both = torch.stack([root, torch.zeros_like(root) if end is None else end], 2)  # [N, k, 2, ...]
+            return both[mask].to(torch.float32 if root.dtype == torch.float64 else root.dtype)  # [M, ...]
 
-        records = TensorDict({}, batch_size=[count], device=transitions.device)
-        streams = torch.arange(self.num_streams, device=done.device).unsqueeze(1).expand_as(last)  # [N, k]
+        records = TensorDict({}, batch_size=[int(mask.sum())], device=transitions.device)
+        streams = torch.arange(self.num_streams, device=done.device).unsqueeze(1).expand(done.shape[:2])  # [N, k]
         records["stream"] = merge(streams, streams)
         records["action"] = merge(action, transitions["action"].float())
         records["is_init"] = merge(is_init, None)
@@ -139,7 +132,7 @@ class RecordBuilder:
                 "every batch once and in order, and call reset() of this builder when environments are reset."
             )
 
-    def _arrive(
+    def _with_arrivals(
         self, action: torch.Tensor, reward: torch.Tensor, is_init: torch.Tensor, done: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The action and the reward that arrived with each root observation; zeros with an initial one."""
