@@ -1,10 +1,13 @@
 """Several environments at once, in one process or in workers: seeds, equal results, and the name of what fails."""
 
+import errno
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +22,6 @@ from toys import FACTORIES, every_factory, same, trajectory
 
 from r2dreamer.envs import WorkerError, count_workers, env_seeds, make_custom, make_gym, make_vector_env, reseed
 from r2dreamer.envs.base.gl import hanging_gl
-from r2dreamer.envs.vector.workers import FOLDER, lock
 
 
 def test_train_and_eval_seeds_never_meet():
@@ -246,7 +248,7 @@ def factory(seed):
 
 if __name__ == "__main__":
     env = make_vector_env(factory, [1, 2], parallel=True)
-    print(env.pool.folder.name, *env.pool.pids(), flush=True)
+    print(*env.pool.pids(), flush=True)
     env.rollout(5)
 """
 
@@ -259,12 +261,17 @@ def is_running(pid):
         return False
 
 
-def test_workers_in_a_hanging_step_end_with_their_trainer_and_what_is_left_goes_at_the_next_start(tmp_path):
+def test_workers_in_a_hanging_step_end_with_their_trainer_and_leave_no_file(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    left = lambda: [file for folder in ("/dev/shm", tempfile.gettempdir()) for file in Path(folder).glob("*r2dreamer*")]
+    before = left()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, str(tmp_path / "killed.py")]
     trainer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    folder, *pids = trainer.stdout.readline().split()
+    pids = trainer.stdout.readline().split()
     time.sleep(0.5)  # into the step that hangs
     assert all(is_running(pid) for pid in pids)
     trainer.kill()
@@ -273,22 +280,20 @@ def test_workers_in_a_hanging_step_end_with_their_trainer_and_what_is_left_goes_
     while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(is_running(pid) for pid in pids)
+    assert left() == before
 
-    folder = Path(folder)
-    shared = Path("/dev/shm", folder.name)
-    shared.touch()  # as a trainer leaves it that is killed before its workers have mapped it
-    young = folder.with_name(f"{FOLDER}young")
-    young.mkdir(exist_ok=True)
-    mine = make_vector_env(FACTORIES["gym state"], [1], parallel=True)
-    assert folder.exists() and young.exists()  # both are young: their owners may be about to lock them
-    for old in (folder, Path(mine.pool.folder.name)):
-        os.utime(old, (0, 0))
-    other = make_vector_env(FACTORIES["gym state"], [1], parallel=True)
-    assert not folder.exists() and not shared.exists()
-    assert young.exists() and Path(mine.pool.folder.name).exists() and lock(mine.pool.folder.name) is None
-    for env in (mine, other):
-        env.close()
-    young.rmdir()
+
+def test_too_little_memory_to_share_is_said_and_no_worker_is_left(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No memory for the .* bytes that environments and trainer share"):
+        make_vector_env(FACTORIES["gym state"], [1], parallel=True)
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
 
 
 def made_to_end(trouble, seed):

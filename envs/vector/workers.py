@@ -10,23 +10,22 @@ import contextlib
 import faulthandler
 import fcntl
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
 import re
 import select
-import shutil
 import signal
-import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -39,7 +38,7 @@ from .steppers import LocalPool, SharedArrays
 
 STEP, RESET, SEED, CLOSE = b"s", b"r", b"n", b"c"  # requests; numbers or seeds may follow
 DONE, FAILED = b"d", b"f"  # replies
-FOLDER = "r2dreamer-workers-"
+NUMBER = 8  # bytes, of which a worker keeps the number of the environment it is at, in front of its report
 
 
 def start_fork_server() -> None:
@@ -72,14 +71,35 @@ def sighup_ignored() -> Iterator[None]:
 # -- in the worker ----------------------------------------------------------------------------------------------------
 
 
+class SharedFile:
+    """A file in memory without a name; a process that is started with it as an argument inherits it.
+
+    It ends with the last process that has it, however that process ends.
+    """
+
+    def __init__(self, descriptor: int | None = None):
+        self.descriptor = os.memfd_create("r2dreamer") if descriptor is None else descriptor
+        self.close = weakref.finalize(self, os.close, self.descriptor)
+
+    def __reduce__(self) -> tuple:
+        return _inherit, (reduction.DupFd(self.descriptor),)
+
+    def map(self, size: int) -> np.ndarray:
+        return np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
+
+
+def _inherit(handle: Any) -> SharedFile:
+    return SharedFile(handle.detach())
+
+
 @dataclass
 class WorkerTask:
-    """What a worker builds, and the files in which it writes the environment it is at and how it ended."""
+    """What a worker builds, the memory of its rows, and the file for its turn and its traceback."""
 
     factory: Callable[..., EnvBase]
     seeds: dict[int, int]  # number of the environment -> seed
-    progress: Path
-    report: Path
+    memory: SharedFile
+    report: SharedFile
     gl: str | None
 
 
@@ -101,15 +121,16 @@ def run_worker(task: WorkerTask, channel: Connection, life: Connection) -> None:
     exit_with_trainer(life)
     if task.gl is not None:
         os.environ["MUJOCO_GL"] = task.gl
-    file = task.report.open("w", buffering=1)
+    turn = task.report.map(NUMBER).view(np.int64)
+    turn[0] = next(iter(task.seeds))
+    file = os.fdopen(task.report.descriptor, "a", buffering=1, closefd=False)
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes its workers
     torch.set_num_threads(1)
-    progress = np.memmap(task.progress, np.int64, "r+")
 
     def on_turn(number: int) -> None:
-        progress[0] = number
+        turn[0] = number
 
     def exchange(call: Callable, *message: bytes) -> Any:
         try:
@@ -122,8 +143,8 @@ def run_worker(task: WorkerTask, channel: Connection, life: Connection) -> None:
     try:
         pool = LocalPool(task.factory, task.seeds, on_turn)
         reply(DONE + pickle.dumps(pool.describe()))
-        memory, layout, count = pickle.loads(receive())
-        pool.attach(SharedArrays.allocate(layout, count, np.memmap(memory, np.uint8, "r+")))
+        layout, count = pickle.loads(receive())
+        pool.attach(SharedArrays.allocate(layout, count, task.memory.map(SharedArrays.size_of(layout, count))))
         reply(DONE)
         while (request := receive()) != CLOSE:
             if request == STEP:
@@ -160,13 +181,9 @@ class WorkerPool:
         start_fork_server()
         self.task = getattr(factory, "keywords", {}).get("task") or next(iter(getattr(factory, "args", ())), None)
         self.seeds, self.timeout = dict(enumerate(seeds)), timeout
-        remove_leftovers()
-        self.folder = tempfile.TemporaryDirectory(prefix=FOLDER)
-        self.lock = lock(self.folder.name)
+        self.memory = SharedFile()
         numbers = [list(range(len(seeds)))[first::count] for first in range(count)]
-        self.workers = [
-            Worker(factory, {number: seeds[number] for number in mine}, self.folder.name) for mine in numbers
-        ]
+        self.workers = [Worker(factory, {number: seeds[number] for number in mine}, self.memory) for mine in numbers]
         self.poller = select.poll()
         for worker in self.workers:
             self.poller.register(worker.channel, select.POLLIN)
@@ -176,13 +193,17 @@ class WorkerPool:
 
     def allocate(self) -> SharedArrays:
         """The rows of all environments, in memory that the workers share."""
-        path = shared_file(SharedArrays.size_of(self.layout, len(self.seeds)), self.folder.name)
+        count = len(self.seeds)
+        size = SharedArrays.size_of(self.layout, count)
+        try:
+            os.posix_fallocate(self.memory.descriptor, 0, size)
+        except OSError as error:
+            self.kill()
+            raise OSError(f"No memory for the {size:,} bytes that environments and trainer share: {error}.") from error
         for worker in self.workers:
-            self._send(worker, pickle.dumps((path, self.layout, len(self.seeds))))
+            self._send(worker, pickle.dumps((self.layout, count)))
         self._receive(self.workers)
-        arrays = SharedArrays.allocate(self.layout, len(self.seeds), np.memmap(path, np.uint8, "r+"))
-        os.unlink(path)  # it lives on as long as somebody has it mapped
-        return arrays
+        return SharedArrays.allocate(self.layout, count, self.memory.map(size))
 
     def step(self) -> None:
         for worker in self.workers:
@@ -236,15 +257,15 @@ class WorkerPool:
         else:
             worker.process.join(5)
             what = f"ended ({_describe_exit(worker.process.exitcode)})"
-        number = int(worker.progress[0])
-        text = worker.report.read_text().strip() if worker.report.exists() else ""
+        started, text = worker.turn[0] >= 0, worker.traceback()
+        number = int(worker.turn[0]) if started else worker.numbers[0]
         if not worker.built:
             what += " while it was built"
         error = WorkerError(
             f"The worker of environment {number} (task {self.task!r}, seed {self.seeds[number]}) {what}. "
             + (f"Its traceback:\n{text}" if text else "It left no traceback.")
         )
-        if not worker.report.exists():
+        if not started:
             error.add_note(
                 "In a script of your own, what it runs must stand below `if __name__ == '__main__':`, because every worker "
                 "imports that script first."
@@ -273,75 +294,37 @@ class WorkerPool:
             worker.process.join()
             worker.channel.close()
             worker.life.close()
-        self.folder.cleanup()
-        if self.lock is not None:
-            os.close(self.lock)
+            worker.report.close()
+        self.memory.close()
 
 
 class Worker:
     """One worker process as the trainer sees it."""
 
-    def __init__(self, factory: Callable[..., EnvBase], seeds: dict[int, int], folder: str):
+    def __init__(self, factory: Callable[..., EnvBase], seeds: dict[int, int], memory: SharedFile):
         self.numbers, self.built = list(seeds), False
-        self.report, progress = (Path(folder, f"{self.numbers[0]}.{what}") for what in ("traceback", "progress"))
-        progress.write_bytes(np.int64(self.numbers[0]).tobytes())
-        self.progress = np.memmap(progress, np.int64, "r")
+        self.report = SharedFile()
+        os.write(self.report.descriptor, np.int64(-1).tobytes())  # until it has started
+        self.turn = self.report.map(NUMBER).view(np.int64)
         # A forked copy of a process with torch threads and a GL context can hang; spawning imports torch once for each
         # worker, which takes seconds of CPU. The fork server imports it once and forks from a clean process.
         context = multiprocessing.get_context("forkserver")
         self.channel, theirs = context.Pipe()
-        task = WorkerTask(factory, seeds, progress, self.report, os.environ.get("MUJOCO_GL"))
+        task = WorkerTask(factory, seeds, memory, self.report, os.environ.get("MUJOCO_GL"))
         life, self.life = context.Pipe(duplex=False)
         self.process = context.Process(target=run_worker, args=(task, theirs, life), daemon=True)
         self.process.start()
         theirs.close()  # only then does a worker's end close the pipe here
         life.close()
 
+    def traceback(self) -> str:
+        size = os.fstat(self.report.descriptor).st_size
+        return os.pread(self.report.descriptor, size, NUMBER).decode(errors="replace").strip()
+
     def dump_stack(self) -> None:
         if self.process.is_alive() and self.process.pid:
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.2)
-
-
-def shared_file(size: int, folder: str) -> str:
-    """A file of `size` bytes, in memory where there is room; `remove_leftovers` finds it by the name of the folder."""
-    for path in (f"/dev/shm/{Path(folder).name}", f"{folder}/shared"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, size)
-                return path
-            except OSError:
-                os.unlink(path)
-            finally:
-                os.close(descriptor)
-    raise OSError(
-        f"No room for {size:,} bytes that environments and trainer share, neither in /dev/shm nor in {folder}."
-    )
-
-
-def lock(folder: str | Path) -> int | None:
-    """A descriptor that holds the folder's lock, or None where another process holds it. The system lets go of it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except OSError:
-        os.close(descriptor)
-        return None
-
-
-def remove_leftovers() -> None:
-    """Removes what killed processes left: folders of workers that nobody holds the lock of."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
-            if time.time() - folder.stat().st_mtime < 60:
-                continue  # its owner may be about to lock it
-            held = lock(folder)
-            if held is not None:
-                Path("/dev/shm", folder.name).unlink(missing_ok=True)
-                shutil.rmtree(folder)
-                os.close(held)
 
 
 def _describe_exit(code: int | None) -> str:
