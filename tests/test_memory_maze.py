@@ -66,7 +66,7 @@ def test_it_walks_as_upstream_does_and_counts_the_targets_it_is_paid_for(task, r
 
 MAZES = """
 import hashlib, sys, numpy, torch
-import r2dreamer.envs.memory_maze
+import r2dreamer.envs.suites.memory_maze
 assert "memory_maze" not in sys.modules
 numpy.random.seed(5)  # upstream builds its first walls with numpy's global generator
 env = r2dreamer.envs.suites.memory_maze.make_memory_maze("9x9", seed=2)
