@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
-from torchrl.envs import Compose, DMControlEnv, GymEnv, InitTracker, ParallelEnv, TransformedEnv
+from torchrl.envs import Compose, DMControlEnv, DMControlWrapper, GymEnv, InitTracker, ParallelEnv, TransformedEnv
 from torchrl.modules import RandomPolicy
 
 from r2dreamer.envs import RenderPixels, make_dmc, make_gym, make_replay, make_vector_env
@@ -80,10 +80,13 @@ def simulator():
 
 
 def rendering():
+    from dm_control import suite
+
     size = {"width": 64, "height": 64, "camera_id": 0}
     for repeat in (1, 2, 4):
         task = ("cartpole", "swingup")
-        theirs = DMControlEnv(*task, frame_skip=repeat, from_pixels=True, pixels_only=True, render_kwargs=size)
+        loaded, images = suite.load(*task), {"from_pixels": True, "pixels_only": True}
+        theirs = DMControlWrapper(loaded, frame_skip=repeat, render_kwargs=size, **images)
         ours = TransformedEnv(DMControlEnv(*task, frame_skip=repeat), Compose(RenderPixels(64)))
         print(
             f"rendering: a step of from_pixels, frame_skip={repeat}: {ratio(stepping(ours, 50), stepping(theirs, 50))}"

@@ -97,7 +97,7 @@ def test_the_image_stands_upright_with_the_inventory_below():
 # Seed 2 draws which of several creatures vanishes at steps 10 and 30 of its first episode.
 EPISODES = """
 import hashlib, sys, torch
-import r2dreamer.envs.crafter
+import r2dreamer.envs.suites.crafter
 assert "crafter" not in sys.modules
 env = r2dreamer.envs.suites.crafter.make_crafter("reward", seed=2)
 torch.manual_seed(0)

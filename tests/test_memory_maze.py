@@ -66,7 +66,7 @@ def test_it_walks_as_upstream_does_and_counts_the_targets_it_is_paid_for(task, r
 
 MAZES = """
 import hashlib, sys, numpy, torch
-import r2dreamer.envs.memory_maze
+import r2dreamer.envs.suites.memory_maze
 assert "memory_maze" not in sys.modules
 numpy.random.seed(5)  # upstream builds its first walls with numpy's global generator
 env = r2dreamer.envs.suites.memory_maze.make_memory_maze("9x9", seed=2)
@@ -171,7 +171,7 @@ def test_a_missing_renderer_is_explained_and_the_choice_left_to_whoever_has_a_di
     environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"} | {"DISPLAY": ":77"}
     command = """
 import os
-from r2dreamer.envs.memory_maze import make_memory_maze
+from r2dreamer.envs.suites.memory_maze import make_memory_maze
 try:
     make_memory_maze("9x9", seed=0)
 except ImportError as error:  # there is no display 77

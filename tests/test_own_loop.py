@@ -14,7 +14,7 @@ from functools import partial
 from r2dreamer.envs import VectorCollector, make_gym, make_vector_env  # before TorchRL, which imports MuJoCo
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent, projection_head
 from r2dreamer.envs.replay.records import RecordBuilder
-from r2dreamer.envs.replay.replay import make_replay
+from r2dreamer.envs.replay.buffer import make_replay
 from r2dreamer.examples.settings.compose import configuration
 from r2dreamer.examples.training.checkpoint import Checkpoints
 from r2dreamer.examples.training.learner import Learner

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -263,12 +262,10 @@ def is_running(pid):
 
 def test_workers_in_a_hanging_step_end_with_their_trainer_and_leave_no_file(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
-    left = lambda: [file for folder in ("/dev/shm", tempfile.gettempdir()) for file in Path(folder).glob("*r2dreamer*")]
-    before = left()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-    }
+    here = tmp_path / "here"
+    here.mkdir()
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(here)}
     command = [sys.executable, str(tmp_path / "killed.py")]
     trainer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     pids = trainer.stdout.readline().split()
@@ -280,7 +277,7 @@ def test_workers_in_a_hanging_step_end_with_their_trainer_and_leave_no_file(tmp_
     while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(is_running(pid) for pid in pids)
-    assert left() == before
+    assert not list(here.rglob("*r2dreamer*"))
 
 
 def test_too_little_memory_to_share_is_said_and_no_worker_is_left(monkeypatch):
