@@ -102,6 +102,7 @@ def saved(tmp_path_factory):
         [*command, __file__, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
     return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
 
 
