@@ -18,6 +18,7 @@ from torchrl.modules.distributions.utils import has_analytic_entropy, rsample_an
 
 from .continuation import UntrainedHead, check_logit, check_probability, continue_name
 from .functional import imagination_weight, lambda_return
+from .ranks import gather_ranks
 from .wiring import (
     NEXT,
     DreamerLoss,
@@ -217,7 +218,7 @@ class DreamerActorLoss(DreamerLoss):
         value, reward, continuation = self._predictions(imagined)
         returns = lambda_return(reward, value, terminal=1 - continuation, discount=self.discount, lmbda=self.lmbda)
         if self.training:
-            self.return_norm.update(returns)
+            self.return_norm.update(gather_ranks(returns))
         advantage = (returns - value[:, :-1]) / self.return_norm.scale()
         weight = imagination_weight(continuation, self.discount)[:, :-1]
         imagined.set(keys.lambda_target, returns)

@@ -35,16 +35,21 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def _collective(name: str, older: str) -> Any:
+    """The function of torch.distributed under its name since torch 2.13 or under its older one."""
+    return getattr(dist, name, None) or getattr(dist, older)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
         joined = rows.new_empty(_ranks() * rows.shape[0], *rows.shape[1:])
-        dist.all_gather_into_tensor(joined, rows.contiguous())
+        _collective("all_gather_single", "all_gather_into_tensor")(joined, rows.contiguous())
         return joined
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         (gradient,) = gradients
         mine = gradient.new_empty(gradient.shape[0] // _ranks(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(mine, gradient.contiguous())
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(mine, gradient.contiguous())
         return mine

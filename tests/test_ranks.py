@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from agents import tiny_agent
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.modules import PercentileValueNorm
 
 from r2dreamer.losses import (
     BarlowTwins,
+    DreamerActorLoss,
     DreamerCDP,
     DreamerPro,
     InfoNCE,
@@ -66,6 +69,16 @@ def dreamerpro_loss_and_gradients(rows):
     return sum(terms.values()).detach(), [each.grad for each in parameters if each.grad is not None]
 
 
+def returns_and_scale(rank):
+    """Of what an actor loss imagines on this rank, and what it divides advantages by."""
+    agent = tiny_agent(images=False, num_bins=15)
+    torch.nn.init.normal_(agent.reward.layers[-1].weight, std=0.5)  # or rewards, and returns, are 0
+    loss = DreamerActorLoss(agent.actor, agent.value_model, agent.imagination, imagination_horizon=3)
+    torch.manual_seed(rank)
+    _, imagined = loss(TensorDict({key: torch.randn(8, size) for key, size in agent.latent_sizes.items()}, [8]))
+    return imagined["lambda_target"], loss.return_norm.scale()
+
+
 def joined_batch():
     return torch.randn(SAMPLES, FEATURES, generator=torch.Generator().manual_seed(1))
 
@@ -87,6 +100,7 @@ def one_rank(out):
         torch.distributed.all_reduce(value)
         value /= 2
     results["dreamerpro"] = (loss, gradients)
+    results["returns"] = returns_and_scale(rank)
     torch.save(results, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -102,6 +116,7 @@ def saved(tmp_path_factory):
         [*command, __file__, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
     return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -120,6 +135,16 @@ def test_dreamerpro_assigns_the_joined_batch_to_its_prototypes(saved):
     assert len(gradients) == 7  # a weight and a bias of the encoder and of both projections, and the prototypes
     assert not torch.allclose(sum(halves) / 2, expected, rtol=1e-3)  # the halves, each assigned by itself
     check_equal(saved, "dreamerpro", expected, gradients)
+
+
+def test_returns_are_divided_by_the_range_of_those_of_all_ranks(saved):
+    (first, scale), (second, other) = (results["returns"] for results in saved)
+    expected = []
+    for returns in (torch.cat([first, second]), first):
+        norm = PercentileValueNorm(quantiles=(0.05, 0.95), rate=0.01)
+        norm.update(returns)
+        expected.append(norm.scale())
+    assert scale == other == expected[0] != expected[1]
 
 
 def check_equal(saved, which, expected, gradients):
