@@ -67,11 +67,17 @@ def test_every_member_trains_on_images_and_comes_back_as_it_was_trained(tmp_path
     assert not any(p.requires_grad for part in agent.parts().values() for p in part.parameters())
 
 
-@pytest.mark.parametrize("name", CLASSIC)
+VISION, PROPRIO = ["env=dmc_vision", "env.task=cartpole_swingup"], ["env=dmc_proprio", "env.task=walker_walk"]
+
+
 @pytest.mark.parametrize(
-    "task",
-    [["env=dmc_vision", "env.task=cartpole_swingup"], ["env=dmc_proprio", "env.task=walker_walk"]],
-    ids=lambda task: task[0],
+    ("name", "task"),
+    [
+        ("dreamerv1", VISION),
+        ("dreamerv2", PROPRIO),
+        pytest.param("dreamerv1", PROPRIO, marks=pytest.mark.slow),
+        pytest.param("dreamerv2", VISION, marks=pytest.mark.slow),
+    ],
 )
 def test_the_first_generations_train_on_dmc(tmp_path, name, task):
     short = ["env.action_repeat=25", "total_frames=1500", "env.parallel=false", "model.units=8"]
