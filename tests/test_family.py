@@ -6,6 +6,10 @@ import sys
 import pytest
 import torch
 from launcher import CARTPOLE, EXAMPLES, PENDULUM, TINY, config, lines, train_here
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from r2dreamer.dreamer import load_pretrained
 
 SHARED = {"reward", "actor", "value"}
 V3 = SHARED | {"dynamics", "representation", "continue", "replay_value"}
@@ -27,24 +31,56 @@ CLASSIC = ["dreamerv1", "dreamerv2"]
 ONCE = ["eval.every=1000000", "env.eval_episodes=1", "checkpoint.every=1000000"]
 
 
-@pytest.mark.parametrize("name", MEMBERS)
-@pytest.mark.parametrize("task", [["experiment=quickstart"], ["experiment=probe", "env.task=small_target"]], ids=str)
-def test_every_member_trains(tmp_path, name, task):
-    small = ["model.units=8", "total_frames=80", "log_every=80"]
-    trainer = train_here(tmp_path, *task, *TINY, *ONCE, f"algorithm={name}", *small)
+def member(folder, name, *task):
+    small = ["model.units=8", "total_frames=60", "log_every=60"]
+    trainer = train_here(folder, *task, *TINY, *ONCE, f"algorithm={name}", *small)
     assert trainer.count["updates"] >= 10
-    (logged,) = lines(tmp_path, '"count/updates"')
+    (logged,) = lines(folder, '"count/updates"')
     losses = {key.removeprefix("loss/") for key in logged if key.startswith("loss/")}
     assert losses == LOSSES[name]
     for view in ("embedding", "state"):
         assert logged[f"train/{view}_rank"] > 0 and logged[f"train/{view}_std"] > 0
+    return trainer.agent
 
 
-@pytest.mark.parametrize("name", CLASSIC)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_member_trains_on_vectors(tmp_path, name):
+    member(tmp_path, name, "experiment=quickstart")
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_member_trains_on_images_and_comes_back_as_it_was_trained(tmp_path, name):
+    trained = member(tmp_path, name, "experiment=probe", "env.task=small_target")
+    agent = load_pretrained(tmp_path)
+    observation = TensorDict({"pixels": torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)}, [2])
+    observation["is_init"] = torch.ones(2, 1, dtype=torch.bool)
+    acted = []
+    for one in (agent, trained):
+        torch.manual_seed(3)
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            acted.append(one.policy(observation.copy()))
+        torch.manual_seed(4)
+        latents = acted[-1].select("state", "belief")
+        acted[-1]["imagined"] = one.imagination.rollout(3, one.actor, tensordict=latents)["next", "reward"]
+    for key in ("encoded_latents", "state", "belief", "action", "imagined"):
+        assert torch.equal(acted[0][key], acted[1][key]), key
+    assert agent.parameter_counts() == trained.parameter_counts()
+    total = sum(agent.parameter_counts().values())
+    assert agent.summary().splitlines()[-1].split() == ["total", f"{total:,}"]
+    assert not any(p.requires_grad for part in agent.parts().values() for p in part.parameters())
+
+
+VISION, PROPRIO = ["env=dmc_vision", "env.task=cartpole_swingup"], ["env=dmc_proprio", "env.task=walker_walk"]
+
+
 @pytest.mark.parametrize(
-    "task",
-    [["env=dmc_vision", "env.task=cartpole_swingup"], ["env=dmc_proprio", "env.task=walker_walk"]],
-    ids=lambda task: task[0],
+    ("name", "task"),
+    [
+        ("dreamerv1", VISION),
+        ("dreamerv2", PROPRIO),
+        pytest.param("dreamerv1", PROPRIO, marks=pytest.mark.slow),
+        pytest.param("dreamerv2", VISION, marks=pytest.mark.slow),
+    ],
 )
 def test_the_first_generations_train_on_dmc(tmp_path, name, task):
     short = ["env.action_repeat=25", "total_frames=1500", "env.parallel=false", "model.units=8"]
@@ -74,7 +110,7 @@ def test_the_quickstarts_of_the_first_generations_are_those_members_on_the_quick
 
 @pytest.mark.parametrize("name", ["dreamer", *CLASSIC])
 def test_a_continuous_member_with_decoder_in_mixed_precision(tmp_path, name):
-    mixed = ["precision=bf16", "total_frames=80", "model.units=8"]
+    mixed = ["precision=bf16", "total_frames=60", "model.units=8"]
     trainer = train_here(tmp_path, *PENDULUM, *ONCE, f"algorithm={name}", *mixed)
     assert trainer.count["updates"] >= 10
     assert lines(tmp_path, '"count/updates"')[-1]["train/reconstruction_observation"] > 0
