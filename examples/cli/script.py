@@ -26,13 +26,13 @@ from .messages import USER_ERRORS, HeldBack, cannot_compose, default_of, paragra
 from .output import guarded_output
 
 
-def script(config_name: str, foreign: bool = False) -> Callable:
+def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Callable[..., None]]:
     """Makes `main(cfg)` a command line: hydra's overrides of this configuration, checked; errors as paragraphs.
 
     foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
     """
 
-    def decorate(main: Callable) -> Callable:
+    def decorate(main: Callable) -> Callable[..., None]:
         @functools.wraps(main)
         def command(cfg: DictConfig | None = None) -> None:
             if foreign:
