@@ -35,8 +35,8 @@ print(f"{len(modules)} modules and {len(found)} targets of version {r2dreamer.__
 PY
 
 echo "-- the command line"
-r2dreamer | grep -q "usage: r2dreamer COMMAND"
-r2dreamer --help | grep -q "  train "
+[[ $(r2dreamer) == *"usage: r2dreamer COMMAND"* ]]
+[[ $(r2dreamer --help) == *"  train "* ]]
 refused "Did you mean 'r2dreamer train'" r2dreamer trian
 refused 'pip install "torchrl-r2dreamer[crafter]"' r2dreamer train env=crafter logger=none progress=false
 refused "no such key" r2dreamer train experiment=quickstart total_frame=4000
@@ -46,7 +46,7 @@ r2dreamer train experiment=quickstart total_frames=4000 progress=false
 r2dreamer evaluate checkpoint=runs/quickstart/seed0 episodes=2
 r2dreamer curves runs/quickstart/seed0 --out curve.png && [ -s curve.png ]
 r2dreamer doctor env=gym env.task=CartPole-v1 steps=20 model=size1M
-r2dreamer benchmark experiment=quickstart synthetic=false repeats=2 | grep -q update
+[[ $(r2dreamer benchmark experiment=quickstart synthetic=false repeats=2) == *update* ]]
 
 echo "-- a grid of two seeds, in workers"
 r2dreamer compare experiment=quickstart name=two seed=0,1 total_frames=800 warmup_steps=100 env.parallel=true \

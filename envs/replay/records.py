@@ -60,7 +60,7 @@ class RecordBuilder:
         num_streams: int,
         observation_keys: Iterable[NestedKey],
         latent_keys: Iterable[NestedKey] = ("state", "belief"),
-        latent_sizes: Mapping[NestedKey, int] | None = None,
+        latent_sizes: Mapping[str, int] | Mapping[NestedKey, int] | None = None,
     ):
         if num_streams < 1:
             raise ValueError(f"num_streams must be at least 1, got {num_streams}.")

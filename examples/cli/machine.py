@@ -21,7 +21,7 @@ DISTRIBUTION = "torchrl-r2dreamer"
 MUJOCO_PACKAGES = ("mujoco", "dm_control", "metaworld")
 CLASHES = {
     ("mujoco>=4", "dm_control<=1.0.50"): "dm_control reads fields of a model that MuJoCo 4 does not have",
-    ("mujoco>=3.9", "dm_control<=1.0.41"): "dm_control reads fields of a model that MuJoCo 3.9 does not have",
+    ("mujoco>=3.9,<4", "dm_control<=1.0.41"): "dm_control reads fields of a model that MuJoCo 3.9 does not have",
     ("mujoco<3.8", "dm_control>=1.0.41"): "dm_control reads fields of a model that this MuJoCo does not have yet",
     ("mujoco>=3.17", "metaworld<3.1"): "Meta-World 3.0 writes its welds in a form that MuJoCo 3.17 refuses",
     ("metaworld>=3.1", "dm_control>=1.0.41"): "metaworld 3.1 wants MuJoCo 3.3.0, and dm_control a newer one",

@@ -35,14 +35,14 @@ from .messages import (
 from .output import guarded_output
 
 
-def script(config_name: str, foreign: bool = False) -> Callable:
+def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Callable[..., None]]:
     """Makes `main(cfg)` a command line: hydra's overrides of this configuration, checked; errors as paragraphs.
 
     Args:
         foreign: it opens runs that others may have made, perhaps from inside of one: no module is searched for there.
     """
 
-    def decorate(main: Callable) -> Callable:
+    def decorate(main: Callable) -> Callable[..., None]:
         @functools.wraps(main)
         def command(cfg: DictConfig | None = None) -> None:
             if foreign:
