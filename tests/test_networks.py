@@ -336,17 +336,3 @@ def test_rooms_of_the_model_import_downwards():
         for file in (root / room).glob("*.py"):
             imports = [line for line in file.read_text().splitlines() if line.startswith(("import ", "from "))]
             assert not [line for line in imports for name in above if line.startswith(f"from ..{name}")], file
-
-
-def test_a_joined_linear_is_the_linear_of_both():
-    layer = Linear(5, 4)
-    layer.bias.data.normal_()
-    first, second = torch.randn(3, 2), torch.randn(3, 3)
-    torch.testing.assert_close(layer.joined(first, second), layer(torch.cat([first, second], -1)))
-    first, second = (
-        torch.randn(6, 5, 2)[:, 1:],
-        torch.randn(6, 5, 3)[:, 1:],
-    )  # steps of a rollout, as the losses read them
-    with torch.no_grad():
-        torch.testing.assert_close(layer.joined(first, second), layer(torch.cat([first, second], -1)))
-    torch.testing.assert_close(layer.joined(first[0, 0], second[0, 0]), layer(torch.cat([first, second], -1))[0, 0])
