@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torchrl.envs.transforms import TensorDictPrimer
 from .fast import TRICKS, speed_up
 from .networks.encoders import ObservationEncoder
 from .networks.heads import FeatureMLP, TwoHotMLP, actor_head, latent_head, projection_head
-from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior
+from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior, check_core
 from .rssm.imagination import Imagination
 from .rssm.latents import CategoricalLatent
 from .rssm.rollout import RSSMRollout, RSSMStateEstimator
@@ -160,6 +161,7 @@ def build_agent(
     unimix: float = 0.01,
     encoder_multipliers: tuple[int, ...] = (2, 3, 4, 4),
     image_encoder: Callable[[tuple[int, int, int]], nn.Module] | None = None,
+    core: Callable[[int, int, int, int], nn.Module] | None = None,
     vector_layers: int = 3,
     reward_layers: int = 1,
     continue_layers: int | None = 1,
@@ -173,7 +175,8 @@ def build_agent(
 
     ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
     ``{"projection": projection_head}``. ``image_encoder`` is called with an image's shape in the place of the paper's
-    convolutions, for example :class:`StridedEncoder`. ``continue_layers=None`` makes no continue head: imagined episodes never end.
+    convolutions, for example :class:`StridedEncoder`. ``core``, of (state, action, belief, hidden) sizes, builds another recurrent
+    core than :class:`BlockGRU`, a module (state, belief, action) -> belief. ``continue_layers=None`` makes no continue head: imagined episodes never end.
     ``fast=False`` leaves out everything that exists for speed only, a list of names from ``dreamer.fast.TRICKS`` the other
     tricks; results are the same to rounding.
 
@@ -202,7 +205,9 @@ def build_agent(
         make_image=image_encoder,
     )
     latent = CategoricalLatent(categoricals, classes, unimix)
-    prior = RSSMPrior(BlockGRU(latent.size, actions.size, belief, hidden, blocks), latent, hidden)
+    cell = (core or partial(BlockGRU, num_blocks=blocks))(latent.size, actions.size, belief, hidden)
+    check_core(cell, latent.size, belief, actions.size)
+    prior = RSSMPrior(cell, latent, hidden, belief_size=belief)
     posterior = RSSMPosterior(belief, encoder.out_features, latent, hidden)
     features = latent.size + belief
     sizes = Sizes(

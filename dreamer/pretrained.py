@@ -40,7 +40,7 @@ PACKAGE = "r2dreamer"
 # What a recipe may call. Nothing here imports, opens or calls what a string names.
 BUILDERS = """
     build_agent build_classic_agent projection_head classic_decoder ObservationDecoder CategoricalLatent GaussianLatent
-    GRUCell NormGRUCell StridedEncoder next_embedding_head belief_prediction_head
+    BlockGRU GRUCell NormGRUCell StridedEncoder next_embedding_head belief_prediction_head
 """.split()  # noqa: SIM905
 BUILDERS = frozenset(f"{PACKAGE}.dreamer.{name}" for name in BUILDERS)
 PLAIN = (str, int, float, bool, type(None))

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 import torch
-from agents import ACTIONS, BELIEF, CATEGORICALS, CLASSES, TIME, rssm_modules, tiny_agent, tiny_records
+from agents import ACTIONS, BATCH, BELIEF, CATEGORICALS, CLASSES, TIME, rssm_modules, tiny_agent, tiny_records
 from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
@@ -136,6 +136,46 @@ def test_our_rssm_and_torchrls_are_interchangeable_in_the_world_model(rollout_cl
     assert total.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in rollout.parameters())
     assert posterior_records["next", "prior_logits"].shape == (3, TIME, CATEGORICALS, CLASSES)
+
+
+class PlainGRU(torch.nn.Module):
+    def __init__(self, state_size, action_size, belief_size, hidden):
+        super().__init__()
+        self.cell = torch.nn.GRUCell(state_size + action_size, belief_size)
+
+    def forward(self, state, belief, action):
+        value = torch.cat([state, action], -1)
+        return self.cell(value.flatten(0, -2), belief.flatten(0, -2)).view(belief.shape)
+
+
+def test_a_core_of_ones_own_trains_and_acts():
+    agent = tiny_agent(core=PlainGRU)
+    records = agent.world_model(tiny_records(agent))
+    records["next", "posterior_logits"].sin().sum().backward()
+    assert agent.prior.core.cell.weight_hh.grad.abs().max() > 0
+    first = records[:, 0]
+    expected = agent.prior.core(first["state"], first["belief"], first["action"])
+    torch.testing.assert_close(records["next", "belief"][:, 0], expected)
+    start = records["next"].select("state", "belief").detach().flatten(0, 1)
+    assert agent.imagination.rollout(2, agent.actor, tensordict=start)["next", "reward"].shape == (BATCH * TIME, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "core, said",
+    [
+        (lambda *sizes: torch.nn.Identity(), "Identity .* fails on .* takes \\(state, belief, action\\)"),
+        (lambda state, action, belief, hidden: PlainGRU(state, action, belief + 1, hidden), "PlainGRU .* fails on"),
+        (lambda *sizes: Pair(), "Pair .* returns tuple .* must return the next belief"),
+    ],
+)
+def test_a_core_with_another_signature_is_refused(core, said):
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        tiny_agent(core=core)
+
+
+class Pair(torch.nn.Module):
+    def forward(self, state, belief, action):
+        return state, belief
 
 
 def test_an_episode_start_cuts_every_memory():
@@ -296,17 +336,3 @@ def test_rooms_of_the_model_import_downwards():
         for file in (root / room).glob("*.py"):
             imports = [line for line in file.read_text().splitlines() if line.startswith(("import ", "from "))]
             assert not [line for line in imports for name in above if line.startswith(f"from ..{name}")], file
-
-
-def test_a_joined_linear_is_the_linear_of_both():
-    layer = Linear(5, 4)
-    layer.bias.data.normal_()
-    first, second = torch.randn(3, 2), torch.randn(3, 3)
-    torch.testing.assert_close(layer.joined(first, second), layer(torch.cat([first, second], -1)))
-    first, second = (
-        torch.randn(6, 5, 2)[:, 1:],
-        torch.randn(6, 5, 3)[:, 1:],
-    )  # steps of a rollout, as the losses read them
-    with torch.no_grad():
-        torch.testing.assert_close(layer.joined(first, second), layer(torch.cat([first, second], -1)))
-    torch.testing.assert_close(layer.joined(first[0, 0], second[0, 0]), layer(torch.cat([first, second], -1))[0, 0])

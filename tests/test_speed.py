@@ -65,8 +65,8 @@ def test_updates_with_compiled_parts_equal_eager_ones(member):
 @pytest.mark.parametrize("member", ["r2dreamer", "dreamerv2"])
 def test_each_update_is_the_same_without_what_exists_for_speed(member, monkeypatch):
     """From the same weights: losses to 1e-6, gradients to rounding."""
-    monkeypatch.setattr(norms, "BLOCK", 16)  # tiny images and weights are large enough then
-    monkeypatch.setattr(deferred, "LARGE", 0)
+    monkeypatch.setattr(norms, "BLOCK", 16)  # tiny images are large enough then
+    monkeypatch.setattr(deferred, "on_gpu", lambda tensor: True)
     images = member == "r2dreamer"
     options = dict(member=member, images=images, lr=1e-3, warmup_steps=0)
     fast, plain = learner(**options), learner(fast=False, **options)

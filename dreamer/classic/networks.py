@@ -86,7 +86,7 @@ class ConvDecoder(nn.Module):
         )
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
-        value = self.first.joined(state, belief.to(state.dtype))
+        value = self.first(torch.cat([state, belief.to(state.dtype)], -1))
         image = self.layers(value.reshape(-1, value.shape[-1], 1, 1)).float() + 0.5
         return image.reshape(*state.shape[:-1], *image.shape[1:])
 

@@ -2,7 +2,7 @@
 
 In a loop over T steps, autograd multiplies T small matrices into T gradients as large as the weight and adds them up.
 Here each step only remembers its input and the gradient of its output. The first step, which the backward pass reaches
-last, stacks them and multiplies once.
+last, stacks them and multiplies once. On a GPU this saves kernel launches; on a CPU it gains nothing and is left out.
 
 A step may be compiled as one whole. Each product adds a perturbation: a zero of the output's shape that occupies no
 memory. The gradient of the perturbation is the gradient of the output.
@@ -21,11 +21,9 @@ from ..networks.layers import BlockLinear, Linear, NormSiLU
 from ..rssm.rollout import RSSMRollout
 from .mixing import Fast
 
-LARGE = 2**17  # elements of a weight; for smaller ones the bookkeeping costs more than it saves
-
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Where a step costs its kernel launches, so that biases and gains are worth deferring, too."""
+    """Where a step costs its kernel launches. On a CPU the bookkeeping costs more than it saves."""
     return tensor.device.type != "cpu"
 
 
@@ -79,21 +77,20 @@ class GainTape(Tape):
 class AffineTape(Tape):
     """Of a weight [..., in, out] and a bias [..., out], cast once to autocast's dtype.
 
-    rows: of a step's input. The bias is deferred on a GPU.
+    rows: of a step's input.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int):
-        self.defers_bias = bias is not None and on_gpu(bias)
         device = weight.device.type
         self.autocast = torch.is_autocast_enabled(device)
         if self.autocast:
             dtype = torch.get_autocast_dtype(device)
-            weight, bias = weight.to(dtype), bias.to(dtype) if self.defers_bias else bias
-        self.weight, self.bias = weight.detach(), bias.detach() if self.defers_bias else bias
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.inputs: dict[int, torch.Tensor] = {}
         self.input: torch.Tensor | None = None
         zero = self.weight.new_zeros(()).expand(*weight.shape[:-2], rows, weight.shape[-1])
-        super().__init__((weight, bias) if self.defers_bias else (weight,), zero)
+        super().__init__((weight,) if bias is None else (weight, bias), zero)
 
     def takes(self, rows: int) -> bool:
         return super().takes(rows) and torch.is_autocast_enabled(self.weight.device.type) == self.autocast
@@ -103,13 +100,11 @@ class AffineTape(Tape):
         rows = value.to(self.weight.dtype)
         rows = rows.flatten(0, -2) if self.weight.ndim == 2 else rows
         self.input, self.used = rows.detach(), True
-        bias = self.bias if self.defers_bias else None
         if torch.compiler.is_compiling():
-            out = affine(rows, self.weight, bias) + self.perturbation
+            out = affine(rows, self.weight, self.bias) + self.perturbation
         else:
-            out = _Affine.apply(rows, self.weight, bias, self.perturbation)
-        out = out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
-        return out if self.bias is None or self.defers_bias else out + self.bias.to(out.dtype)
+            out = _Affine.apply(rows, self.weight, self.bias, self.perturbation)
+        return out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
 
     def end(self) -> None:
         if self.used:
@@ -121,7 +116,7 @@ class AffineTape(Tape):
         inputs = torch.cat([self.inputs[step] for step in steps], -2)  # [..., T*N, in]
         gradients = torch.cat([self.gradients.pop(step) for step in steps], -2)  # [..., T*N, out]
         weight = inputs.mT @ gradients
-        return (weight, gradients.sum(-2).view(self.deferred[1].shape)) if self.defers_bias else (weight,)
+        return (weight,) if self.bias is None else (weight, gradients.sum(-2).view(self.bias.shape))
 
 
 def affine(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -178,9 +173,6 @@ def deferred_weight_gradients(step: Callable, rows: int, *modules: nn.Module) ->
     for layer in layers:
         layer.tapes = layer.make_tapes(rows)
     tapes = [tape for layer in layers for tape in layer.tapes.values()]
-    if not tapes:
-        yield step
-        return
 
     def recorded(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for tape in tapes:
@@ -203,13 +195,12 @@ class Deferred(Fast):
     tapes: dict[str, Tape] = {}
 
     def make_tapes(self, rows: int) -> dict[str, Tape]:
-        """None where deferring does not pay."""
         raise NotImplementedError
 
 
 class DeferredLinear(Deferred, Linear):
     def make_tapes(self, rows: int) -> dict[str, Tape]:
-        return {"weight": AffineTape(self.weight.mT, self.bias, rows)} if self.weight.numel() >= LARGE else {}
+        return {"weight": AffineTape(self.weight.mT, self.bias, rows)}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         tape = self.tapes.get("weight")
@@ -220,8 +211,6 @@ class DeferredLinear(Deferred, Linear):
 
 class DeferredBlockLinear(Deferred, BlockLinear):
     def make_tapes(self, rows: int) -> dict[str, Tape]:
-        if self.weight.numel() < LARGE:
-            return {}
         if not hasattr(self, "shared_weight"):
             return {"weight": AffineTape(self.weight, self.bias.view(self.num_blocks, 1, -1), rows)}
         shared = AffineTape(self.shared_weight.mT, self.bias, rows)
@@ -240,7 +229,7 @@ class DeferredNormSiLU(Deferred, NormSiLU):
     """Compiled only: uncompiled, torch's operation takes one gain for all rows."""
 
     def make_tapes(self, rows: int) -> dict[str, Tape]:
-        return {"weight": GainTape(self.weight, rows)} if on_gpu(self.weight) else {}
+        return {"weight": GainTape(self.weight, rows)}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         tape = self.tapes.get("weight")
@@ -252,6 +241,8 @@ class DeferredNormSiLU(Deferred, NormSiLU):
 
 class DeferredRollout(Fast, RSSMRollout):
     def unroll(self, step: Callable, state: torch.Tensor, belief: torch.Tensor, *sequences) -> list[torch.Tensor]:
+        if not on_gpu(state):
+            return super().unroll(step, state, belief, *sequences)
         recurrent = self.rssm_prior.module.core, self.rssm_posterior.module
         with deferred_weight_gradients(step, state.shape[:-1].numel(), *recurrent) as step:
             return super().unroll(step, state, belief, *sequences)

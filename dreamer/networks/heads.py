@@ -29,7 +29,7 @@ class FeatureMLP(nn.Module):
     """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in.
 
     Args:
-        make_layers: builds the stack; its first layer is a :class:`Linear`. ``mlp`` or ``elu_mlp``.
+        make_layers: builds the stack: ``mlp`` or ``elu_mlp``.
     """
 
     compiles = ("forward",)
@@ -54,11 +54,7 @@ class FeatureMLP(nn.Module):
         return [name]
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
-        first, *others = self.layers
-        value = first.joined(state, belief.to(state.dtype))
-        for layer in others:
-            value = layer(value)
-        return value.float()
+        return self.layers(torch.cat([state, belief.to(state.dtype)], -1)).float()
 
 
 class TwoHotMLP(FeatureMLP):
@@ -93,11 +89,7 @@ class ProjectionHead(nn.Module):
         self.linear = Linear(units if layers else features, embedding_size, bias=False)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
-        first, *others = [*self.hidden, self.linear]
-        value = first.joined(state, belief.to(state.dtype))
-        for layer in others:
-            value = layer(value)
-        return value
+        return self.linear(self.hidden(torch.cat([state, belief.to(state.dtype)], -1)))
 
 
 class NormalParameters(nn.Module):

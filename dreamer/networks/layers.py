@@ -56,13 +56,6 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """``forward`` of ``first`` and ``second`` concatenated, without copying them."""
-        left, right = self.weight.split([first.shape[-1], second.shape[-1]], -1)
-        # As matrices: without gradients, torch would copy the weight for each element of a strided batch.
-        one, other = first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])
-        return (F.linear(one, left, self.bias) + F.linear(other, right)).view(*first.shape[:-1], -1)
-
 
 class NormSiLU(nn.Module):
     """RMSNorm of the last dimension (float32 gain, no shift), then SiLU; float32 inside, the input's dtype outside."""

@@ -84,13 +84,35 @@ class BlockGRU(nn.Module):
         return self.advance(state, belief, self.project_action(action))
 
 
+def check_core(core: nn.Module, state_size: int, belief_size: int, action_size: int) -> None:
+    """Refuses a core that does not map (state, belief, action) to the next belief."""
+    name = f"The recurrent core {type(core).__name__} (model.core)"
+    with torch.no_grad():
+        try:
+            belief = core(*(torch.zeros(2, size) for size in (state_size, belief_size, action_size)))
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{name} fails on state [..., {state_size}], belief [..., {belief_size}], action [..., {action_size}]: {error}\n"
+                "Its forward takes (state, belief, action) and returns the next belief."
+            ) from error
+    if not isinstance(belief, torch.Tensor) or belief.shape != (2, belief_size):
+        found = f"shape {tuple(belief.shape)}" if isinstance(belief, torch.Tensor) else type(belief).__name__
+        raise ValueError(
+            f"{name} returns {found} for two rows; it must return the next belief, shape (2, {belief_size})."
+        )
+    if hasattr(core, "project_action") != hasattr(core, "advance"):
+        raise ValueError(f"{name} has only one of project_action and advance, which belong together. Add the other.")
+
+
 class RSSMPrior(nn.Module):
     """p(z_t | h_t) and the recurrence before it: (state, belief, action) -> (prior logits, state, belief).
 
     Args:
-        core: the recurrent cell; offers ``project_action`` and ``advance`` as :class:`BlockGRU` does.
+        core: (state, belief, action) -> belief. ``project_action(action)`` and ``advance(state, belief, projected)``,
+            its two halves, are optional: a sequence projects all actions at once.
         latent: the distribution of z_t; offers ``noise`` and ``draw``.
         hidden, layers: the MLP from belief to logits, built by ``make_layers``.
+        belief_size: of the core's belief; by default ``core.belief_size``.
     """
 
     compiles = ("predict", "logits")
@@ -103,10 +125,19 @@ class RSSMPrior(nn.Module):
         hidden: int,
         layers: int = 2,
         make_layers: Callable[..., nn.Sequential] = mlp,
+        belief_size: int | None = None,
     ):
         super().__init__()
         self.core, self.latent = core, latent
-        self.head = make_layers(core.belief_size, hidden, layers, latent.logits_size)
+        self.head = make_layers(belief_size or core.belief_size, hidden, layers, latent.logits_size)
+
+    def project_action(self, action: torch.Tensor) -> torch.Tensor:
+        """The action as :meth:`advance` takes it; nothing in it depends on the recurrence."""
+        return self.core.project_action(action) if hasattr(self.core, "project_action") else action.float()
+
+    def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
+        advance = self.core.advance if hasattr(self.core, "advance") else self.core
+        return advance(state, belief, projected_action)
 
     def logits(self, belief: torch.Tensor) -> torch.Tensor:
         return self.latent.logits(self.head(belief))  # [..., S, K]

@@ -108,7 +108,7 @@ class RSSMRollout(TensorDictModuleBase):
         action = tensordict.get(self.action_key)
         keep = _reset_mask(tensordict.get(self.reset_key), action)  # [B, T, 1]
         # Once for the whole sequence: nothing here depends on the recurrence.
-        actions = prior.core.project_action(action * keep).unbind(-2)
+        actions = prior.project_action(action * keep).unbind(-2)
         embeddings = posterior.project_embedding(tensordict.get(self.embedding_key)).unbind(-2)
         state = tensordict.get(self.state_key)[..., 0, :].float()
         belief = tensordict.get(self.belief_key)[..., 0, :].float()
@@ -145,7 +145,7 @@ class RSSMRollout(TensorDictModuleBase):
         noise: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step, from a projected action and embedding: state, belief, posterior logits."""
-        belief = self.rssm_prior.module.core.advance(state * keep, belief * keep, action)
+        belief = self.rssm_prior.module.advance(state * keep, belief * keep, action)
         posterior = self.rssm_posterior.module
         logits = posterior.logits(belief, embedding)
         return posterior.latent.draw(logits, noise), belief, logits
