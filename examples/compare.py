@@ -31,8 +31,8 @@ from r2dreamer.examples.cli.children import Children
 from r2dreamer.examples.cli.messages import cannot_compose
 from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
 from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture, read_curve
+from r2dreamer.examples.figures.plans import read_plan, report, summary
 from r2dreamer.examples.training.grid import Run, plan
-from r2dreamer.examples.training.plans import read_plan, report, summary
 
 TRAIN = Path(__file__).parent / "train.py"
 

@@ -49,6 +49,11 @@ def trained(server, tmp_path_factory):
     return folder / "log"
 
 
+@pytest.fixture(scope="module")
+def opened(trained):
+    return load_trained(str(trained), torch.device("cpu"))
+
+
 def test_one_command_attacks_a_checkpoint_and_reports_every_condition(server, trained, tmp_path):
     earlier = min((trained / "checkpoints").glob("step_*"))
     run = server.run(tmp_path, f"checkpoint={trained}", f"other={earlier}", "beside=patched", *QUICK, script="attack")
@@ -194,17 +199,17 @@ def test_a_user_reads_why_in_one_paragraph(server, damaged, tmp_path, script):
         ("collect.context=99", "fewer than context=99"),
     ],
 )
-def test_settings_of_an_attack_that_make_no_sense_are_refused(trained, setting, says):
+def test_settings_of_an_attack_that_make_no_sense_are_refused(opened, setting, says):
     cfg, device = config(*QUICK, setting, name="attack"), torch.device("cpu")
     with pytest.raises((ValueError, InstantiationException), match=says):  # the script shows what caused the latter
         check(cfg, "attack")
-        attack.Attack(load_trained(str(trained), device), cfg, device)
+        attack.Attack(opened, cfg, device)
 
 
-def test_a_patch_that_cannot_be_compared_is_no_control(trained, tmp_path):
+def test_a_patch_that_cannot_be_compared_is_no_control(opened, tmp_path):
     path = AdversarialPatch((4, 5)).save(tmp_path / "patch.npz")
     cfg, device = config(*QUICK, f"other={path}", name="attack"), torch.device("cpu")
-    mine = attack.Attack(load_trained(str(trained), device), cfg, device)
+    mine = attack.Attack(opened, cfg, device)
     with pytest.raises(ValueError, match="cannot be compared with"):
         attack.prepare_other(cfg, mine)
     cfg.other = str(tmp_path / "nowhere")
@@ -220,16 +225,16 @@ def test_a_patch_that_cannot_be_compared_is_no_control(trained, tmp_path):
         ({"fill": "red"}, "occlusion.fill=red must be blur or grey"),
     ],
 )
-def test_occlusions_that_make_no_sense_are_refused(trained, setting, says):
+def test_occlusions_that_make_no_sense_are_refused(opened, setting, says):
     with pytest.raises(ValueError, match=says):
-        OcclusionSaliency(load_trained(str(trained), torch.device("cpu")).agent, "pixels", **setting)
+        OcclusionSaliency(opened.agent, "pixels", **setting)
 
 
 @pytest.mark.parametrize("name", ["planning", "perturb"])
-def test_every_configuration_builds(trained, name):
+def test_every_configuration_builds(opened, name):
     cfg = config(f"attack={name}", name="attack")
     patch = hydra.utils.instantiate(cfg.attack.patch, _convert_="all")
-    loss = load_trained(str(trained), torch.device("cpu")).attack_loss(patch, key="pixels", **cfg.attack.loss)
+    loss = opened.attack_loss(patch, key="pixels", **cfg.attack.loss)
     assert patch.patch_hw == (16, 16) and loss.weights == {"return": 1, "kl": 0, "action": 0, "tv": 0.01, "l2": 0.001}
     assert (patch.mode == name) == (name == "perturb")
 
@@ -252,8 +257,8 @@ def test_saliency_of_a_checkpoint_alone(server, trained, tmp_path):
         assert 0 < found[name]["fraction"] < 1 and f"{name}: {found[name]['fraction']:.4f}" in run.stdout
 
 
-def test_the_agent_of_a_checkpoint_is_the_trained_one(trained, tmp_path):
-    found = load_trained(str(trained), torch.device("cpu"))
+def test_the_agent_of_a_checkpoint_is_the_trained_one(trained, opened, tmp_path):
+    found = opened
     state = Checkpoints(trained / "checkpoints").load(replay=False).state["learner"]["model"]
     name = next(name for name in state if name.endswith("convolutions.0.weight") or "convolutions" in name)
     weights = [parameter for _, parameter in found.agent.encoder.named_parameters()]

@@ -9,8 +9,8 @@ import yaml
 from launcher import CARTPOLE
 
 from r2dreamer.examples import compare
+from r2dreamer.examples.figures.plans import hours_left, read_plan, report, summary
 from r2dreamer.examples.training.grid import Run
-from r2dreamer.examples.training.plans import hours_left, read_plan, report, summary
 
 # In place of train.py: it leaves a finished run, and fails for seed 7.
 STUB = """

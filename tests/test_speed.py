@@ -232,7 +232,7 @@ def test_the_benchmark_measures_turn_by_turn(monkeypatch, compare):
 def test_the_benchmark_compares_two_members_turn_by_turn(server, tmp_path):
     small = ["model=size1M", "model.belief=16", "model.hidden=8", "batch_size=2", "batch_length=3", "repeats=1"]
     options = ["precision=fp32", "compare=algorithm", "measure=[update]"]
-    done = server.run(tmp_path, *small, *options, script="benchmark", timeout=300)
+    done = server.run(tmp_path, *small, *options, script="benchmark")
     assert done.status == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["other"] == "Reconstruction" and result["other_parameters"] != result["parameters"]

@@ -91,7 +91,7 @@ class InterruptedSoon:
 
 
 def test_a_run_cut_short_says_when_its_evaluation_was(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.Interrupt", InterruptedSoon)
+    monkeypatch.setattr("r2dreamer.examples.train.Interrupt", InterruptedSoon)
     rare = ["eval.every=1000", "checkpoint.every=1000"]
     trainer = train_here(tmp_path, *CARTPOLE, *rare)
     (said,) = re.findall(

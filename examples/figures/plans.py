@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from ..figures.curves import published_curve, read_curve
-from .grid import Run, plan_rows
+from ..training.grid import Run, plan_rows
+from .curves import published_curve, read_curve
 
 
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
