@@ -6,7 +6,7 @@ from launcher import EXAMPLES
 
 import r2dreamer.envs  # isort: skip  # before TorchRL
 from r2dreamer.dreamer.pretrained import load_pretrained
-from r2dreamer.examples.training.film import evaluate_seeds
+from r2dreamer.examples.training.evaluation import evaluate_seeds
 from r2dreamer.examples.training.trained import load_trained
 
 AGENTS = EXAMPLES / "results" / "agents"
