@@ -7,7 +7,7 @@ from launcher import EXAMPLES
 import r2dreamer.envs  # isort: skip  # before TorchRL
 from r2dreamer.dreamer.pretrained import load_pretrained
 from r2dreamer.examples.training.evaluation import evaluate_seeds
-from r2dreamer.examples.training.trained import load_trained
+from r2dreamer.examples.training.loading import load_trained
 
 AGENTS = EXAMPLES / "results" / "agents"
 # By name the least greedy return of two episodes.
