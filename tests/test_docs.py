@@ -182,13 +182,15 @@ def test_the_objectives_of_the_guide_are_those_there_are():
 
 def test_the_core_of_the_guide_learns(server, tmp_path):
     write_files_of("core", tmp_path)
-    mine = ["experiment=quickstart", "algorithm.agent._target_=my_core.build"]
+    mine = ["experiment=quickstart", "+model.core._target_=my_core.GRU", "+model.core._partial_=true"]
     run = server.run(tmp_path, *mine, *TINY, "total_frames=60", "checkpoint.every=60", "logdir=run")
     assert run.status == 0, run.stderr
+    read = server.run(tmp_path / "reads", "checkpoint=../run", "episodes=1", script="evaluate")
+    assert read.status == 1 and "trust=my_core" in read.stderr
     names = {}
     exec((tmp_path / "my_core.py").read_text(), names)
     spaces = r2dreamer.dreamer.ObservationSpace({}, {"observation": 4}), r2dreamer.dreamer.ActionSpace(2, discrete=True)
-    agent = names["build"](*spaces, belief=16, hidden=8, classes=4, depth=2)
+    agent = r2dreamer.dreamer.build_agent(*spaces, belief=16, hidden=8, classes=4, depth=2, core=names["GRU"])
     records = agent.example_record().expand(3, 5).clone()
     latents = {key: torch.zeros(3, 5, size) for key, size in agent.latent_sizes.items()}
     records.update({**latents, "action": torch.ones(3, 5, 2)})

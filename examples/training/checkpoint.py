@@ -98,12 +98,13 @@ class Checkpoints:
         self._rejected: dict[Path, tuple] = {}  # what could not be restored: why, and why its replay could not be
         self._spared: set[str] | None = None  # segments that a checkpoint of another format may need
 
-    def save(self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None, rng: bool = True) -> Path:
         """Saves a checkpoint; on failure raises CheckpointError, older ones whole and no change forgotten.
 
         Args:
             state: names to state dicts: nested dicts, lists and tuples of tensors, numbers, strings, None.
             replay: what changed in it since the last save is added to the journal; None leaves it out.
+            rng: whether to save the process's random generators.
         """
         check_plain(state)
         known = self._manifests()
@@ -117,7 +118,7 @@ class Checkpoints:
             self._clean(known)
             temporary.mkdir(parents=True)
             segments = self.journal.append(replay) if replay is not None else []
-            contents = {"state.pt": dict(state), "rng.pt": GlobalRNGState().state_dict()}
+            contents = {"state.pt": dict(state)} | ({"rng.pt": GlobalRNGState().state_dict()} if rng else {})
             files = {name: _save_tensors(temporary / name, content) for name, content in contents.items()}
             saved = None
             if replay is not None:
