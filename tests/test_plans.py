@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import yaml
-from launcher import CARTPOLE
+from launcher import CARTPOLE, EXAMPLES
 
 from r2dreamer.examples import compare
+from r2dreamer.examples.figures.curves import published_curve
 from r2dreamer.examples.figures.plans import hours_left, read_plan, report, summary
 from r2dreamer.examples.training.grid import Run
 
@@ -51,6 +52,23 @@ def test_rows_multiply_and_keep_their_bars(tmp_path):
     runs = read_plan(write(tmp_path / "plan.yaml", overrides=shared, rows=rows), ["total_frames=60"])
     assert [(str(run.logdir), run.bar) for run in runs] == [("tiny/seed0", 7), ("tiny/seed1", 7), ("other/seed2", None)]
     assert {run.total_frames for run in runs} == {60}
+
+
+def test_of_one_key_the_last_override_counts(tmp_path):
+    rows = [{"overrides": ["seed=2,3"]}, {"overrides": ["name=other"]}]
+    plan = write(tmp_path / "plan.yaml", overrides=[*CARTPOLE, "seed=0,1"], rows=rows)
+    seeds = lambda *more: [run.logdir.name for run in read_plan(plan, more)]
+    assert seeds() == ["seed2", "seed3", "seed0", "seed1"] and seeds("seed=7") == ["seed7", "seed7"]
+
+
+@pytest.mark.parametrize("plan", sorted((EXAMPLES / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_that_are_shipped_can_be_trained(plan):
+    runs = read_plan(plan, ["seed=0"])
+    assert len(runs) >= 6 and {run.total_frames for run in runs} == {100_000}
+    for run in runs:
+        if run.bar:  # no lower than what is published
+            curve = published_curve(run.suite, run.task.partition("-")[2])
+            assert run.bar > 0.99 * curve["mean"][curve["frames"] <= 100_000][-1]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from r2dreamer.examples.training.loading import load_trained
 AGENTS = EXAMPLES / "results" / "agents"
 # By name the least greedy return of two episodes.
 BOUNDS = {
+    "cartpole_swingup": 800,
     "walker_walk": 400,
 }
 

@@ -4,7 +4,7 @@
     rows:
       - {overrides: [env.task=walker_walk, "seed=0,1,2"], bar: 461}
 
-Overrides are those of train.py, in hydra's multirun syntax. A row needs no bar.
+Overrides are those of train.py, in hydra's multirun syntax; of one key the last one counts. A row needs no bar.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
         bar = row.get("bar")
         if bar is not None and type(bar) not in (int, float):
             raise ValueError(f"{where} has bar={bar!r}, which must be a number.")
-        rows.append(([*shared, *_overrides(row["overrides"], where), *overrides], bar))
+        every = [*shared, *_overrides(row["overrides"], where), *overrides]
+        rows.append((list({each.partition("=")[0]: each for each in every}.values()), bar))  # the last of a key counts
     return plan_rows(rows)
 
 
