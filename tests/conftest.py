@@ -1,6 +1,7 @@
 """What all tests share: how threads wait, and one process with everything imported, from which runs are forked."""
 
 import os
+from unittest import mock
 
 import pytest
 
@@ -12,6 +13,13 @@ import r2dreamer.examples  # noqa: E402, F401 - sets how threads wait, before to
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own():
+    """What a script sets for its workers ends with its test."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
