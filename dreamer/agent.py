@@ -20,7 +20,7 @@ from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Un
 from torchrl.envs.transforms import TensorDictPrimer
 
 from .fast import TRICKS, speed_up
-from .networks.encoders import ObservationEncoder
+from .networks.encoders import Encoder, ObservationEncoder
 from .networks.heads import FeatureMLP, TwoHotMLP, actor_head, latent_head, projection_head
 from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior, check_core
 from .rssm.imagination import Imagination
@@ -88,9 +88,9 @@ class Agent:
     posterior: RSSMPosterior
     rollout: RSSMRollout
     heads: dict[str, TensorDictModuleBase]
-    reward: TwoHotMLP
+    reward: FeatureMLP
     continue_: FeatureMLP | None
-    value: TwoHotMLP
+    value: FeatureMLP
     actor: ProbabilisticTensorDictSequential
     world_model: TensorDictSequential
     value_model: TensorDictModule
@@ -160,7 +160,7 @@ def build_agent(
     blocks: int = 8,
     unimix: float = 0.01,
     encoder_multipliers: tuple[int, ...] = (2, 3, 4, 4),
-    image_encoder: Callable[[tuple[int, int, int]], nn.Module] | None = None,
+    image_encoder: Callable[[tuple[int, int, int]], Encoder] | None = None,
     core: Callable[[int, int, int, int], nn.Module] | None = None,
     vector_layers: int = 3,
     reward_layers: int = 1,
@@ -251,12 +251,12 @@ def assemble(
     sizes: Sizes,
     *,
     encoder: ObservationEncoder,
-    prior: nn.Module,
-    posterior: nn.Module,
+    prior: RSSMPrior,
+    posterior: RSSMPosterior,
     heads: Mapping[str, TensorDictModuleBase],
-    reward: nn.Module,
-    continue_: nn.Module | None,
-    value: nn.Module,
+    reward: FeatureMLP,
+    continue_: FeatureMLP | None,
+    value: FeatureMLP,
     actor: ProbabilisticTensorDictSequential,
     exploration: TensorDictModuleBase | None = None,
     differentiable: bool = False,
@@ -283,19 +283,16 @@ def assemble(
     predictions = [latent_head(reward, reward.keys("reward"), prefix=after)]
     if continue_ is not None:
         predictions.append(latent_head(continue_, ["continue_pred"], prefix=after))
-    world_model = TensorDictSequential(encoder, rollout, *heads.values(), *predictions)
-    policy = TensorDictSequential(
-        encoder.at_root(),
-        RSSMStateEstimator(
-            prior,
-            posterior,
-            state_size=sizes.state,
-            belief_size=sizes.belief,
-            action_size=actions.size,
-        ),
-        actor,
-        *([] if exploration is None else [exploration]),
+    world_model = TensorDictSequential([encoder, rollout, *heads.values(), *predictions])
+    estimator = RSSMStateEstimator(
+        prior,
+        posterior,
+        state_size=sizes.state,
+        belief_size=sizes.belief,
+        action_size=actions.size,
     )
+    after_actor = [] if exploration is None else [exploration]
+    policy = TensorDictSequential([encoder.at_root(), estimator, actor, *after_actor])
     agent = Agent(
         observations=observations,
         actions=actions,

@@ -147,7 +147,7 @@ class DreamerActorLoss(DreamerLoss):
         # Their parameters belong to the other losses.
         unregistered(self, value_model=value_model, model_based_env=model_based_env, continue_model=continue_model)
         self.imagination_horizon, self.discount, self.lmbda = imagination_horizon, discount, lmbda
-        self.entropy_bonus = entropy_bonus
+        self.entropy_bonus: float | torch.Tensor = entropy_bonus
         self.return_norm = PercentileValueNorm(quantiles=return_quantiles, rate=return_rate)
         self._untrained = UntrainedHead(continue_model, getattr(model_based_env, "reads", (model_based_env,)))
         self.continue_name = continue_name(self.tensor_keys, continue_model) or "continue_pred"

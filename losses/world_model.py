@@ -20,6 +20,7 @@ from .continuation import check_logit, continue_name
 from .kl import CategoricalKL
 from .likelihood import ScalarPrediction
 from .objectives.barlow import BarlowTwins
+from .objectives.base import Objective
 from .wiring import (
     ENVIRONMENT,
     NEXT,
@@ -115,7 +116,7 @@ class R2DreamerWorldModelLoss(DreamerLoss):
     def __init__(
         self,
         world_model: TensorDictModuleBase,
-        representation: nn.Module | None = None,
+        representation: Objective | None = None,
         *,
         kl: nn.Module | None = None,
         reward_weight: float = 1.0,

@@ -13,6 +13,7 @@ from ..networks.encoders import ObservationEncoder
 from ..networks.heads import FeatureMLP
 from ..networks.layers import elu_mlp
 from ..rssm.core import RSSMPosterior, RSSMPrior
+from ..rssm.latents import Latent
 from ..sizes import Sizes
 from .networks import ConvDecoder, ConvEncoder, ELUVectorEncoder, ExplorationNoise, GRUCore, elu_actor_head
 
@@ -32,7 +33,7 @@ def build_classic_agent(
     value_layers: int,
     units: int | None = None,
     continue_layers: int | None = None,
-    latent: Callable[[int, int], nn.Module],
+    latent: Callable[[int, int], Latent],
     cell: Callable[[int, int], nn.Module],
     squashed_actions: bool,
     noise: float,

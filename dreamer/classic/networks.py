@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import nn
 from torch.nn import GRUCell  # noqa: F401 - named in a config, as NormGRUCell is
 from torchrl.envs.utils import ExplorationType, exploration_type
@@ -179,8 +180,8 @@ def elu_actor_head(
 class ExplorationNoise(TensorDictModuleBase):
     """While exploring, N(0, ``amount``) on continuous actions, clipped to [-1, 1]; of choices, this share at random."""
 
-    in_keys = ["action"]
-    out_keys = ["action"]
+    in_keys: list[NestedKey] = ["action"]
+    out_keys: list[NestedKey] = ["action"]
 
     def __init__(self, amount: float, discrete: bool):
         super().__init__()

@@ -26,6 +26,7 @@ def pooled(convolution: nn.Conv2d, value: torch.Tensor) -> torch.Tensor:
         out = by_squares(value, convolution.weight).amax(-2)
     else:
         out = F.max_pool2d(F.conv2d(value, convolution.weight, padding="same"), 2).permute(0, 2, 3, 1)
+    assert convolution.bias is not None  # ImageEncoder builds each with one
     return out + convolution.bias.to(out.dtype)  # the same for all four: the largest stays the largest
 
 

@@ -10,7 +10,7 @@ memory. The gradient of the perturbation is the gradient of the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -67,6 +67,7 @@ class GainTape(Tape):
     def repeated(self) -> torch.Tensor:
         """The gain of every row, [rows, D]."""
         self.used = True
+        assert self.perturbation is not None  # begin() makes it
         return self.gain + self.perturbation
 
     def total(self) -> tuple[torch.Tensor]:
@@ -100,6 +101,7 @@ class AffineTape(Tape):
         rows = value.to(self.weight.dtype)
         rows = rows.flatten(0, -2) if self.weight.ndim == 2 else rows
         self.input, self.used = rows.detach(), True
+        assert self.perturbation is not None  # begin() makes it
         if torch.compiler.is_compiling():
             out = affine(rows, self.weight, self.bias) + self.perturbation
         else:
@@ -107,7 +109,7 @@ class AffineTape(Tape):
         return out.unflatten(0, value.shape[:-1]) if self.weight.ndim == 2 else out
 
     def end(self) -> None:
-        if self.used:
+        if self.input is not None:
             self.inputs[self.step], self.input = self.input, None
         super().end()
 
@@ -192,14 +194,16 @@ def deferred_weight_gradients(step: Callable, rows: int, *modules: nn.Module) ->
 class Deferred(Fast):
     """A layer that records on its tapes while a sequence runs, and computes its plain forward otherwise."""
 
-    tapes: dict[str, Tape] = {}
+    tapes: Mapping[str, Tape] = {}
 
-    def make_tapes(self, rows: int) -> dict[str, Tape]:
+    def make_tapes(self, rows: int) -> Mapping[str, Tape]:
         raise NotImplementedError
 
 
 class DeferredLinear(Deferred, Linear):
-    def make_tapes(self, rows: int) -> dict[str, Tape]:
+    tapes: Mapping[str, AffineTape]
+
+    def make_tapes(self, rows: int) -> Mapping[str, AffineTape]:
         return {"weight": AffineTape(self.weight.mT, self.bias, rows)}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
@@ -210,7 +214,9 @@ class DeferredLinear(Deferred, Linear):
 
 
 class DeferredBlockLinear(Deferred, BlockLinear):
-    def make_tapes(self, rows: int) -> dict[str, Tape]:
+    tapes: Mapping[str, AffineTape]
+
+    def make_tapes(self, rows: int) -> Mapping[str, AffineTape]:
         if not hasattr(self, "shared_weight"):
             return {"weight": AffineTape(self.weight, self.bias.view(self.num_blocks, 1, -1), rows)}
         shared = AffineTape(self.shared_weight.mT, self.bias, rows)
@@ -228,7 +234,9 @@ class DeferredBlockLinear(Deferred, BlockLinear):
 class DeferredNormSiLU(Deferred, NormSiLU):
     """Compiled only: uncompiled, torch's operation takes one gain for all rows."""
 
-    def make_tapes(self, rows: int) -> dict[str, Tape]:
+    tapes: Mapping[str, GainTape]
+
+    def make_tapes(self, rows: int) -> Mapping[str, GainTape]:
         return {"weight": GainTape(self.weight, rows)}
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
@@ -243,7 +251,7 @@ class DeferredRollout(Fast, RSSMRollout):
     def unroll(self, step: Callable, state: torch.Tensor, belief: torch.Tensor, *sequences) -> list[torch.Tensor]:
         if not on_gpu(state):
             return super().unroll(step, state, belief, *sequences)
-        recurrent = self.rssm_prior.module.core, self.rssm_posterior.module
+        recurrent = self.rssm_prior.module.core, self.rssm_posterior
         with deferred_weight_gradients(step, state.shape[:-1].numel(), *recurrent) as step:
             return super().unroll(step, state, belief, *sequences)
 

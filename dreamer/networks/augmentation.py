@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 
 
 def random_shift(images: torch.Tensor, pad: int = 3) -> torch.Tensor:
@@ -50,8 +51,8 @@ class RandomShift(TensorDictModuleBase):
         (torch.Size([2, 5, 3, 8, 8]), torch.uint8)
     """
 
-    in_keys: list = []
-    out_keys: list = []
+    in_keys: list[NestedKey] = []
+    out_keys: list[NestedKey] = []
 
     def __init__(self, pad: int = 3):
         super().__init__()

@@ -60,11 +60,10 @@ class ImageDecoder(nn.Module):
         self.state_in = nn.Sequential(*normed_linear(state_size, 2 * units), Linear(2 * units, positions))
         self.norms = nn.ModuleList(NormSiLU(stage) for stage in widths)
         outs = [*widths[1:], channels]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, kernel, padding="same") for i, o in zip(widths, outs, strict=True)
-        )
-        for convolution in self.convolutions:
+        convolutions = [nn.Conv2d(i, o, kernel, padding="same") for i, o in zip(widths, outs, strict=True)]
+        for convolution in convolutions:
             init_convolution(convolution, convolution.in_channels * kernel**2)
+        self.convolutions = nn.ModuleList(convolutions)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
         height, width, channels = self.smallest
@@ -83,8 +82,15 @@ class ImageDecoder(nn.Module):
 
 
 def _image(sizes: Sizes, shape: tuple[int, int, int]) -> ImageDecoder:
-    widths = dict(depth=sizes.depth, units=sizes.units, multipliers=sizes.multipliers, blocks=sizes.blocks)
-    return ImageDecoder(sizes.state, sizes.belief, shape, **widths)
+    return ImageDecoder(
+        sizes.state,
+        sizes.belief,
+        shape,
+        depth=sizes.depth,
+        units=sizes.units,
+        multipliers=sizes.multipliers,
+        blocks=sizes.blocks,
+    )
 
 
 def _vector(sizes: Sizes, size: int) -> FeatureMLP:
@@ -127,7 +133,9 @@ class ObservationDecoder(TensorDictModuleBase):
         if sizes.vectors:
             self.vector = (make_vector or _vector)(sizes, sum(sizes.vectors.values()))
         self.in_keys: list[NestedKey] = [(*prefix, "state"), (*prefix, "belief")]
-        self.out_keys: list[NestedKey] = [(*prefix, out_key, key) for key in (*self.image_channels, *self.vector_sizes)]
+        self.out_keys: list[tuple[str, ...]] = [
+            (*prefix, out_key, key) for key in (*self.image_channels, *self.vector_sizes)
+        ]
 
     def predict(self, state: torch.Tensor, belief: torch.Tensor) -> dict[str, torch.Tensor]:
         """By key: images in (0, 1), vectors in symlog space."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,18 +59,18 @@ class ImageEncoder(nn.Module):
                 f"(env.make.image_size in the example trainer)."
             )
         widths = [channels] + [depth * multiplier for multiplier in multipliers]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(widths[i], widths[i + 1], kernel, padding="same") for i in range(len(multipliers))
-        )
-        for convolution in self.convolutions:
+        convolutions = [nn.Conv2d(widths[i], widths[i + 1], kernel, padding="same") for i in range(len(multipliers))]
+        for convolution in convolutions:
             init_convolution(convolution, convolution.in_channels * kernel**2)
+        self.convolutions = nn.ModuleList(convolutions)
         self.norms = nn.ModuleList(NormSiLU(out_channels) for out_channels in widths[1:])
         self.out_features = widths[-1] * (height // stride) * (width // stride)
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         value = centred(images)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            value = norm(self.pooled(convolution, value)).permute(0, 3, 1, 2)
+            pooled = self.pooled(convolution, value)  # pyright: ignore[reportArgumentType] - a ModuleList of Conv2d
+            value = norm(pooled).permute(0, 3, 1, 2)
         return value.reshape(*images[0].shape[:-3], self.out_features)
 
     def pooled(self, convolution: nn.Conv2d, value: torch.Tensor) -> torch.Tensor:
@@ -111,14 +112,14 @@ class StridedEncoder(nn.Module):
                 f"kernel {wrong[0][0]} with stride {wrong[0][1]} leaves pixels unread; use a kernel of at least the stride."
             )
         widths = [image_shape[0], *channels]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, kernel, stride, padding=(kernel - stride + 1) // 2)
-            for before, after, kernel, stride in zip(widths, channels, kernels, strides, strict=False)
-        )
-        size = list(image_shape[1:])
-        for each in self.convolutions:
+        convolutions, size = [], list(image_shape[1:])
+        for before, after, kernel, stride in zip(widths, channels, kernels, strides, strict=False):
+            padding = (kernel - stride + 1) // 2
+            convolutions.append(nn.Conv2d(before, after, kernel, stride, padding))
+            size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
+        for each in convolutions:
             init_convolution(each, each.in_channels * each.kernel_size[0] ** 2)
-            size = [(n + 2 * each.padding[0] - each.kernel_size[0]) // each.stride[0] + 1 for n in size]
+        self.convolutions = nn.ModuleList(convolutions)
         if min(size) < 1:
             raise ValueError(
                 f"Images of {image_shape[1]}x{image_shape[2]} are too small for kernels={list(kernels)} with "
@@ -149,6 +150,14 @@ class VectorEncoder(nn.Module):
         return self.layers(symlog(value.float()))
 
 
+class Encoder(Protocol):
+    """What ``make_image`` and ``make_vector`` of :class:`ObservationEncoder` build: a module that knows its output's width."""
+
+    out_features: int
+
+    def __call__(self, *values: torch.Tensor) -> torch.Tensor: ...
+
+
 class ObservationEncoder(TensorDictModuleBase):
     """Encodes image and vector entries into one embedding e_t, written to ``out_key``.
 
@@ -175,8 +184,8 @@ class ObservationEncoder(TensorDictModuleBase):
         units: int,
         multipliers: tuple[int, ...] = (2, 3, 4, 4),
         vector_layers: int = 3,
-        make_image: Callable[[tuple[int, int, int]], nn.Module] | None = None,
-        make_vector: Callable[[int], nn.Module] | None = None,
+        make_image: Callable[[tuple[int, int, int]], Encoder] | None = None,
+        make_vector: Callable[[int], Encoder] | None = None,
         prefix: tuple[str, ...] = ("next",),
         out_key: str = "encoded_latents",
     ):
@@ -186,7 +195,7 @@ class ObservationEncoder(TensorDictModuleBase):
         self.image_keys, self.vector_keys = list(image_shapes), list(vector_sizes)
         self.image = self.vector = None
         if image_shapes:
-            sizes = {tuple(shape[-2:]) for shape in image_shapes.values()}
+            sizes = {(height, width) for _, height, width in image_shapes.values()}
             if len(sizes) > 1:
                 raise ValueError(f"Images are stacked on channels and need one size, got {image_shapes}; resize them.")
             channels = sum(shape[0] for shape in image_shapes.values())

@@ -85,8 +85,9 @@ class ProjectionHead(nn.Module):
         super().__init__()
         if layers < 0 or (layers and not units):
             raise ValueError(f"layers={layers} must not be negative, and units={units} must be given with any.")
-        self.hidden = mlp(features, units, layers)
-        self.linear = Linear(units if layers else features, embedding_size, bias=False)
+        width = units if layers and units else features
+        self.hidden = mlp(features, width, layers)
+        self.linear = Linear(width, embedding_size, bias=False)
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor:
         return self.linear(self.hidden(torch.cat([state, belief.to(state.dtype)], -1)))
@@ -145,13 +146,15 @@ def probabilistic_head(
 ) -> ProbabilisticTensorDictSequential:
     """A policy over latents: ``network`` writes the distribution's parameters ``keys``, then an action is drawn."""
     return ProbabilisticTensorDictSequential(
-        TensorDictModule(network, in_keys=["state", "belief"], out_keys=list(keys)),
-        ProbabilisticTensorDictModule(
-            in_keys=list(keys),
-            out_keys=["action"],
-            distribution_class=distribution,
-            default_interaction_type=InteractionType.RANDOM,
-        ),
+        [
+            TensorDictModule(network, in_keys=["state", "belief"], out_keys=list(keys)),
+            ProbabilisticTensorDictModule(
+                in_keys=list(keys),
+                out_keys=["action"],
+                distribution_class=distribution,
+                default_interaction_type=InteractionType("random"),
+            ),
+        ]
     )
 
 

@@ -24,7 +24,8 @@ def init_weight(weight: torch.Tensor, fan_in: float, scale: float = 1.0) -> None
 
 def init_convolution(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> None:
     init_weight(convolution.weight, fan_in)
-    nn.init.zeros_(convolution.bias)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
 
 
 def bounded(action: torch.Tensor) -> torch.Tensor:
@@ -39,9 +40,9 @@ def joint_positions(parameters: Sequence[torch.Tensor], *modules: nn.Module) -> 
     """
     positions = {id(parameter): position for position, parameter in enumerate(parameters)}
     layers = dict.fromkeys(layer for module in modules for layer in module.modules())
-    joint = [layer.joint_parameters() for layer in layers if hasattr(layer, "joint_parameters")]
-    found = [tuple(positions.get(id(piece)) for piece in pieces) for pieces in joint]
-    return [pieces for pieces in found if pieces and None not in pieces]
+    joint = [getattr(layer, "joint_parameters", tuple)() for layer in layers]
+    known = [pieces for pieces in joint if pieces and all(id(piece) in positions for piece in pieces)]
+    return [tuple(positions[id(piece)] for piece in pieces) for pieces in known]
 
 
 class Linear(nn.Linear):

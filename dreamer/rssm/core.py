@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..networks.layers import BlockLinear, Linear, NormSiLU, bounded, mlp, normed_linear
-from .latents import CategoricalLatent
+from .latents import Latent
 
 
 def namesake(init: Callable[..., None]) -> Callable[..., None]:
@@ -121,7 +121,7 @@ class RSSMPrior(nn.Module):
     def __init__(
         self,
         core: nn.Module,
-        latent: CategoricalLatent,
+        latent: Latent,
         hidden: int,
         layers: int = 2,
         make_layers: Callable[..., nn.Sequential] = mlp,
@@ -133,10 +133,11 @@ class RSSMPrior(nn.Module):
 
     def project_action(self, action: torch.Tensor) -> torch.Tensor:
         """The action as :meth:`advance` takes it; nothing in it depends on the recurrence."""
-        return self.core.project_action(action) if hasattr(self.core, "project_action") else action.float()
+        project = getattr(self.core, "project_action", None)
+        return action.float() if project is None else project(action)
 
     def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
-        advance = self.core.advance if hasattr(self.core, "advance") else self.core
+        advance = getattr(self.core, "advance", self.core)
         return advance(state, belief, projected_action)
 
     def logits(self, belief: torch.Tensor) -> torch.Tensor:
@@ -170,7 +171,7 @@ class RSSMPosterior(nn.Module):
         self,
         belief_size: int,
         embedding_size: int,
-        latent: CategoricalLatent,
+        latent: Latent,
         hidden: int,
         norm: nn.Module | None = None,
     ):
@@ -185,7 +186,7 @@ class RSSMPosterior(nn.Module):
         self.norm = NormSiLU(hidden) if norm is None else norm
         self.out = Linear(hidden, latent.logits_size)
 
-    def joint_parameters(self) -> tuple[nn.Parameter, ...]:
+    def joint_parameters(self) -> tuple[torch.Tensor, ...]:
         return self.belief_in.weight, self.embedding_in.weight
 
     def project_embedding(self, embedding: torch.Tensor) -> torch.Tensor:

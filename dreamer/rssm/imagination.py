@@ -36,6 +36,9 @@ class Imagination(nn.Module):
         torch.Size([5, 3, 1])
     """
 
+    prior: RSSMPrior
+    reward: TensorDictModule
+
     def __init__(self, prior: RSSMPrior, reward: TensorDictModule, *, differentiable: bool = False):
         super().__init__()
         # Not registered: a loss that holds this object must not own the world model's parameters a second time.

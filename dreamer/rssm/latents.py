@@ -98,3 +98,6 @@ class GaussianLatent(nn.Module):
         return logits[..., 0]
 
     expected = mode
+
+
+Latent = CategoricalLatent | GaussianLatent

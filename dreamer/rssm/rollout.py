@@ -80,8 +80,19 @@ class RSSMRollout(TensorDictModuleBase):
         self.embedding_key = rssm_posterior.in_keys[-1]
         self.prior_logits_key, _, self.next_belief_key = rssm_prior.out_keys
         self.posterior_logits_key, self.next_state_key = rssm_posterior.out_keys
-        self.in_keys = [self.state_key, self.belief_key, self.action_key, reset_key, self.embedding_key]
-        self.out_keys = [self.prior_logits_key, self.posterior_logits_key, self.next_state_key, self.next_belief_key]
+        self.in_keys: list[NestedKey] = [
+            self.state_key,
+            self.belief_key,
+            self.action_key,
+            reset_key,
+            self.embedding_key,
+        ]
+        self.out_keys: list[NestedKey] = [
+            self.prior_logits_key,
+            self.posterior_logits_key,
+            self.next_state_key,
+            self.next_belief_key,
+        ]
         ours = isinstance(rssm_prior.module, RSSMPrior) and isinstance(rssm_posterior.module, RSSMPosterior)
         self.general = None if ours else RSSMRolloutV3(rssm_prior, rssm_posterior, reset_key=reset_key)
         if not ours:
@@ -173,9 +184,10 @@ class RSSMStateEstimator(TensorDictModuleBase):
         super().__init__()
         self.prior, self.posterior = prior, posterior
         self.sizes = (state_size, belief_size, action_size)
-        self.keys, self.out_keys = in_keys, list(out_keys)
+        self.keys = in_keys
+        self.out_keys: list[NestedKey] = list(out_keys)
         # Only these must exist beforehand: the three recurrent entries begin as zeros.
-        self.in_keys = list(in_keys[3:])
+        self.in_keys: list[NestedKey] = list(in_keys[3:])
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """What a collector appends to the environment (``auto_register_policy_transforms=True``).
@@ -187,7 +199,7 @@ class RSSMStateEstimator(TensorDictModuleBase):
         with a ``policy_device`` carries on only those outputs of which, at its first step, no element equals the input,
         and would drop a one-hot ``state`` that came in as zeros, silently again.
         """
-        latents = {key: Unbounded((size,)) for key, size in zip(self.out_keys, self.sizes, strict=False)}
+        latents = {key: Unbounded(size) for key, size in zip(self.out_keys, self.sizes, strict=False)}
         return TensorDictPrimer(latents, default_value=-1.0, expand_specs=True)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

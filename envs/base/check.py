@@ -76,7 +76,7 @@ def _action(env: Any) -> Iterator[str]:
         yield f"'action' is {type(spec).__name__} of shape {tuple(spec.shape)}: make it OneHot or a float32 vector"
     elif spec.dtype != torch.float32:
         yield f"'action' is {spec.dtype}, not float32: append torchrl.envs.DoubleToFloat"
-    elif isinstance(spec, Bounded) and not ((spec.space.low == -1).all() and (spec.space.high == 1).all()):
+    elif isinstance(spec, Bounded) and not ((spec.low == -1).all() and (spec.high == 1).all()):
         yield "'action' is not in [-1, 1]: append r2dreamer.envs.ClippedActionScaling()"
 
 

@@ -61,7 +61,9 @@ class FiniteCheck(Transform):
 class ContractEnv(TransformedEnv):
     """A transformed environment whose exceptions carry its task and seed, however deep in a simulator they start."""
 
-    def __init__(self, env: EnvBase, transform: Transform, task: object):
+    transform: Compose
+
+    def __init__(self, env: EnvBase, transform: Compose, task: object):
         super().__init__(env, transform)
         self.task = str(task)
         self.seed = None
@@ -108,7 +110,7 @@ def apply_contract(env: EnvBase, task: Any, seed: int, *transforms: Transform) -
                 str(task), [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point]
             )
         ]
-    env = ContractEnv(env, Compose(*transforms, *starts, *checks), task)
+    env = ContractEnv(env, Compose([*transforms, *starts, *checks]), task)
     # static_seed: without it TorchRL draws the seed of a next environment, which nobody here wants.
     env.set_seed(seed, static_seed=True)
     return env

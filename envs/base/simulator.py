@@ -54,12 +54,15 @@ class Simulator(EnvBase):
         self.task, self.step_count = type(self).__name__, 0
         pixels = lambda shape: Bounded(0, 255, shape, dtype=torch.uint8)
         self.observation_spec = Composite(
-            {name: pixels(shape) if len(shape) == 3 else Unbounded(shape) for name, shape in observations.items()}
+            {
+                name: pixels(shape) if len(shape) == 3 else Unbounded(torch.Size(shape))
+                for name, shape in observations.items()
+            }
         )
         kind = lambda shape: np.dtype(np.uint8 if len(shape) == 3 else np.float32)
         self.layout = [(name, tuple(shape), kind(shape)) for name, shape in observations.items()]
         if self.metrics:
-            self.observation_spec["metrics"] = Composite({name: Unbounded((1,)) for name in self.metrics})
+            self.observation_spec["metrics"] = Composite({name: Unbounded(1) for name in self.metrics})
         self.discrete, self.scale = isinstance(actions, int), None
         if isinstance(actions, int):
             self.action_spec = OneHot(actions, dtype=torch.int64)
@@ -67,11 +70,11 @@ class Simulator(EnvBase):
             self.bounds = low, high = [np.asarray(bound, np.float32) for bound in actions]
             if np.isfinite([low, high]).all():
                 self.scale, self.middle = (high - low) / 2, (high + low) / 2
-                self.action_spec = Bounded(-1, 1, low.shape, dtype=torch.float32)
+                self.action_spec = Bounded(-1, 1, torch.Size(low.shape), dtype=torch.float32)
             else:  # without bounds there is no range to scale to
-                self.action_spec = Unbounded(low.shape, dtype=torch.float32)
-        self.reward_spec = Unbounded((1,))
-        flag = Categorical(2, shape=(1,), dtype=torch.bool)
+                self.action_spec = Unbounded(torch.Size(low.shape), dtype=torch.float32)
+        self.reward_spec = Unbounded(1)
+        flag = Categorical(2, shape=torch.Size([1]), dtype=torch.bool)
         self.full_done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone())
 
     def begin(self) -> dict[str, np.ndarray]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, Storage, TensorDictReplayBuffer
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import Compose
 
 from ..base.errors import require_linux
 from .rings import RingWriter, StreamRings, WindowSampler
@@ -35,9 +36,14 @@ class RecordReplay(TensorDictReplayBuffer):
         (torch.Size([4, 5, 3, 64, 64]), torch.Size([4, 5, 8]))
     """
 
+    _storage: LazyTensorStorage  # memory-mapped or not
+    _writer: RingWriter
+    _transform: Compose
+    _batch_size: int
+
     def __init__(
         self,
-        storage: Storage,
+        storage: LazyTensorStorage,
         rings: StreamRings,
         batch_size: int,
         batch_length: int,
@@ -111,16 +117,16 @@ class RecordReplay(TensorDictReplayBuffer):
 
         Where windows of a batch overlap the last one counts. Returns how many records were updated.
         """
-        index = batch["index"].flatten().cpu()  # [B*T]
+        index = batch["index"].reshape(-1).cpu()  # [B*T]
         ordered, order = index.sort(stable=True)
         is_last = torch.cat([ordered[1:] != ordered[:-1], torch.ones(1, dtype=torch.bool)])
         rows = order[is_last]
         values = {"state": state, "belief": belief}
-        patch = {
+        patch: dict[NestedKey, torch.Tensor] = {
             ("next", key): value.detach().flatten(0, 1).to(self.latent_dtype).to(self._storage.device)[rows]
             for key, value in values.items()
         }
-        generation = batch["index_generation"].flatten().cpu()[rows]
+        generation = batch["index_generation"].reshape(-1).cpu()[rows]
         result = self.update_if_present(index=index[rows], generation=generation, patch=patch)
         self.changed_latents[index[rows][result.updated.cpu()]] = True
         return result.updated_count
@@ -241,6 +247,7 @@ def check_memory(
     """
     free, where = free_bytes(storage, directory)
     if storage == "memmap":  # what an earlier run of this directory wrote is written over
+        assert directory is not None  # or free_bytes had raised
         free += sum(file.stat().st_blocks * 512 for file in Path(directory).rglob("*") if file.is_file())
     total = bytes_per_record * capacity
     line = (

@@ -10,7 +10,7 @@ before it; one that ends an episode emits the record of its last observation too
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -85,7 +85,7 @@ class RecordBuilder:
                 f"transitions of {self.num_streams} streams have the shape [{self.num_streams}, k], got "
                 f"{list(transitions.shape)}; num_streams is the number of environments of the collector."
             )
-        nxt = transitions["next"]
+        nxt = cast(TensorDictBase, transitions["next"])
         is_init = transitions["is_init"]  # [N, k, 1]
         done = nxt["done"]  # [N, k, 1]
         self._refuse_gaps(transitions)
@@ -119,7 +119,7 @@ class RecordBuilder:
 
     def _refuse_gaps(self, transitions: TensorDictBase) -> None:
         """A batch must begin where the last one ended: else action and reward would go to a wrong observation."""
-        first = transitions[:, 0]
+        first = cast(TensorDictBase, transitions[:, 0])
         jumps = first["is_init"].reshape(self.num_streams)  # [N]
         for key, expected in self._pending_observations.items():
             differs = first[key] != expected.to(first[key].device)

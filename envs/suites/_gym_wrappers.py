@@ -72,7 +72,7 @@ class Rendered(gymnasium.ObservationWrapper):
 class ContractObservations(gymnasium.ObservationWrapper):
     """Any mixture of boxes and discrete spaces as a flat dict of uint8 images [C, H, W] and float32 vectors."""
 
-    def __init__(self, env: Any, image_size: int, grayscale: bool, keys: Sequence[str] | None, task: str):
+    def __init__(self, env: Any, image_size: int | None, grayscale: bool, keys: Sequence[str] | None, task: str):
         super().__init__(env)
         self.image_size, self.grayscale = image_size, grayscale
         self.leaves = {name: (path, space) for name, path, space in _leaves(env.observation_space, (), task)}
@@ -104,7 +104,7 @@ class ContractObservations(gymnasium.ObservationWrapper):
             return to_pixels(np.asarray(value), self.image_size, self.grayscale)
         if isinstance(space, spaces.Box):
             return np.array(value, np.float32).reshape(-1)  # np.array copies: simulators reuse their buffers
-        return spaces.flatten(space, value).astype(np.float32)  # one-hot
+        return np.array(spaces.flatten(space, value), np.float32)  # one-hot
 
 
 def _is_image(space: Any) -> bool:

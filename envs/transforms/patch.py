@@ -147,7 +147,8 @@ class AdversarialPatch(Transform):
         """Mean |difference| of neighbours, vertical plus horizontal."""
         content = self.content()
         steps = (content.diff(dim=0), content.diff(dim=1))
-        return sum(step.abs().sum() / max(step.numel(), 1) for step in steps)
+        vertical, horizontal = (step.abs().sum() / max(step.numel(), 1) for step in steps)
+        return vertical + horizontal
 
     def l2(self) -> torch.Tensor:
         """Mean square of what the patch adds to the pixels, or to `base`."""
@@ -195,9 +196,8 @@ class AdversarialPatch(Transform):
             corners = (fractions * torch.tensor([room_y + 1, room_x + 1])).long()
             return corners.to(self.delta.device)
         if self.placement == "saliency":
-            _require(
-                self.found is not None, "placement='saliency' has no place yet: call place_by_saliency(heat) first."
-            )
+            if self.found is None:
+                raise ValueError("placement='saliency' has no place yet: call place_by_saliency(heat) first.")
             corner = tuple(self.found.tolist())
         else:
             corner = {
@@ -307,6 +307,7 @@ class AdversarialPatch(Transform):
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         if self._steps is None:  # stepped from a TensorDict of the caller's own
             self._reset(tensordict, next_tensordict.copy())
+            assert self._steps is not None
         self._steps = self._steps + 1
         return self._show(next_tensordict)
 

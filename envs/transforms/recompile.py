@@ -7,6 +7,7 @@ a target the task has moved or a gravity the user has set, stays.
 
 from __future__ import annotations
 
+import importlib
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,8 +127,7 @@ def nearest_source(
 
 def compile_edited(source: tuple[Any, Any], edits: Sequence[Edit]) -> tuple[Any, list[tuple[str, int]]]:
     """The model compiled from an edited XML, and the fields and indices of what the last edit touched."""
-    import mujoco
-
+    mujoco: Any = importlib.import_module("mujoco")  # compiled, without stubs
     xml, assets = source
     with mujoco.MjVfs() as files:
         for name, content in (assets or {}).items():

@@ -26,7 +26,7 @@ class RenderPixels(Transform):
         self.size, self.camera = size, camera
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        env = self.parent
+        env: Any = self.parent
         while isinstance(env, TransformedEnv):
             env = env.base_env
         pixels = render_pixels(env._env.physics, self.size, self.camera)
@@ -36,7 +36,7 @@ class RenderPixels(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        observation_spec["pixels"] = Bounded(0, 255, (3, self.size, self.size), dtype=torch.uint8)
+        observation_spec["pixels"] = Bounded(0, 255, torch.Size([3, self.size, self.size]), dtype=torch.uint8)
         return observation_spec
 
 

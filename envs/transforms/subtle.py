@@ -138,6 +138,7 @@ class DMCSubtle(Transform):
     def _edit(self, domain: str | None) -> Edit:
         frozen = self.physics == "frozen"
         if self.names:
+            assert self.shrink is not None  # names go with one
             return Edit(self.names, self.shrink, None, frozen)
         tasks = {official.stock[0]: name for name, official in OFFICIAL.items()}
         task = tasks.get(domain) if self.task is None else self.task

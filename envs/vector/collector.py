@@ -30,6 +30,8 @@ class VectorCollector(Collector):
         **kwargs: Those arguments of the Collector that are in `SUPPORTED`.
     """
 
+    env: VectorEnv
+
     def __init__(
         self, env: VectorEnv, policy: TensorDictModuleBase, *, keep: Iterable[NestedKey] | None = None, **kwargs: Any
     ):
@@ -51,17 +53,17 @@ class VectorCollector(Collector):
 
     @torch.no_grad()
     def rollout(self) -> TensorDict:
-        env: Any = self.env
+        env = self.env
         policy: Any = self._wrapped_policy
         device, root = self.policy_device, self._carrier
         outcome = env.observations | env.flags | {"reward": env.reward}
-        before, after = None, self._columns(outcome)
+        before, after = {}, self._columns(outcome)
         with set_exploration_type(self.exploration_type):
             for step in range(self.frames_per_batch):
                 acted = policy(root if device is None else root.to(device))
                 if acted is not root:
                     root.update(acted.to("cpu"))
-                if before is None:
+                if not before:
                     before = self._columns({key: root.get(key) for key in self._kept(root)})
                 for key, column in before.items():
                     column[:, step] = root.get(key)

@@ -114,10 +114,10 @@ class VectorEnv(EnvBase):
         super().__init__(device="cpu", batch_size=torch.Size([len(seeds)]))
         self.pool, self.seeds = pool, seeds
         of_one = pool.specs["output_spec"]
-        batched = lambda name: of_one[name].expand(len(seeds)).to("cpu")
+        batched = lambda name: of_one[name].expand(self.batch_size).to("cpu")
         self.observation_spec = batched("full_observation_spec")
         self.full_done_spec, self.full_reward_spec = batched("full_done_spec"), batched("full_reward_spec")
-        self.full_action_spec = pool.specs["input_spec", "full_action_spec"].expand(len(seeds)).to("cpu")
+        self.full_action_spec = pool.specs["input_spec", "full_action_spec"].expand(self.batch_size).to("cpu")
         arrays = pool.allocate()
         tensors = lambda group: {key: torch.from_numpy(array) for key, array in group.items()}
         self.action, self.reward = torch.from_numpy(arrays.action), torch.from_numpy(arrays.reward)

@@ -158,8 +158,10 @@ class LocalPool:
             on_turn(number)
             env = factory(seed=seed)
             # A transform put on top passes unknown attributes on to what is below it, `bare` as well.
-            bare = type(env) is ContractEnv and env.bare
-            self.steppers[number] = SimulatorStepper(env) if bare else EnvStepper(env)
+            if type(env) is ContractEnv and env.bare:
+                self.steppers[number] = SimulatorStepper(env)
+            else:
+                self.steppers[number] = EnvStepper(env)
         self.layout, self.specs = self.describe()
 
     def describe(self) -> tuple[Layout, Composite]:

@@ -290,7 +290,7 @@ def check_plain(value: Any, name: str = "state") -> None:
 def _save_tensors(path: Path, value: Any) -> dict[str, int]:
     with CheckedFile(path) as file:
         try:
-            torch.save(value, file)
+            torch.save(value, file)  # pyright: ignore[reportArgumentType] - torch needs write() and flush() alone
         except RuntimeError:
             if file.error is not None:  # torch's writer reports a failed write in words of its own
                 raise file.error from None

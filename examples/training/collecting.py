@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
@@ -112,7 +113,8 @@ class Overlapping(Alternating):
         if (
             self.begun and not wait([self.begun[0]], timeout=CLOSE_TIMEOUT).done
         ):  # nobody waits minutes for a second Ctrl-C
-            self.collector.env.pool.kill()
+            environments: Any = self.collector.env
+            environments.pool.kill()
         super().close()
         self.thread.shutdown()
 

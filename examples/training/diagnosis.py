@@ -43,8 +43,8 @@ class Diagnosis:
 
     def _values(self, name: str) -> tuple[list[float], list[float]] | None:
         """Of the earlier half of the lines and of the later one."""
-        values = [line.get(f"train/{name}") for line in self.lines]
-        return None if None in values else (values[:LINES], values[LINES:])
+        values = [value for line in self.lines if (value := line.get(f"train/{name}")) is not None]
+        return (values[:LINES], values[LINES:]) if len(values) == len(self.lines) else None
 
     def _random(self) -> str | None:
         values = self._values("actor_entropy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -52,9 +53,9 @@ class EpisodeReturns:
         self.metrics: dict[str, torch.Tensor] = {}
 
     def add(self, transitions: TensorDictBase) -> None:
-        after = transitions["next"]
-        rewards = after["reward"].reshape(self.num_envs, -1).double()  # [N, k]
-        ends = after["done"].reshape(self.num_envs, -1)
+        after = transitions.get("next")
+        rewards = after.get("reward").reshape(self.num_envs, -1).double()  # [N, k]
+        ends = after.get("done").reshape(self.num_envs, -1)
         metrics = reported(after, rewards.shape)
         for step, (reward, end) in enumerate(zip(rewards.unbind(1), ends.unbind(1), strict=True)):
             self.reward += reward
@@ -67,7 +68,7 @@ class EpisodeReturns:
 
     def _finish(self, index: int) -> None:
         metrics = {name: value[index].item() for name, value in self.metrics.items()}
-        self.finished.append(Episode(self.reward[index].item(), self.length[index].item(), metrics))
+        self.finished.append(Episode(self.reward[index].item(), int(self.length[index]), metrics))
         self.latest = self.finished[-1].reward
         self.reward[index], self.length[index] = 0.0, 0
         for value in self.metrics.values():
@@ -81,11 +82,12 @@ class EpisodeReturns:
         return {f"train/{name}": value for name, value in line.items()}
 
     def state_dict(self) -> dict:
-        scores = self.scores.state_dict() if hasattr(self.scores, "state_dict") else {}
+        scores = getattr(self.scores, "state_dict", dict)()
         return {"finished": [vars(episode) for episode in self.finished], "latest": self.latest, "scores": scores}
 
     def load_state_dict(self, state: dict) -> None:
         self.finished = [Episode(**episode) for episode in state["finished"]]
         self.latest = state["latest"]
         if state.get("scores"):
-            self.scores.load_state_dict(state["scores"])
+            scores: Any = self.scores
+            scores.load_state_dict(state["scores"])

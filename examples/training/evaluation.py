@@ -19,7 +19,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent
-from r2dreamer.envs import make_gym, make_vector_env, reseed
+from r2dreamer.envs import VectorEnv, make_gym, make_vector_env, reseed
 
 from .episodes import Episode, Scores, reported, summarise
 
@@ -141,9 +141,9 @@ def _play_round(env, policy, max_steps, pixels_key, filmed):
     return [
         Episode(
             returns[index].item(),
-            lengths[index].item(),
+            int(lengths[index]),
             {name: each[index].item() for name, each in metrics.items()},
-            cut_off=playing[index].item(),
+            cut_off=bool(playing[index]),
         )
         for index in range(count)
     ]
@@ -190,7 +190,7 @@ SIDE = 192  # about how many pixels the shorter side of a film gets
 
 
 def evaluate_seeds(
-    environments: EnvBase,
+    environments: VectorEnv,
     agent: Agent,
     seeds: Sequence[int],
     *,

@@ -275,7 +275,7 @@ def _read_header(file: Any) -> tuple[int, list[tuple[NestedKey, torch.dtype, lis
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _read(file: Any, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import hydra
@@ -12,7 +13,7 @@ from torch import nn
 
 from r2dreamer.dreamer import Agent, compile_parts, joint_positions
 from r2dreamer.dreamer.fast.capture import captured
-from r2dreamer.losses import DreamerActorLoss, R2DreamerWorldModelLoss, collapse_metrics, total_loss
+from r2dreamer.losses import DreamerActorLoss, Objective, R2DreamerWorldModelLoss, collapse_metrics, total_loss
 
 
 class Learner(nn.Module):
@@ -127,10 +128,10 @@ class LinearFall:
             self.actor_loss.entropy_bonus.fill_(self.entropy_bonus * entropy)
 
 
-def objective(section: DictConfig, agent: Agent) -> nn.Module:
+def objective(section: DictConfig, agent: Agent) -> Objective:
     """What the section names; of a partial, the one whose own networks are made for this agent."""
     made = hydra.utils.instantiate(section)
-    return made if isinstance(made, nn.Module) else made(agent)
+    return made(agent) if isinstance(made, functools.partial) else made
 
 
 def parameter_groups(learner: nn.Module, agent: Agent, apart: Iterable[str] = ()) -> list[dict]:
@@ -154,7 +155,7 @@ def parameter_groups(learner: nn.Module, agent: Agent, apart: Iterable[str] = ()
     return [{"name": name, "params": each, "joint": pieces(each)} for name, each in groups.items() if each]
 
 
-def parameter_counts(agent: Agent, learner: nn.Module) -> dict[str, int]:
+def parameter_counts(agent: Agent, learner: Learner) -> dict[str, int]:
     """Of the agent's parts and of what trains beside it: an objective's prototypes and projections, a probe decoder."""
     beside = {"objective": learner.world_model_loss.representation, "probe": learner.probe}
     counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in beside.items()}

@@ -91,6 +91,7 @@ def load_trained(
     if path is None:
         raise ValueError("checkpoint=DIR is missing: give a run's directory, or one of its checkpoints.")
     loaded = Checkpoints(path).load(path, replay=False)
+    assert loaded is not None  # of a path it would have raised
     if not {"config", "agent"} <= loaded.state.keys():
         raise ValueError(f"{loaded.path} holds {sorted(loaded.state)}; it was not saved by examples/train.py.")
     trust = [trust] if isinstance(trust, str) else list(trust or ())

@@ -18,6 +18,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,7 +102,7 @@ class MetricsWriter:
     def __init__(self, logdir: str | os.PathLike, loggers=(), resume_position: Mapping | None = None):
         self.path = Path(logdir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        position = resume_position or {"bytes": 0, "lines": 0, "step": -1}
+        position: Mapping[str, Any] = resume_position or {"bytes": 0, "lines": 0, "step": -1}
         with explained(self.path):
             lost = cut_after(self.path, position["bytes"])
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -288,12 +289,13 @@ class TensorBoardLogger:
 
     def video(self, step: int, name: str, frames, fps: int) -> None:
         # add_video wants moviepy; a GIF is what it would store, and TensorBoard's own dependency Pillow makes one.
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] - generated
 
         gif = encode_gif(frames, fps)
         if gif is not None:
             length, height, width, channels = frames.shape
             image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif)
+            assert self.writer.file_writer is not None  # until it is closed
             self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def flush(self) -> None:
@@ -315,7 +317,7 @@ class WandbLogger:
 
     def __init__(self, logdir: str | os.PathLike, project: str = "r2dreamer", mode: str | None = None, **init):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] - an extra
         except ImportError as error:
             raise ImportError('logger=wandb needs W&B: pip install "torchrl-r2dreamer[wandb]"') from error
         self.wandb, self.directory = wandb, Path(logdir)

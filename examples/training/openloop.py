@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ WINDOWS = 6  # films side by side
 @torch.no_grad()
 def predict(agent: Agent, records: TensorDictBase, context: int = CONTEXT) -> tuple[torch.Tensor, torch.Tensor]:
     """States and beliefs [B, T] along records: posterior while they are seen, then the prior under the same actions."""
-    seen = agent.rollout(agent.encoder(records[:, :context].copy())).get("next")
+    begun = cast(TensorDictBase, records[:, :context])
+    seen = agent.rollout(agent.encoder(begun.copy())).get("next")
     states, beliefs = list(seen.get("state").unbind(1)), list(seen.get("belief").unbind(1))
     for action in records.get("action")[:, context:].unbind(1):
         _, state, belief = agent.prior(states[-1], beliefs[-1], action)
@@ -40,7 +42,7 @@ def open_loop(
     if key is None or records.shape[1] <= context:
         return None
     whole = ~records.get("is_init")[:, context:].flatten(1).any(1)
-    records = records[whole][:WINDOWS]
+    records = cast(TensorDictBase, records[whole][:WINDOWS])
     if not len(records):
         return None
     predicted = decoder.decode(*predict(agent, records, context))[key].cpu()

@@ -49,8 +49,9 @@ def runnable_config(config: Any, where: str | os.PathLike, trust: Sequence[str] 
     plain = plain_config(config, where)
     for name in UNUSED:
         plain.pop(name, None)
-    for name in plain:
-        _check_calls(config[name], f"{where}: {name}", ALLOWED.get(name, ()), trust)
+    for name, section in config.items():
+        if name not in UNUSED:
+            _check_calls(section, f"{where}: {name}", ALLOWED.get(name, ()), trust)
     return plain
 
 

@@ -210,9 +210,11 @@ def make_agent(algorithm: DictConfig, model: DictConfig, observations: Observati
 
 def open_metrics(cfg: DictConfig, logdir: Path, saved: LoadedCheckpoint | None) -> MetricsWriter:
     """Goes on where metrics.jsonl ended at the checkpoint; a new file, also when another run is taken further here."""
-    ours = saved is not None and saved.path.resolve().is_relative_to(logdir.resolve())
+    position = None
+    if saved is not None and saved.path.resolve().is_relative_to(logdir.resolve()):
+        position = saved.state["metrics"]
     loggers = [hydra.utils.instantiate(logger, logdir=logdir) for logger in (cfg.logger or {}).values()]
-    return MetricsWriter(logdir, loggers=loggers, resume_position=saved.state["metrics"] if ours else None)
+    return MetricsWriter(logdir, loggers=loggers, resume_position=position)
 
 
 def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
@@ -235,9 +237,9 @@ def first_difference(
         overrides: the command that `now` is of. Default: that of this process.
     """
     # Resolved as a whole first: a section's interpolations point outside of it.
-    before, now = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
+    older, newer = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
     for section in keys:
-        for key, old, new in differences(OmegaConf.select(before, section), OmegaConf.select(now, section), section):
+        for key, old, new in differences(OmegaConf.select(older, section), OmegaConf.select(newer, section), section):
             old = default_of(key, new, overrides) if old is MISSING else old
             if successor(old) != successor(new):
                 return key, old, new
@@ -257,7 +259,8 @@ def differences(old: object, new: object, key: str) -> Iterator[tuple[str, objec
             if name in old or new[name] is not None:
                 yield from differences(old.get(name) if name in old else MISSING, new.get(name), f"{key}.{name}")
     elif old != new:  # of a whole section, what it builds says enough
-        yield key, *(each.get("_target_", each) if isinstance(each, DictConfig) else each for each in (old, new))
+        name = lambda value: value.get("_target_", value) if isinstance(value, DictConfig) else value
+        yield key, name(old), name(new)
 
 
 def default_of(key: str, given: object, overrides: Sequence[str] | None) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +28,7 @@ def _stateful(trainer) -> dict[str, dict]:
 def snapshot(trainer) -> dict:
     groups = _stateful(trainer).items()
     state = {group: {name: part.state_dict() for name, part in parts.items()} for group, parts in groups}
-    config = OmegaConf.to_container(trainer.cfg, resolve=True)
+    config: Any = OmegaConf.to_container(trainer.cfg, resolve=True)
     algorithm, probe = config["algorithm"], getattr(trainer.learner.probe, "decoder", None)
     more = {} if probe is None else {"probe": (algorithm["probe"]["decoder"], probe)}
     return state | {
@@ -98,7 +99,8 @@ def _put_back(trainer) -> None:
     if trainer.frames != saved.step:
         raise ValueError(f"it counts {trainer.frames} frames and is the checkpoint of {saved.step}")
     _check_optimizer(optimizer, configured)
-    float(trainer.returns.latest) + float(trainer.ratio.state_dict()["previous"] or 0)
+    for number in (trainer.returns.latest, trainer.ratio.state_dict()["previous"] or 0):
+        float(number)
     trainer.averages.check_finite(trainer.frames, trainer.count["updates"])
     for part in (trainer.averages, trainer.returns):
         copy.deepcopy(part).pop()
