@@ -8,6 +8,7 @@ gl.choose_gl()  # first, because dm_control reads the choice when it is imported
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,3 +226,11 @@ def test_an_image_costs_at_most_1_3_times_the_stock_one(stock, distracted):
         data.time += 0.04  # another frame of the film
         ratios.append(cost(renders[1]) / plain)
     assert statistics.median(ratios) <= 1.3, ratios
+
+
+def test_the_code_of_the_guide_runs():
+    guide = Path(__file__).parent.parent / "examples" / "guides" / "distracting.md"
+    names = {}
+    exec(guide.read_text().partition("```python\n")[2].partition("```")[0], names)
+    assert names["pixels"].shape == (3, 64, 64)
+    names["env"].close()
