@@ -16,11 +16,13 @@ from .suites.atari_scores import HumanNormalizedScore
 from .suites.crafter import CrafterScores, crafter_score, make_crafter
 from .suites.custom import make_custom
 from .suites.dmc import make_dmc
+from .suites.dmc_distracting import make_dmc_distracting
 from .suites.dmc_subtle import make_dmc_subtle
 from .suites.gym import make_gym
 from .suites.memory_maze import make_memory_maze
 from .suites.metaworld import make_metaworld
 from .suites.probes import PROBES, make_probe
+from .transforms.distracting import DMCDistracting
 from .transforms.patch import AdversarialPatch
 from .transforms.rendering import RenderPixels
 from .transforms.subtle import DMCSubtle
@@ -31,6 +33,7 @@ __all__ = [
     "AdversarialPatch",
     "ClippedActionScaling",
     "CrafterScores",
+    "DMCDistracting",
     "DMCSubtle",
     "FiniteCheck",
     "HumanNormalizedScore",
@@ -50,6 +53,7 @@ __all__ = [
     "make_crafter",
     "make_custom",
     "make_dmc",
+    "make_dmc_distracting",
     "make_dmc_subtle",
     "make_gym",
     "make_memory_maze",

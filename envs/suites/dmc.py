@@ -37,12 +37,16 @@ def make_dmc(
         action_repeat: Frames of one step.
         camera: Index or name of the camera; ``None`` is the suite's usual one.
     """
-    suite = import_suite()
-    tasks = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
+    view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
+    return apply_contract(build_dmc(*domain_and_name(task), action_repeat=action_repeat, **view), task, seed)
+
+
+def domain_and_name(task: str) -> tuple[str, str]:
+    """The two parts of a task's name; refused where the suite has no such task."""
+    tasks = {f"{domain}_{name}": (domain, name) for domain, name in import_suite().ALL_TASKS}
     if task not in tasks:
         raise unknown_task(task, tasks, "The DeepMind Control suite")
-    view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
-    return apply_contract(build_dmc(*tasks[task], action_repeat=action_repeat, **view), task, seed)
+    return tasks[task]
 
 
 def build_dmc(
@@ -128,13 +132,13 @@ TASKS = """
 """.split()  # noqa: SIM905
 
 
-def _tasks() -> Collection[str]:
+def known_tasks() -> Collection[str]:
     try:
         return {"_".join(names) for names in importlib.import_module("dm_control.suite").ALL_TASKS}
     except Exception:  # the extra is missing, or MuJoCo finds no OpenGL
         return TASKS
 
 
-_control = dict(make=make_dmc, tasks=_tasks, module="dm_control", extra="dmc")
+_control = dict(make=make_dmc, tasks=known_tasks, module="dm_control", extra="dmc")
 register("dmc_vision", title="DeepMind Control suite from images", renders=True, **_control)
 register("dmc_proprio", title="DeepMind Control suite from vectors", **_control)

@@ -1,1 +1,1 @@
-"""Transforms for environments of any library: DMC-Subtle and the adversarial patch."""
+"""Transforms for environments of any library: DMC-Subtle, Distracting Control and the adversarial patch."""

@@ -10,15 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from numbers import Real
 from typing import Any
 
 import numpy as np
-from torchrl.envs import TransformedEnv
-from torchrl.envs.transforms import Transform
 
 from ..base.errors import nearest, unknown_task
+from .hooks import ControlTransform, beginning, find
 from .recompile import (
     KINDS,
     Edit,
@@ -52,7 +50,7 @@ OFFICIAL = {
 }
 
 
-class DMCSubtle(Transform):
+class DMCSubtle(ControlTransform):
     """Shrinks things in a DeepMind Control environment, however it is rendered; its specs stay as they are.
 
     The environment keeps its image size: TorchRL's default is 240x320, and the paper's is `RenderPixels(64)`. The transform
@@ -107,33 +105,16 @@ class DMCSubtle(Transform):
         what = describe(self.names) or f"task={self.task!r}"
         return f"{type(self).__name__}({what}, shrink={self.shrink}, physics={self.physics!r})"
 
-    def set_container(self, container: Any) -> None:
-        super().set_container(container)
-        env = container
-        while isinstance(env, Transform):  # a Compose, perhaps not on an environment yet: then this is called again
-            env = env.__dict__["_container"]
-            env = None if env is None else env()
-        if env is None:
-            return
-        while isinstance(env, TransformedEnv):
-            env = env.base_env
-        self.put_on(env)
-
     def put_on(self, env: Any) -> None:
         """Shrink what is to be shrunk in an environment that holds one of dm_control's."""
-        physics = getattr(vars(env).get("_env"), "physics", None)
-        if physics is None:
-            raise ValueError(
-                f"DMCSubtle works on a DMControlEnv or DMControlWrapper of this process, not on {type(env).__name__}. "
-                "Of several environments each gets its own, inside its worker: ParallelEnv(4, lambda: TransformedEnv("
-                'DMControlEnv("reacher", "easy", from_pixels=True), DMCSubtle())).'
-            )
-        task = env._env.task
-        begin = vars(task).get("initialize_episode")
-        shrunk = begin if isinstance(begin, Shrunk) else Shrunk(begin or partial(type(task).initialize_episode, task))
+        physics, task = self.physics_of(env), env._env.task
+        begin = beginning(task)
+        there = find(begin, "begin", Shrunk)
+        shrunk = there or Shrunk(begin)
         domain = domain_of(physics)
         shrunk.add(self._edit(domain), physics, [self.source] if self.source else sources_of(env, domain))
-        task.initialize_episode = shrunk
+        if there is None:  # and what is refused changes nothing
+            task.initialize_episode = shrunk
 
     def _edit(self, domain: str | None) -> Edit:
         frozen = self.physics == "frozen"
@@ -205,7 +186,9 @@ class Shrunk:
 
     def render_small(self, physics: Any) -> None:
         """Have a physics render what is frozen small; it forgets that when it is pickled, so every episode says it."""
-        if not isinstance(physics.render, SmallRender) and any(part.edit.frozen for part in self.parts.values()):
+        if find(physics.render, "render", SmallRender) is None and any(
+            part.edit.frozen for part in self.parts.values()
+        ):
             physics.render = SmallRender(physics, self)
 
 

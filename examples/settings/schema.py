@@ -72,7 +72,8 @@ TRAIN = {
     "env.entropy_bonus": maybe(section), "env.entropy_bonus.*": weight, **_algorithm("algorithm"),
     # Of one suite each, passed on to its `make`: as the arguments of that name.
     **dict.fromkeys((f"env.{name}" for name in (
-        "lives", "factory", "shrink", "physics", "from_pixels", "episode_frames", "sticky"
+        "lives", "factory", "shrink", "physics", "from_pixels", "episode_frames", "sticky", "difficulty", "dynamic",
+        "background", "colour", "moving_camera", "background_frames"
     )), None),
 }  # fmt: skip
 
@@ -123,6 +124,8 @@ ARGUMENTS = {
     "lives": choice("unused", "discount", "reset"), "sticky": share, "noops": whole(), "grayscale": flag,
     "full_actions": flag, "keys": maybe(list_of(text)), "cumulative": flag, "actions": count, "continuous": flag,
     "shrink": maybe(any_of(rate, text)), "physics": choice("official", "frozen"),
+    "difficulty": choice("easy", "medium", "hard"), "split": choice("train", "val"), "background_frames": maybe(text),
+    **dict.fromkeys(("dynamic", "background", "colour", "moving_camera"), flag),
     # of networks
     **dict.fromkeys(("belief", "hidden", "classes", "depth", "categoricals", "blocks", "num_bins"), count),
     "units": maybe(count), "encoder_multipliers": list_of(count), "image_encoder": maybe(section), "core": maybe(section), "channels": list_of(count), "kernels": list_of(count), "strides": list_of(count), "continue_layers": maybe(whole()),
