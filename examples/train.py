@@ -31,39 +31,45 @@ from r2dreamer.envs.replay.buffer import check_memory, make_replay, record_bytes
 from r2dreamer.envs.replay.records import RecordBuilder
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.figures.curves import draw_curve
-from r2dreamer.examples.training.devices import resolve_device, resolve_precision
+from r2dreamer.examples.training.devices import resolve_precision
 from r2dreamer.examples.training.diagnosis import Diagnosis, largest_entropy
 from r2dreamer.examples.training.episodes import EpisodeReturns
-from r2dreamer.examples.training.evaluation import evaluate_seeds
+from r2dreamer.examples.training.evaluation import EvaluationResult, evaluate_seeds
 from r2dreamer.examples.training.files import replace_text, warn
 from r2dreamer.examples.training.learner import Learner, check_weights, parameter_counts
 from r2dreamer.examples.training.metrics import Averages, progress, rename_loss
 from r2dreamer.examples.training.openloop import film_open_loop
-from r2dreamer.examples.training.setup import build, open_metrics, open_run
-from r2dreamer.examples.training.snapshot import restore, snapshot
+from r2dreamer.examples.training.ranks import Ranks
+from r2dreamer.examples.training.setup import build, open_metrics
+from r2dreamer.examples.training.shards import NoMetrics, open_together, save_together
+from r2dreamer.examples.training.snapshot import restore
 from r2dreamer.examples.training.video import write_video
 
 
 class Trainer:
     """Collect, store, update, and now and then log, evaluate, save."""
 
-    def __init__(self, cfg: DictConfig):
-        self.cfg, self.device = cfg, resolve_device(cfg.device)
+    def __init__(self, cfg: DictConfig, ranks: Ranks | None = None):
+        self.ranks = ranks = ranks or Ranks(cfg.device)
+        self.cfg, self.device = cfg, ranks.device  # counts in it are of all ranks
+        own = ranks.own(cfg)  # and in this one of this rank
         precision = resolve_precision(cfg.precision, self.device)
         # Refuses what cannot be resumed before anything heavy starts.
-        self.logdir, self.lock, self.checkpoints, self.saved = open_run(cfg)
+        self.logdir, self.lock, self.checkpoints, self.saved = open_together(cfg, ranks)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         self.suite = suite = hydra.utils.instantiate(cfg.env, _convert_="all")
-        self.agent, keys = build(suite["make"], cfg, self.device, precision)
+        self.agent, keys = build(suite["make"], own, self.device, precision)
         self.collection = hydra.utils.instantiate(cfg.collector, self.agent.policy)
-        self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile, cfg.capture)
+        self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile, cfg.capture, ranks)
+        ranks.broadcast(self.learner, *self.agent.parts().values())
+        ranks.seed(cfg.seed)
 
-        streams, sizes = cfg.env.num_envs, self.agent.latent_sizes
+        streams, sizes = own.env.num_envs, self.agent.latent_sizes
         size = record_bytes(self.agent.example_record(), sizes)
         saved_in = self.logdir if cfg.checkpoint.replay else None
-        self.memory = check_memory(size, cfg.replay.capacity, **cfg.replay.place, saved_in=saved_in)
-        self.replay = make_replay(cfg.replay.capacity, streams, cfg.batch_size, cfg.batch_length, **cfg.replay.place)
+        self.memory = check_memory(size, own.replay.capacity, **own.replay.place, saved_in=saved_in)
+        self.replay = make_replay(own.replay.capacity, streams, own.batch_size, cfg.batch_length, **own.replay.place)
         self.records = RecordBuilder(streams, keys, latent_sizes=sizes)
         self.ratio = DreamerV3UpdateRatio(cfg.train_ratio / (cfg.batch_size * cfg.batch_length))
         self.returns, self.averages = EpisodeReturns(streams, suite["train_scores"]), Averages()
@@ -74,8 +80,10 @@ class Trainer:
 
         workers = {"parallel": cfg.env.parallel, "timeout": cfg.timeout}
         self.environments = make_vector_env(suite["make"], self.train_seeds(), **workers)
-        self.evaluation_seeds = env_seeds(cfg.seed, cfg.eval.episodes, "eval")
-        self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, **workers)
+        self.evaluation_seeds = ranks.part(env_seeds(cfg.seed, cfg.eval.episodes, "eval"))
+        self.evaluation = None  # of a rank without an episode
+        if self.evaluation_seeds:
+            self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, **workers)
         collector = VectorCollector(  # TorchRL's Collector, with a shorter way from step to step
             self.environments,
             self.collection.policy,
@@ -88,11 +96,13 @@ class Trainer:
         self.collection.start(collector)
         if self.saved:
             restore(self)
-        replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))  # nothing refuses it any more
-        self.metrics = open_metrics(cfg, self.logdir, self.saved)
+        if ranks.first:  # nothing refuses it any more
+            replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        self.metrics = open_metrics(cfg, self.logdir, self.saved) if ranks.first else NoMetrics()
         self.restart_environments()
         if self.saved:
             self.saved.restore_rng()
+        ranks.meet()
         self.clock = self.now()
 
     @property
@@ -103,7 +113,7 @@ class Trainer:
         return self.count | {"time": time.perf_counter(), "waited": self.collection.waited}
 
     def train_seeds(self) -> list[int]:
-        return env_seeds(self.cfg.seed, self.cfg.env.num_envs, "train", self.count["restarts"])
+        return self.ranks.part(env_seeds(self.cfg.seed, self.cfg.env.num_envs, "train", self.count["restarts"]))
 
     def run(self) -> None:
         cfg = self.cfg
@@ -112,12 +122,12 @@ class Trainer:
             print(f"{self.logdir}: {parts} parameters, {self.learner.precision} on {self.device}")
             print(f"Replay: {self.memory}")
         score = "not measured since the run was resumed" if self.saved else self.evaluate()
-        total = cfg.total_frames
+        total, leaving = cfg.total_frames, False
         with Interrupt() as interrupt, tqdm(total=total, initial=self.frames, disable=not cfg.progress) as bar:
-            while self.frames < total and not interrupt.requested:
+            while self.frames < total and not (leaving := self.ranks.any(interrupt.requested)):
                 before = self.frames
                 self.collect(self.collection.next(self.count["updates"]))
-                if self.count["policy_steps"] >= self.first_update and self.replay.can_sample():
+                if self.count["policy_steps"] >= self.first_update and self.ranks.all(self.replay.can_sample()):
                     self.update()
                 due = lambda every, before=before: self.frames // every > before // every
                 if due(cfg.log_every):
@@ -127,15 +137,17 @@ class Trainer:
                 if due(cfg.checkpoint.every) or self.frames >= total:
                     self.save()
                 bar.update(self.frames - before)
-            if interrupt.requested:
+            if leaving:
                 self.save(leaving=True)
+        if not self.ranks.first:
+            return
         curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
-        state = "interrupted, resume with the same command" if interrupt.requested else "finished"
+        state = "interrupted, resume with the same command" if leaving else "finished"
         print(f"{cfg.name} seed {cfg.seed}: {state} at {self.frames} frames, eval return {score}, curve {curve}")
 
     def collect(self, transitions: TensorDict) -> None:
         """[N, k] transitions, beside each the latents the policy acted on, become records."""
-        self.count["policy_steps"] += transitions.numel()
+        self.count["policy_steps"] += transitions.numel() * self.ranks.count
         self.returns.add(transitions)
         self.replay.extend(self.records(transitions))
 
@@ -151,12 +163,14 @@ class Trainer:
             self.averages.add(losses)
             self.count["updates"] += 1
             self.unprepared -= 1
-            self.count["replayed_steps"] += batch.numel()
+            self.count["replayed_steps"] += batch.numel() * self.ranks.count
         self.averages.check_finite(self.frames, self.count["updates"])
 
     def log(self) -> dict[str, str]:
         before, self.clock = self.clock, self.now()
-        line = {rename_loss(name): value for name, value in self.averages.pop().items()} | self.returns.pop()
+        line = {rename_loss(name): value for name, value in self.ranks.mean(self.averages.pop()).items()}
+        self.returns.finished = self.ranks.join(self.returns.finished)
+        line |= self.returns.pop()
         line |= progress(before, self.clock, self.cfg.env.action_repeat) | {"count/policy_lag": self.collection.lag}
         self.metrics.write(self.frames, line)
         for sign in self.diagnosis.look(line):
@@ -168,15 +182,21 @@ class Trainer:
         self.collection.pause()
         cfg = self.cfg
         last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
-        film = {"record": cfg.eval.video, "make_environment": self.suite["make_evaluation"] if last else None}
-        how = {"seed": cfg.seed, "max_steps": cfg.eval.max_steps}
-        result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, **how, **film)
+        records = cfg.eval.video and self.ranks.first
+        film = {"record": records, "make_environment": self.suite["make_evaluation"] if last else None}
+        how = {"seed": cfg.seed + self.ranks.rank, "max_steps": cfg.eval.max_steps}
+        result = EvaluationResult()
+        if self.evaluation is not None:
+            result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, **how, **film)
+        self.ranks.meet()
+        result.episodes = self.ranks.join(result.episodes)
         self.metrics.write(self.frames, result.summary(self.suite["scores"]))
         if result.frames is not None:
             write_video(self.logdir / "eval.mp4", result.frames, fps=30)
             self.metrics.video(self.frames, "eval/video", result.frames, fps=30)
-        if cfg.eval.video:
+        if records:
             film_open_loop(self)
+        self.ranks.meet()
         return f"{result.mean:.4g} +- {result.std:.3g} at {self.frames} frames"
 
     def restart_environments(self) -> None:
@@ -198,7 +218,7 @@ class Trainer:
         self.collection.pause()  # the generators are saved, too
         check_weights(self.agent, self.frames, self.count["updates"])
         try:
-            self.checkpoints.save(self.frames, snapshot(self), self.replay if self.cfg.checkpoint.replay else None)
+            save_together(self)
         except CheckpointError as error:
             if leaving or self.frames >= self.cfg.total_frames:
                 raise
@@ -206,17 +226,22 @@ class Trainer:
 
     def close(self) -> None:
         for part in (self.collection, self.evaluation, self.metrics, self.lock):
-            part.close()
+            if part is not None:
+                part.close()
 
 
 @script("config")
 def main(cfg: DictConfig) -> None:
-    trainer = Trainer(cfg)
+    with Ranks.launched(cfg) as ranks:
+        train(Trainer(cfg, ranks))
+
+
+def train(trainer: Trainer) -> None:
     try:
         trainer.run()
     except Exception as error:
         # Environments are lost, what was learned is not.
-        if trainer.collection.failed or isinstance(error, WorkerError):
+        if (trainer.collection.failed or isinstance(error, WorkerError)) and trainer.ranks.count == 1:
             trainer.save(leaving=True)
         elif isinstance(error, RuntimeError):
             check_weights(trainer.agent, trainer.frames, trainer.count["updates"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .ranks import gather_ranks, ranks
+
 SAMPLES = 512  # rows that the rank is taken over: it costs their number squared
 
 
@@ -29,6 +31,7 @@ def collapse_metrics(**views: torch.Tensor) -> dict[str, torch.Tensor]:
     """For each named view [..., E]: ``<name>_rank``, its effective rank, and ``<name>_std``, the mean over its features
     of their standard deviation over all samples. The deviation falls to 0 when the view says the same of everything. The
     rank is blind to size, also that of noise around a collapsed point: it tells how many directions a living view uses.
+    Where ``torch.distributed`` runs several processes, both are of the samples of all.
 
     Example:
         >>> sorted(collapse_metrics(embedding=torch.randn(2, 5, 3)))
@@ -38,6 +41,22 @@ def collapse_metrics(**views: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, view in views.items():
         rows = view.detach().float().flatten(0, -2)
         with torch.autocast(rows.device.type, enabled=False):
-            metrics[f"{name}_rank"] = effective_rank(rows[:: -(-len(rows) // SAMPLES)])
-        metrics[f"{name}_std"] = rows.std(0).mean()
+            metrics[f"{name}_rank"] = effective_rank(_sampled(rows))
+            metrics[f"{name}_std"] = _deviation(rows).mean()
     return metrics
+
+
+def _sampled(rows: torch.Tensor) -> torch.Tensor:
+    """At most ``SAMPLES`` of the rows of all ranks: each sends its part of them only."""
+    total = ranks() * len(rows)
+    return gather_ranks(rows[:: -(-total // SAMPLES)])
+
+
+def _deviation(rows: torch.Tensor) -> torch.Tensor:
+    """Standard deviation [E] over the rows of all ranks, from each rank's mean and its squares about that."""
+    if ranks() == 1:
+        return rows.std(0)
+    means = gather_ranks(rows.mean(0, keepdim=True))  # [ranks, E]
+    within = gather_ranks((rows - rows.mean(0)).square().sum(0, keepdim=True)).sum(0)
+    between = len(rows) * (means - means.mean(0)).square().sum(0)
+    return ((within + between) / (ranks() * len(rows) - 1)).sqrt()

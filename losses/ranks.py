@@ -15,23 +15,24 @@ def gather_ranks(rows: torch.Tensor) -> torch.Tensor:
     its rows is the sum over what all ranks do with them: averaged over ranks, as data-parallel training does, parameters
     get the gradient that one process gets from the joined batch.
     """
-    return _Gather.apply(rows) if _ranks() > 1 else rows
+    return _Gather.apply(rows) if ranks() > 1 else rows
 
 
 def own_rows(joined: torch.Tensor) -> torch.Tensor:
     """This rank's rows among those that :func:`gather_ranks` joined."""
-    return joined.chunk(_ranks())[dist.get_rank()] if _ranks() > 1 else joined
+    return joined.chunk(ranks())[dist.get_rank()] if ranks() > 1 else joined
 
 
 @torch.no_grad()
 def from_first_rank(value: torch.Tensor) -> torch.Tensor:
     """The first rank's value, in place: what was drawn at random becomes the same on every rank."""
-    if _ranks() > 1:
+    if ranks() > 1:
         dist.broadcast(value, 0)
     return value
 
 
-def _ranks() -> int:
+def ranks() -> int:
+    """How many processes compute the loss together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -43,13 +44,13 @@ def _collective(name: str, older: str) -> Any:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        joined = rows.new_empty(_ranks() * rows.shape[0], *rows.shape[1:])
+        joined = rows.new_empty(ranks() * rows.shape[0], *rows.shape[1:])
         _collective("all_gather_single", "all_gather_into_tensor")(joined, rows.contiguous())
         return joined
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         (gradient,) = gradients
-        mine = gradient.new_empty(gradient.shape[0] // _ranks(), *gradient.shape[1:])
+        mine = gradient.new_empty(gradient.shape[0] // ranks(), *gradient.shape[1:])
         _collective("reduce_scatter_single", "reduce_scatter_tensor")(mine, gradient.contiguous())
         return mine

@@ -124,10 +124,14 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, folder, *overrides, script="train", without=None):
-        """Starts `python examples/{script}.py *overrides` in `folder`; without: a package that is not installed."""
+    def start(self, folder, *overrides, script="train", without=None, call=None, environment=None):
+        """Starts `python examples/{script}.py *overrides` in `folder`; without: a package that is not installed.
+
+        call: a function to call in place of the script, "module:name", with the overrides. environment: more variables.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         request = {"fork": list(overrides), "folder": str(folder), "script": script, "without": without}
+        request |= {"call": call, "environment": environment or {}}
         return Run(self, self.ask(**request), folder)
 
     def run(self, folder, *overrides, timeout=600, **more):
@@ -168,5 +172,10 @@ def _become(request):
         for name in [name for name in sys.modules if name.split(".")[0] == request["without"]]:
             del sys.modules[name]
         sys.modules[request["without"]] = None  # as if it were not there
+    os.environ |= request["environment"]
+    if request["call"]:
+        module, _, name = request["call"].partition(":")
+        getattr(import_module(module), name)(*request["fork"])
+        return
     sys.argv = [f"{request['script']}.py", *request["fork"]]
     sys.modules["r2dreamer.examples." + request["script"]].main()

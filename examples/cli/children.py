@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from .torchrun import launched
+
 PARENT = "R2DREAMER_PARENT"  # environment variable: the process whose end is a child's end
 
 
@@ -62,7 +64,7 @@ class Children:
 
 def leave_with_parent() -> None:
     """Sends this process SIGTERM when the one that it was started for has ended, even by SIGKILL."""
-    parent = int(os.environ.pop(PARENT, 0))
+    parent = int(os.environ.pop(PARENT, 0)) or (os.getppid() if launched() else 0)  # torchrun gives each rank a session
     if parent:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 

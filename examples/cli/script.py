@@ -33,6 +33,7 @@ from .messages import (
     what_is_wrong,
 )
 from .output import guarded_output
+from .torchrun import complain, launched, place, quiet_but_first
 
 
 def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Callable[..., None]]:
@@ -52,7 +53,7 @@ def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Call
             leave_with_parent()
             with sighup_ignored():  # Python's own helper process, which TorchRL starts
                 resource_tracker.ensure_running()
-            with guarded_output(Interrupt.output_lost):
+            with guarded_output(Interrupt.output_lost), quiet_but_first():
                 compose(main, config_name, cfg)
 
         return command
@@ -73,6 +74,8 @@ def compose(main: Callable, config_name: str, cfg: DictConfig | None) -> None:
             held.text = f"{held.text.splitlines()[-1]}\nSettings are given as key=value; --help says more.\n"
         elif held.text and isinstance(error, Exception) and not wants_traceback():
             held.text = paragraph(cannot_compose(error, config_name))
+        if place()[1] and held.text:  # printed only if the first rank can compose it
+            complain(held.text)
         raise
     finally:
         held.release()
@@ -116,7 +119,7 @@ def friendly_errors(main: Callable) -> Callable:
         except (*USER_ERRORS, HydraException, OmegaConfBaseException) as error:
             if wants_traceback():
                 raise
-            print(paragraph(what_is_wrong(error)), end="", file=sys.stderr)
+            complain(paragraph(what_is_wrong(error)))
             sys.exit(1)
         except Exception as error:
             # What a KeyboardInterrupt becomes on its way out of tensordict's `with params.to_module(...)`.
@@ -125,7 +128,7 @@ def friendly_errors(main: Callable) -> Callable:
             if wants_traceback():
                 raise
             said = f"{type(error).__name__} ended the program; the last lines of its traceback say where it was raised."
-            print(f"\n{said}\n{own_traceback(error)}", end="", file=sys.stderr)
+            complain(f"\n{said}\n{own_traceback(error)}")
             sys.exit(1)
 
     return wrapped
@@ -150,8 +153,12 @@ class Interrupt:
         Interrupt.active = self
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, *_: object) -> None:
         Interrupt.active = None
+        if (
+            error is not None and launched()
+        ):  # torchrun sends SIGTERM once a rank has failed: the others still say which
+            self.previous[signal.SIGTERM] = signal.SIG_IGN
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -165,6 +172,8 @@ class Interrupt:
             raise KeyboardInterrupt
         if not self.requested:
             self.requested = True
+            if place()[1]:
+                return
             with contextlib.suppress(OSError):  # unbuffered: the signal may have come in the middle of a print
                 message = b"\nInterrupted: finishing this step, then leaving. Press Ctrl-C again to leave at once.\n"
                 os.write(sys.__stderr__.fileno(), message)

@@ -34,10 +34,17 @@ PLAIN = (bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter, torch.S
 class LoadedCheckpoint:
     """A checkpoint found whole: `.step`, `.state`, and what restores the rest."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], owner: "Checkpoints", next_older: Callable[[], Any]):
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        owner: "Checkpoints",
+        next_older: Callable[[], Any],
+        state: dict[str, Any] | None = None,
+    ):
         self.path = path
         self.step: int = manifest["step"]
-        self.state: dict[str, Any] = _load_tensors(path / "state.pt")
+        self.state: dict[str, Any] = _load_tensors(path / "state.pt") if state is None else state
         self._manifest = manifest
         self._owner = owner
         self._next_older = next_older

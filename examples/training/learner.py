@@ -15,6 +15,8 @@ from r2dreamer.dreamer import Agent, compile_parts, joint_positions
 from r2dreamer.dreamer.fast.capture import captured
 from r2dreamer.losses import DreamerActorLoss, Objective, R2DreamerWorldModelLoss, collapse_metrics, total_loss
 
+from .ranks import Ranks
+
 
 class Learner(nn.Module):
     """Three losses, one optimiser, one slow critic.
@@ -23,6 +25,7 @@ class Learner(nn.Module):
         algorithm: the section of that name of a configuration, ``configuration("algorithm=r2dreamer").algorithm``.
         precision: what losses are computed in; weights stay float32.
         compile: None or "parts", as the setting of that name. capture: "auto", True or False, likewise.
+        ranks: the processes that learn together. Default: this one alone.
 
     Example:
         >>> learner = Learner(agent, configuration("algorithm=r2dreamer").algorithm)  # doctest: +SKIP
@@ -30,9 +33,16 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, agent: Agent, algorithm: DictConfig, precision: torch.dtype = torch.float32, compile=None, capture="auto"
+        self,
+        agent: Agent,
+        algorithm: DictConfig,
+        precision: torch.dtype = torch.float32,
+        compile=None,
+        capture="auto",
+        ranks: Ranks | None = None,
     ):
         super().__init__()
+        self.ranks = ranks or Ranks()
         make = hydra.utils.instantiate
         self.world_model_loss = R2DreamerWorldModelLoss(
             agent.world_model,
@@ -91,6 +101,7 @@ class Learner(nn.Module):
     def update(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """One step of the one optimiser over everything, then the slow critic moves."""
         losses, latents = self.gradients(batch)
+        self.ranks.average_gradients(self.parameters())  # outside of what is captured
         self.optimizer.step()  # clips each tensor's gradient by its norm (AGC), then LaProp
         self.slow_critic.step()
         self.world_model_loss.representation.after_update()

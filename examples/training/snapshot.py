@@ -28,13 +28,15 @@ def _stateful(trainer) -> dict[str, dict]:
 def snapshot(trainer) -> dict:
     groups = _stateful(trainer).items()
     state = {group: {name: part.state_dict() for name, part in parts.items()} for group, parts in groups}
+    state |= {"count": dict(trainer.count), "ranks": trainer.ranks.count}
+    if not trainer.ranks.first:  # what was learnt is the same on every rank
+        return {name: part for name, part in state.items() if name != "learner"}
     config: Any = OmegaConf.to_container(trainer.cfg, resolve=True)
     algorithm, probe = config["algorithm"], getattr(trainer.learner.probe, "decoder", None)
     more = {} if probe is None else {"probe": (algorithm["probe"]["decoder"], probe)}
     return state | {
         # The learner's own tensors, under names for load_pretrained; torch.save writes shared memory once.
         "agent": pack(trainer.agent, algorithm["agent"] | config["model"], more),
-        "count": dict(trainer.count),
         "config": config,
         "metrics": trainer.metrics.position(),
     }
@@ -70,13 +72,14 @@ def restore(trainer) -> None:
     rate = trainer.ratio.ratio
     while True:
         check_exact(trainer.cfg, trainer.saved)
+        whole = trainer.ranks.all(trainer.saved.has_replay)
         try:
             _put_back(trainer)
         except Exception as error:  # noqa: BLE001 - unexpected content fails in as many ways as there are parts
             trainer.saved = trainer.saved.next_older(error)
             continue
         try:
-            has_replay = trainer.saved.restore_replay(trainer.replay)
+            has_replay = whole and trainer.saved.restore_replay(trainer.replay)
             break
         except Exception as error:  # noqa: BLE001
             trainer.saved = trainer.saved.next_older(error, replay=True)

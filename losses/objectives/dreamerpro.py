@@ -122,7 +122,7 @@ class DreamerPro(Objective):
                 "temporal": cross_entropy(torch.cat(targets), torch.cat(by_latents)),
                 "norm": sum((each.float().norm(dim=-1) - 1).square().mean() for each in (embedded, latent)),
             }
-        used = 1 / torch.cat(targets).mean(0).square().sum()
+            used = 1 / gather_ranks(torch.cat(targets).mean(0, keepdim=True)).mean(0).square().sum()
         return {name: self.weight * term for name, term in terms.items()}, {"prototypes_used": used}
 
     def _scores(self, projected: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
