@@ -165,14 +165,14 @@ class Background:
             )
         self.sky = int(skies[0])
         size = min(SIZE, math.isqrt(int(model.tex_width[self.sky]) * int(model.tex_height[self.sky])))
-        known = NUMBERS[settings.split] if settings.frames is None else films(settings.frames, settings.split)
+        known: Any = NUMBERS[settings.split] if settings.frames is None else films(settings.frames, settings.split)
         known = known[: BACKGROUNDS[settings.difficulty]]
         chosen = known[random.integers(len(known))]
         self.texture = Waves(chosen, size) if settings.frames is None else Film(chosen, size)
         self.time, self.direction = int(random.integers(1000)), int(random.choice([-1, 1]))
         planes = model.geom_matid[model.geom_type == PLANE]
         self.ground = [index for index in set(planes) if index >= 0 and (model.mat_texid[index] >= 0).any()]
-        self.alpha, self.context, self.shown = GROUND_ALPHA.get(domain_of(physics), 0.3), None, None
+        self.alpha, self.context, self.shown = GROUND_ALPHA.get(domain_of(physics) or "", 0.3), None, None
 
     def advance(self, steps: int) -> None:
         self.time += steps * self.direction
@@ -185,7 +185,7 @@ class Background:
             self.context, self.shown = weakref.ref(context), self.time
 
     def upload(self, physics: Any, image: np.ndarray) -> None:
-        import mujoco
+        from mujoco import mjr_uploadTexture  # pyright: ignore[reportAttributeAccessIssue] - compiled, without types
 
         model, sky, size = physics.model, self.sky, len(image)
         start = int(model.tex_adr[sky])
@@ -195,7 +195,7 @@ class Background:
             place[:] = image.reshape(-1)
             model.tex_width[sky] = model.tex_height[sky] = size  # a square is repeated on all six faces
             with physics.contexts.gl.make_current() as thread:
-                thread.call(mujoco.mjr_uploadTexture, model.ptr, physics.contexts.mujoco.ptr, sky)
+                thread.call(mjr_uploadTexture, model.ptr, physics.contexts.mujoco.ptr, sky)
         finally:
             place[:] = before
             model.tex_width[sky], model.tex_height[sky] = width, height
@@ -272,5 +272,6 @@ def _turn(axis: int, angle: float) -> np.ndarray:
 
 def _numbers(random: np.random.RandomState) -> list[int]:
     """Where a generator stands; nothing is drawn from it, because the task's own draws would change."""
-    _, words, position, has_gauss, _ = random.get_state()
+    state: Any = random.get_state()
+    _, words, position, has_gauss, _ = state
     return [position, has_gauss, *words.tolist()]

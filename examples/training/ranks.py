@@ -57,8 +57,8 @@ class Ranks:
             torch.cuda.set_device(self.device)
         backend, seconds = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl", timedelta(seconds=1)
         dist.init_process_group(backend, timeout=2 * timeout * seconds)
-        self.control = dist.new_group(backend="gloo", timeout=2 * timeout * seconds)
-        self.waiting = dist.new_group(backend="gloo", timeout=SLOW * timeout * seconds)
+        self.control: Any = dist.new_group(backend="gloo", timeout=2 * timeout * seconds)
+        self.waiting: Any = dist.new_group(backend="gloo", timeout=SLOW * timeout * seconds)
 
     @classmethod
     def launched(cls, cfg: DictConfig) -> Ranks:
@@ -116,7 +116,7 @@ class Ranks:
                 raise ValueError(
                     f"{key}={total} is of all ranks and cannot be divided among {self.count}: use {key}={near}."
                 )
-        own = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        own = DictConfig(OmegaConf.to_container(cfg, resolve=True))
         own.env.num_envs //= self.count
         own.batch_size //= self.count
         own.replay.capacity //= self.count
@@ -157,7 +157,8 @@ class Ranks:
         dist.all_reduce(flat)
         self.sent += flat.nbytes
         pieces = flat.div_(self.count).split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [piece.view_as(each) for piece, each in zip(pieces, gradients, strict=True)])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, on every rank."""

@@ -26,7 +26,8 @@ def open_together(cfg: DictConfig, ranks: Ranks) -> tuple[Path, TextIO | None, C
 
     A run that goes on with another number of ranks keeps what was learnt. Its replay is left: streams are divided anew.
     """
-    logdir, lock, saved = Path(cfg.logdir), None, None
+    logdir, lock = Path(cfg.logdir), None
+    saved: LoadedCheckpoint | None = None
     if ranks.first:
         logdir, lock, checkpoints, saved = open_run(cfg)
     ranks.meet()  # the first rank has found the directory in order
@@ -46,6 +47,7 @@ def open_together(cfg: DictConfig, ranks: Ranks) -> tuple[Path, TextIO | None, C
         if not lacking:
             break
         if ranks.first:
+            assert saved is not None  # or nothing would have been found
             names = ", ".join(map(str, lacking))
             saved = saved.next_older(CheckpointError(f"rank {names} has no whole checkpoint of step {found['step']}"))
     if found["ranks"] != ranks.count:
@@ -56,6 +58,7 @@ def open_together(cfg: DictConfig, ranks: Ranks) -> tuple[Path, TextIO | None, C
             )
         state = saved.state if ranks.first and saved is not None else {}
         saved = LoadedCheckpoint(found["path"], found["manifest"], checkpoints, _refuse_older, state=state)
+    assert saved is not None  # every rank has one by now
     if ranks.count > 1:
         learnt = ranks.from_first({name: part for name, part in saved.state.items() if name != "agent"})
         if not ranks.first:
