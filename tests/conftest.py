@@ -1,6 +1,7 @@
 """What all tests share: how threads wait, and one process with everything imported, from which runs are forked."""
 
 import os
+import signal
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from launcher import Server  # noqa: E402
 
 import r2dreamer.examples  # noqa: E402, F401 - sets how threads wait, before torch is imported
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by what the tests start
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -128,6 +128,8 @@ def test_every_file_of_the_suites_that_makes_environments_registers():
 def test_a_suite_whose_extra_is_missing_keeps_the_registry_working(monkeypatch):
     for module in ("gymnasium", "dm_control", "dm_control.suite", "metaworld", "ale_py", "crafter", "memory_maze"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert suites_with("walker_walk") == ["dmc_vision", "dmc_proprio"] and suites_with("door-open-v3") == ["metaworld"]
+    assert suites_with("walker_walk") == ["dmc_vision", "dmc_proprio", "dmc_distracting"] and suites_with(
+        "door-open-v3"
+    ) == ["metaworld"]
     with pytest.raises(ValueError, match="use env=atari100k env.task=alien"):
         make_probe("alien", seed=0)
