@@ -117,7 +117,7 @@ def test_budgets_repeats_and_ratios_are_those_of_the_papers_table():
 
 def test_a_task_of_another_suite_is_sent_there():
     for make, task, suite in (
-        (make_gym, "walker_walk", "env=dmc_vision or env=dmc_proprio"),
+        (make_gym, "walker_walk", "env=dmc_vision or env=dmc_proprio or env=dmc_distracting"),
         (make_dmc, "door-open", "env=metaworld"),
         (make_dmc, "door-open-v3", "env=metaworld"),
         (make_probe, "alien", "env=atari100k"),
