@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a user does first with an installed copy, in the folder given; `python` and `r2dreamer` are that copy's.
-# bash tests/installed.sh /tmp/empty_folder
+# bash tests/installed.sh FOLDER
 set -euo pipefail
 cd "$1"
 refused() {  # refused TEXT COMMAND...: it fails, and says TEXT

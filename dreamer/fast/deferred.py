@@ -54,7 +54,7 @@ class Tape:
 
     def total(self) -> tuple[torch.Tensor, ...]:
         """The gradients of ``deferred``."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of weight sums its own
 
 
 class GainTape(Tape):
@@ -197,7 +197,7 @@ class Deferred(Fast):
     tapes: Mapping[str, Tape] = {}
 
     def make_tapes(self, rows: int) -> Mapping[str, Tape]:
-        raise NotImplementedError
+        raise NotImplementedError  # each layer knows its weights
 
 
 class DeferredLinear(Deferred, Linear):

@@ -25,7 +25,7 @@ class ControlTransform(Transform):
         self.put_on(env)
 
     def put_on(self, env: Any) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # this is what a transform of the simulator is
 
     def physics_of(self, env: Any) -> Any:
         """The physics of an environment that holds one of dm_control's."""
