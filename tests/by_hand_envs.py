@@ -203,6 +203,7 @@ def starting():
 
 ALL = {
     "workers": workers,
+    "simulator": simulator,
     "rendering": rendering,
     "xml": xml,
     "sampling": sampling,
