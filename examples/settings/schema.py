@@ -83,10 +83,10 @@ _SEEN = {"pixels_key": maybe(text), "progress": flag}
 SCRIPTS: dict[str, dict[str, Kind | None]] = {
     "config": TRAIN,
     "doctor": TRAIN | {"steps": count},
-    "throughput": TRAIN | {"counts": list_of(count), "seconds": number(above=0), "rounds": count},
     "benchmark": TRAIN | _algorithm("other") | {
         "synthetic": flag, "measure": list_of(choice("update", "acting", "replay", "environment")),
         "compare": choice(None, "torchrl", "algorithm", "tricks"), "repeats": maybe(count),
+        "counts": list_of(count), "seconds": number(above=0), "rounds": count,
     },
     "evaluate": _PLAYED | {"episodes": maybe(count), "seed": maybe(seed), "max_steps": maybe(count)},
     "saliency": _PLAYED | _SEEN | {

@@ -1,31 +1,23 @@
-"""How fast environments are collected from, beside the same simulators stepped without TorchRL; one JSON line each.
-
-    python examples/throughput.py env=dmc_vision env.task=walker_walk
-    python examples/throughput.py env=crafter counts=[1,4]
-
-`collector`: frames per second through the trainer's collector and environments (in workers where the suite's config says
-so); `bare`: the simulators inside of them stepped by Gymnasium's AsyncVectorEnv with the same action repeat and images. Both
-play random actions that were drawn before. The two take turns, `rounds` times; medians.
-"""
+"""How fast environments are collected from, beside the same simulators stepped without TorchRL."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
 
-import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
-import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
+import gymnasium
 import hydra
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from omegaconf import DictConfig
+from torchrl.envs import EnvBase
 
-from r2dreamer.envs import VectorCollector, env_seeds, make_vector_env
-from r2dreamer.examples.cli.script import script
-from r2dreamer.examples.timing.bare import bare
+from r2dreamer.envs import Simulator, VectorCollector, env_seeds, make_vector_env
+from r2dreamer.envs.base.contract import ContractEnv
 
 DRAWN = 512  # actions, before anything is timed: what drawing them costs differs between the two
 
@@ -39,7 +31,11 @@ def rate(step: Callable[[], object], seconds: float) -> float:
     return count / (time.perf_counter() - start)
 
 
-def measure(cfg: DictConfig, count: int) -> dict[str, float]:
+def frames_per_second(cfg: DictConfig, count: int) -> dict[str, float]:
+    """Of ``count`` environments under random actions: through the trainer's collector, and of their bare simulators.
+
+    Gymnasium's AsyncVectorEnv steps the simulators, with the same action repeat and images. The two take turns; medians.
+    """
     factory, seeds = hydra.utils.instantiate(cfg.env.make), env_seeds(cfg.seed, count, "train")
     frames = count * cfg.env.action_repeat
     environments = make_vector_env(factory, seeds, parallel=cfg.env.parallel)
@@ -75,13 +71,36 @@ def measure(cfg: DictConfig, count: int) -> dict[str, float]:
     return rates | {"ratio": statistics.median(a / b for a, b in zip(*found.values(), strict=True))}
 
 
-@script("throughput")
-def main(cfg: DictConfig) -> None:
-    for count in cfg.counts:
-        rates = {name: float(f"{value:.3g}") for name, value in measure(cfg, count).items()}
-        line = {"env": cfg.env.suite, "task": cfg.env.task, "environments": count}
-        print(json.dumps(line | {"collect_steps": cfg.collect_steps} | rates), flush=True)
+def bare(factory: Callable[..., EnvBase], seed: int) -> gymnasium.Env:
+    """The simulator inside `factory(seed=seed)`; it makes the same images, repeats actions as often, checks nothing."""
+    environment = factory(seed=seed)
+    if not (isinstance(environment, ContractEnv) and environment.bare):
+        raise ValueError(f"{environment} is not of a suite of this package: what is inside of it is not known.")
+    simulator = environment.base_env
+    if isinstance(simulator.__dict__.get("env"), gymnasium.Env):
+        return simulator.env
+    return BareSimulator(simulator)
 
 
-if __name__ == "__main__":
-    main()
+class BareSimulator(gymnasium.Env):
+    def __init__(self, simulator: Simulator):
+        self.simulator = simulator
+        observed = {key: spec for key, spec in simulator.observation_spec.items() if key != "metrics"}
+        self.observation_space = Dict(
+            {
+                name: Box(0, 255, spec.shape, np.uint8) if len(spec.shape) == 3 else Box(-np.inf, np.inf, spec.shape)
+                for name, spec in observed.items()
+            }
+        )
+        size = simulator.action_spec.shape[-1]
+        self.action_space = Discrete(size) if simulator.discrete else Box(*simulator.bounds)
+
+    def reset(self, *, seed=None, options=None):
+        return self.simulator.begin(), {}
+
+    def step(self, action):
+        observation, reward, terminated, truncated = self.simulator.advance(action)
+        return observation, float(reward), bool(terminated), bool(truncated), {}
+
+    def close(self):
+        self.simulator.close()
