@@ -44,7 +44,7 @@ _ALGORITHM = {
     "world_model.scalar_likelihood": maybe(section), "actor": section, "value": section, "replay_value_weight": weight,
     "slow_critic_rate": rate, "slow_critic": section, "final_lr_fraction": share, "final_entropy_fraction": share,
     "optimizer": section, "optimizer.lr_factors.*": number(above=0), "representation": section, "augmentation": section,
-    "probe": section,
+    "detached_decoder": section,
 }  # fmt: skip
 
 
