@@ -7,10 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of the latents and the embedding, the observations (images (C, H, W), vectors n), the model's widths, the action.
+    """What a head of ``build_agent(heads=...)`` is built from.
 
-    A head of ``build_agent(heads=...)`` is a function of these that returns a TensorDictModule reading and writing
-    entries below ``"next"``.
+    Such a head is a function of these that returns a TensorDictModule reading and writing entries below ``"next"``.
+
+    Args:
+        state: size of the state (stochastic latent).
+        belief: size of the belief (deterministic latent).
+        embedding: size of the embedding.
+        images: shape (C, H, W) of each image.
+        vectors: size of each vector.
+        units: width of the heads' layers.
+        depth: channels of a stage of the image networks, before its multiplier.
+        multipliers: one for each stage.
+        vector_layers: layers of the vector networks.
+        blocks: of the recurrent core.
+        actions: entries of an action.
     """
 
     state: int

@@ -15,6 +15,12 @@ def effective_rank(rows: torch.Tensor) -> torch.Tensor:
     The participation ratio of the covariance's eigenvalues, without computing them: n equally strong directions give n,
     one direction 1, samples that are all the same 0.
 
+    Args:
+        rows: [N, E].
+
+    Returns:
+        A scalar between 0 and E.
+
     Example:
         >>> rows = torch.tensor([[1.0, 0.0, 5.0], [-1.0, 0.0, 5.0], [0.0, 1.0, 5.0], [0.0, -1.0, 5.0]])
         >>> effective_rank(rows)

@@ -70,7 +70,7 @@ def _check_calls(value: Any, where: str, allowed: Container[str], trust: Sequenc
     target = value["_target_"]
     check("_target_", target, allowed)
     if target in allowed and "_args_" in value:
-        raise ValueError(f"{where}._args_={value['_args_']} is nothing that train.py saves. Somebody has edited it.")
+        raise ValueError(f"{where}._args_={value['_args_']} is not written by train.py. Somebody has edited the file.")
     if target == "r2dreamer.envs.make_custom":
         check("factory", value.get("factory"))
     module, colon, _ = str(value.get("task")).partition(":")

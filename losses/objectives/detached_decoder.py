@@ -17,6 +17,10 @@ class DetachedDecoder(Objective):
     """Trains a decoder of its own on detached latents; nothing but this decoder ever gets a gradient from it.
 
     Its term ``detached_decoder`` is the decoder's :class:`Reconstruction` loss. Reads what the decoder reads, and the observation.
+
+    Args:
+        decoder: latents -> ``("next", "reconstruction")``.
+        weight: of the term.
     """
 
     terms = ("detached_decoder",)
