@@ -75,7 +75,10 @@ def bare(factory: Callable[..., EnvBase], seed: int) -> gymnasium.Env:
     """The simulator inside `factory(seed=seed)`; it makes the same images, repeats actions as often, checks nothing."""
     environment = factory(seed=seed)
     if not (isinstance(environment, ContractEnv) and environment.bare):
-        raise ValueError(f"{environment} is not of a suite of this package: what is inside of it is not known.")
+        raise ValueError(
+            f"{environment} is not of a suite of this package, so there is no bare simulator to compare it with. "
+            "`r2dreamer doctor` measures its speed."
+        )
     simulator = environment.base_env
     if isinstance(simulator.__dict__.get("env"), gymnasium.Env):
         return simulator.env
