@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from hydra.utils import instantiate
-from launcher import CARTPOLE, EXAMPLES, config, count_lines
+from launcher import CARTPOLE, EXAMPLES, config, count_lines, wait_for
 
 from r2dreamer.examples import compare
 from r2dreamer.examples.cli.children import Children
@@ -207,12 +207,12 @@ def wait_until(condition):
 
 def test_trainings_save_and_leave_when_their_comparison_is_stopped_or_killed(server, tmp_path):
     endless = ["total_frames=1000000", "checkpoint.every=1000000", "replay.capacity=100000", "env.parallel=false"]
-    command = [*CARTPOLE, *endless, "--jobs", "2"]
     for number, seeds in ((signal.SIGTERM, (0, 1)), (signal.SIGKILL, (2,))):
         folder = tmp_path / number.name
-        comparison = server.start(folder, *command, f"seed={','.join(map(str, seeds))}", script="compare")
+        seeded = f"seed={','.join(map(str, seeds))}"
+        comparison = server.start(folder, *CARTPOLE, *endless, seeded, "--jobs", "2", script="compare")
         logdirs = [folder / "runs/tiny" / f"seed{seed}" for seed in seeds]
-        wait_until(lambda logdirs=logdirs: all(count_lines(logdir) >= 2 for logdir in logdirs))
+        wait_for(comparison, lambda logdirs=logdirs: all(count_lines(logdir) >= 2 for logdir in logdirs))
         comparison.send(number)  # its trainings are sessions of their own
         assert comparison.wait(timeout=120) == (1 if number == signal.SIGTERM else -number), comparison.stderr
         wait_until(lambda logdirs=logdirs: all("interrupted" in (each / "output.txt").read_text() for each in logdirs))

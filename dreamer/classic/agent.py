@@ -7,14 +7,14 @@ from functools import partial
 
 from torch import nn
 
-from ..agent import ActionSpace, Agent, HeadFactory, ObservationSpace, assemble
+from ..agent import Agent, HeadFactory, assemble
 from ..networks.decoders import ObservationDecoder
 from ..networks.encoders import ObservationEncoder
 from ..networks.heads import FeatureMLP
 from ..networks.layers import elu_mlp
 from ..rssm.core import RSSMPosterior, RSSMPrior
 from ..rssm.latents import Latent
-from ..sizes import Sizes
+from ..sizes import ActionSpace, ObservationSpace, Sizes
 from .networks import ConvDecoder, ConvEncoder, ELUVectorEncoder, ExplorationNoise, GRUCore, elu_actor_head
 
 

@@ -54,9 +54,9 @@ def runnable_config(config: Any, where: str | os.PathLike, trust: Sequence[str] 
     plain = plain_config(config, where)
     for name in UNUSED:
         plain.pop(name, None)
-    for name, section in OmegaConf.to_container(plain).items():
-        if name not in UNUSED:
-            _check_calls(section, f"{where}: {name}", ALLOWED.get(name, ()), trust)
+    used: Any = OmegaConf.to_container(plain)
+    for name, section in used.items():
+        _check_calls(section, f"{where}: {name}", ALLOWED.get(name, ()), trust)
     return plain
 
 
