@@ -7,7 +7,7 @@ TorchRL has classes of the same names with another meaning: ``RSSMPrior``, ``RSS
 ``RSSMPriorV3``, ``RSSMPosteriorV3``, ``RSSMRolloutV3``.
 """
 
-from .agent import ActionSpace, Agent, ObservationSpace, assemble, build_agent
+from .agent import Agent, assemble, build_agent
 from .classic.agent import build_classic_agent, classic_decoder
 from .classic.networks import GRUCell, NormGRUCell
 from .fast.compiling import compile_parts
@@ -32,7 +32,7 @@ from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior
 from .rssm.imagination import Imagination
 from .rssm.latents import CategoricalLatent, GaussianLatent
 from .rssm.rollout import RSSMRollout, RSSMStateEstimator
-from .sizes import Sizes
+from .sizes import ActionSpace, ObservationSpace, Sizes
 
 __all__ = [
     "ActionSpace",

@@ -16,7 +16,6 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from torch import nn
-from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
 from torchrl.envs.transforms import TensorDictPrimer
 
 from .fast import TRICKS, speed_up
@@ -26,59 +25,35 @@ from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior, check_core
 from .rssm.imagination import Imagination
 from .rssm.latents import CategoricalLatent
 from .rssm.rollout import RSSMRollout, RSSMStateEstimator
-from .sizes import Sizes
+from .sizes import ActionSpace, ObservationSpace, Sizes
 
 HeadFactory = Callable[[Sizes], TensorDictModuleBase]
 
 
-@dataclass(frozen=True)
-class ObservationSpace:
-    """What the encoder needs to know: image shapes (C, H, W) and vector sizes, by key."""
-
-    images: dict[str, tuple[int, int, int]]
-    vectors: dict[str, int]
-
-    @classmethod
-    def from_spec(cls, spec: Composite, ignore: tuple[str, ...] = ("is_init", "metrics")) -> ObservationSpace:
-        """Sorts the entries of an environment's observation spec: three dimensions are images, one are vectors."""
-        images, vectors = {}, {}
-        for key, entry in sorted(spec.items()):
-            if key in ignore:
-                continue
-            if entry is None or isinstance(entry, Composite) or entry.ndim not in (1, 3):
-                raise ValueError(
-                    f"Observation {key!r} has shape {None if entry is None else tuple(entry.shape)}; the encoder takes "
-                    "images [C, H, W] and vectors [n]. Flatten it with torchrl.envs.FlattenObservation or leave it out."
-                )
-            if entry.ndim == 3:
-                images[key] = tuple(entry.shape)
-            else:
-                vectors[key] = entry.shape[0]
-        return cls(images, vectors)
-
-
-@dataclass(frozen=True)
-class ActionSpace:
-    """Number of action entries, and whether they are one choice (one-hot) or a continuous vector."""
-
-    size: int
-    discrete: bool
-
-    @classmethod
-    def from_spec(cls, spec: TensorSpec) -> ActionSpace:
-        if isinstance(spec, OneHot):
-            return cls(spec.shape[-1], True)
-        if isinstance(spec, Bounded | Unbounded) and not isinstance(spec, Categorical) and spec.ndim == 1:
-            return cls(spec.shape[0], False)
-        raise ValueError(
-            f"Action space {spec.__class__.__name__}{tuple(spec.shape)} is not supported: actions are one continuous "
-            "vector (Bounded) or one choice (OneHot). For an index, use categorical_action_encoding=False."
-        )
-
-
 @dataclass
 class Agent:
-    """Every part by its name. Parts share parameters; ``parts()`` lists each of them once."""
+    """Every part by its name. Parts share parameters; ``parts()`` lists each of them once.
+
+    Args:
+        observations: what the agent sees.
+        actions: what it does.
+        sizes: widths that heads are built from.
+        encoder: observation -> embedding, below ``"next"``.
+        prior: the network from latents and action to the next latents.
+        posterior: the network from belief and embedding to the state.
+        rollout: prior and posterior along a sequence.
+        heads: what the objective needs, by name.
+        reward: the reward network.
+        continue_: the continue network, or None.
+        value: the critic's network.
+        actor: latents -> action.
+        world_model: encoder, rollout and heads on records [B, T].
+        value_model: the critic, at the root.
+        continue_model: the continue head at the root, or None.
+        imagination: rollouts in latent space.
+        policy: observation -> action; it carries its latents in the TensorDict.
+        recipe: what :func:`load_pretrained` built the agent by.
+    """
 
     observations: ObservationSpace
     actions: ActionSpace
@@ -173,12 +148,32 @@ def build_agent(
 ) -> Agent:
     """Builds a whole agent; the keyword arguments are the keys of ``configs/model/size*.yaml``.
 
-    ``heads`` are what a member of the family has beside the reward and continue heads, by name; default: R2-Dreamer's
-    ``{"projection": projection_head}``. ``image_encoder`` is called with an image's shape in the place of the paper's
-    convolutions, for example :class:`StridedEncoder`. ``core``, of (state, action, belief, hidden) sizes, builds another recurrent
-    core than :class:`BlockGRU`, a module (state, belief, action) -> belief. ``continue_layers=None`` makes no continue head: imagined episodes never end.
-    ``fast=False`` leaves out everything that exists for speed only, a list of names from ``dreamer.fast.TRICKS`` the other
-    tricks; results are the same to rounding.
+    Args:
+        observations: images and vectors of the environment.
+        actions: its actions.
+        belief: size of the belief (deterministic latent).
+        hidden: width of the layers inside the RSSM.
+        classes: classes of each categorical.
+        depth: channels of the image encoder's first stage, before its multiplier.
+        units: width of the heads' and vector encoder's layers. Default: ``hidden``.
+        categoricals: number of categoricals in the state.
+        blocks: blocks of the block-diagonal GRU.
+        unimix: share of the uniform distribution in every categorical.
+        encoder_multipliers: channels of each stage of the image encoder, times ``depth``.
+        image_encoder: builds an encoder for an image's shape in the place of the paper's, for example
+            :class:`StridedEncoder`.
+        core: builds, from (state, action, belief, hidden) sizes, a module (state, belief, action) -> belief in the
+            place of :class:`BlockGRU`.
+        vector_layers: layers of the vector encoder.
+        reward_layers: hidden layers of the reward head.
+        continue_layers: hidden layers of the continue head. None makes no such head: imagined episodes never end.
+        actor_layers: hidden layers of the actor.
+        value_layers: hidden layers of the critic.
+        num_bins: bins of reward and critic.
+        heads: functions of :class:`Sizes` that build the objective's heads, by name. Default: ``{"projection":
+            projection_head}``.
+        fast: False leaves out what exists for speed only; a list of names from ``dreamer.fast.TRICKS`` keeps those.
+            Results are the same to rounding.
 
     Example:
         >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),
@@ -264,8 +259,21 @@ def assemble(
 ) -> Agent:
     """Wires networks on the key contract; any of them may be another implementation with the same signature.
 
-    ``continue_=None``: episodes are taken to go on. ``exploration`` follows the actor in the policy, not in imagination,
-    and ``differentiable`` lets gradients pass through what is imagined.
+    Args:
+        observations: images and vectors of the environment.
+        actions: its actions.
+        sizes: widths that the networks have.
+        encoder: observation -> embedding.
+        prior: (state, belief, action) -> (prior logits, state, belief).
+        posterior: (belief, embedding) -> (posterior logits, state).
+        heads: the objective's heads, by name.
+        reward: the reward network.
+        continue_: the continue network. None: episodes are taken to go on.
+        value: the critic's network.
+        actor: latents -> action.
+        exploration: follows the actor in the policy, not in imagination.
+        differentiable: lets gradients pass through what is imagined.
+        fast: as in :func:`build_agent`.
     """
     after = ("next",)
     rollout = RSSMRollout(

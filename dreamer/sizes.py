@@ -1,16 +1,85 @@
-"""What a head must know of the agent it is built for."""
+"""What an agent sees and does, and what a head must know of the agent it is built for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
+
+
+@dataclass(frozen=True)
+class ObservationSpace:
+    """What the encoder needs to know: image shapes (C, H, W) and vector sizes, by key.
+
+    Args:
+        images: shape (C, H, W) of each image.
+        vectors: size of each vector.
+    """
+
+    images: dict[str, tuple[int, int, int]]
+    vectors: dict[str, int]
+
+    @classmethod
+    def from_spec(cls, spec: Composite, ignore: tuple[str, ...] = ("is_init", "metrics")) -> ObservationSpace:
+        """Sorts the entries of an environment's observation spec: three dimensions are images, one are vectors."""
+        images, vectors = {}, {}
+        for key, entry in sorted(spec.items()):
+            if key in ignore:
+                continue
+            if entry is None or isinstance(entry, Composite) or entry.ndim not in (1, 3):
+                raise ValueError(
+                    f"Observation {key!r} has shape {None if entry is None else tuple(entry.shape)}; the encoder takes "
+                    "images [C, H, W] and vectors [n]. Flatten it with torchrl.envs.FlattenObservation or leave it out."
+                )
+            if entry.ndim == 3:
+                images[key] = tuple(entry.shape)
+            else:
+                vectors[key] = entry.shape[0]
+        return cls(images, vectors)
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """Number of action entries, and whether they are one choice (one-hot) or a continuous vector.
+
+    Args:
+        size: number of entries of an action.
+        discrete: whether an action is a choice, one-hot.
+    """
+
+    size: int
+    discrete: bool
+
+    @classmethod
+    def from_spec(cls, spec: TensorSpec) -> ActionSpace:
+        if isinstance(spec, OneHot):
+            return cls(spec.shape[-1], True)
+        if isinstance(spec, Bounded | Unbounded) and not isinstance(spec, Categorical) and spec.ndim == 1:
+            return cls(spec.shape[0], False)
+        raise ValueError(
+            f"Action space {spec.__class__.__name__}{tuple(spec.shape)} is not supported: actions are one continuous "
+            "vector (Bounded) or one choice (OneHot). For an index, use categorical_action_encoding=False."
+        )
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of the latents and the embedding, the observations (images (C, H, W), vectors n), the model's widths, the action.
+    """What a head of ``build_agent(heads=...)`` is built from.
 
-    A head of ``build_agent(heads=...)`` is a function of these that returns a TensorDictModule reading and writing
-    entries below ``"next"``.
+    Such a head is a function of these that returns a TensorDictModule reading and writing entries below ``"next"``.
+
+    Args:
+        state: size of the state (stochastic latent).
+        belief: size of the belief (deterministic latent).
+        embedding: size of the embedding.
+        images: shape (C, H, W) of each image.
+        vectors: size of each vector.
+        units: width of the heads' layers.
+        depth: channels of a stage of the image networks, before its multiplier.
+        multipliers: one for each stage.
+        vector_layers: layers of the vector networks.
+        blocks: of the recurrent core.
+        actions: entries of an action.
     """
 
     state: int

@@ -1,7 +1,7 @@
 """Measures speed on synthetic data of the real shapes and prints one JSON line.
 
     python examples/benchmark.py model=size12M precision=bf16
-    python examples/benchmark.py env=gym env.task=CartPole-v1 measure=[update,acting,environment,replay]
+    python examples/benchmark.py measure=[environment] env=gym env.task=CartPole-v1 counts=[1,4]
     python examples/benchmark.py compare=algorithm      our own Dreamer with its decoder beside R2-Dreamer
     python examples/benchmark.py compare=torchrl        TorchRL's DreamerV3, which has a decoder, beside both of them
     python examples/benchmark.py compare=algorithm algorithm@other=infonce
@@ -9,8 +9,9 @@
     python examples/benchmark.py algorithm=dreamerv2    V1 and V2 have sizes of their own, and are timed alone
 
 `update` is one whole update (all losses, backward, clipping, optimiser, target), `acting` one policy step for all
-environments, `environment` frames per second of the configured environments under random actions, `replay` sampled
-steps per second, written back. Medians. What is compared takes turns, one update each, in one process; compare ratios only.
+environments, `replay` sampled steps per second, written back. `environment` is frames per second under random actions, for
+each number of environments: `collector` through the trainer's collector, `bare` of the simulators inside of them, stepped by
+Gymnasium's AsyncVectorEnv. Medians. What is compared takes turns, one update each, in one process; compare ratios only.
 Like for like is `torchrl_over_other`, Dreamer beside Dreamer; `torchrl_over_ours` is R2-Dreamer beside a model with a decoder.
 """
 
@@ -43,9 +44,9 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
 from r2dreamer.dreamer.fast import TRICKS
 from r2dreamer.dreamer.fast.capture import CapturedStep
-from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay.buffer import make_replay
 from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.timing.environments import frames_per_second
 from r2dreamer.examples.timing.peers import torchrl_dreamer
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.learner import Learner, parameter_counts
@@ -127,21 +128,6 @@ def measure_tricks(
     return {"update": update} | {f"without_{name}": its["median_s"] / update["median_s"] for name, its in times.items()}
 
 
-def measure_environment(cfg: DictConfig, steps: int) -> dict[str, float]:
-    factory = hydra.utils.instantiate(cfg.env.make)
-    seeds = env_seeds(cfg.seed, cfg.env.num_envs, "train")
-    environment = make_vector_env(factory, seeds, parallel=cfg.env.parallel)
-    root = environment.reset()
-    start = None
-    for step in range(steps + 3):
-        if step == 3:
-            start = time.perf_counter()
-        _, root = environment.step_and_maybe_reset(root.update(environment.rand_action(root)))
-    seconds = time.perf_counter() - start
-    environment.close()
-    return {"frames_per_s": steps * cfg.env.num_envs * cfg.env.action_repeat / seconds}
-
-
 def measure_replay(cfg: DictConfig, agent: Agent, device: torch.device, repeats: int) -> dict[str, float]:
     streams, per_stream = cfg.env.num_envs, 4 * (cfg.batch_length + 1)
     replay = make_replay(streams * per_stream, streams, cfg.batch_size, cfg.batch_length)
@@ -169,6 +155,18 @@ def spaces(cfg: DictConfig) -> tuple[ObservationSpace, ActionSpace]:
 
 
 def benchmark(cfg: DictConfig) -> dict:
+    result = {} if set(cfg.measure) == {"environment"} else measure_agent(cfg)
+    if "environment" in cfg.measure:
+        result |= {"env": cfg.env.suite, "task": cfg.env.task, "collect_steps": cfg.collect_steps}
+        rates = {count: frames_per_second(cfg, count) for count in cfg.counts}
+        result["environment"] = {
+            count: {name: float(f"{value:.3g}") for name, value in each.items()} for count, each in rates.items()
+        }
+    return result
+
+
+def measure_agent(cfg: DictConfig) -> dict:
+    """Update, acting and replay, as far as they are asked for."""
     device = resolve_device(cfg.device)
     precision = resolve_precision(cfg.precision, device)
     if cfg.threads:
@@ -213,8 +211,6 @@ def benchmark(cfg: DictConfig) -> dict:
             result["acting"] = median_seconds(lambda: agent.policy(root), device, 3, 4 * repeats)
     if "replay" in cfg.measure:
         result["replay"] = measure_replay(cfg, agent, device, 4 * repeats)
-    if "environment" in cfg.measure:
-        result["environment"] = measure_environment(cfg, steps=40)
     return result
 
 

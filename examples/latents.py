@@ -1,10 +1,10 @@
-"""What do latents know? World models learn from the same recorded episodes; linear probes then ask them for facts.
+"""What do latents know? World models learn from the same recorded episodes; linear readouts then ask them for facts.
 
 python examples/latents.py tasks=[reacher] members=[r2dreamer,dreamer] shrinks=[1,paper] seeds=[0]
 python examples/latents.py tasks=[reacher] shrinks=[1,1/2,1/3,1/4,1/6] seeds=[0,1]
 python examples/latents.py checkpoint=runs/dmc_subtle-reacher/seed0
 
-A probe is a ridge regression to what the simulator knows (a target's place), scored by R2 on held-out episodes; a constant
+A readout is a ridge regression to what the simulator knows (a target's place), scored by R2 on held-out episodes; a constant
 scores 0. A script plays, so that no policy matters, and with frozen physics a size changes only what is seen. Beside the
 members stand an untrained model, raw pixels, and the other facts, which show what one fact gives away about another.
 The same command goes on where it was stopped: recordings, trained models and scores that exist are not made again.
@@ -33,9 +33,9 @@ from omegaconf import DictConfig, OmegaConf
 from r2dreamer.dreamer import Agent
 from r2dreamer.envs.transforms.subtle import OFFICIAL
 from r2dreamer.examples.cli.script import script
-from r2dreamer.examples.probing.recording import record, recorded
-from r2dreamer.examples.probing.report import write_results
-from r2dreamer.examples.probing.scores import baseline_scores, model_scores, train_world_model
+from r2dreamer.examples.readout.recording import record, recorded
+from r2dreamer.examples.readout.report import write_results
+from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model
 from r2dreamer.examples.settings.compose import compose
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.files import output_path, replace, replace_text

@@ -25,12 +25,12 @@ from .kl import CategoricalKL, GaussianKL
 from .likelihood import SymlogMSE, TwoHotLikelihood, UnitGaussian
 from .objectives.barlow import BarlowTwins
 from .objectives.base import Objective
+from .objectives.detached_decoder import DetachedDecoder
 from .objectives.dreamercdp import DreamerCDP
 from .objectives.dreamerpro import DreamerPro
 from .objectives.infonce import InfoNCE
 from .objectives.nextembedding import NextEmbedding
 from .objectives.none import NoObjective
-from .objectives.probe import ProbeDecoder
 from .objectives.reconstruction import Reconstruction
 from .objectives.sigreg import SIGReg
 from .objectives.vicreg import VICReg
@@ -57,7 +57,7 @@ __all__ = [
     "NoObjective",
     "NoTarget",
     "Objective",
-    "ProbeDecoder",
+    "DetachedDecoder",
     "PlanningAttackLoss",
     "R2DreamerWorldModelLoss",
     "Reconstruction",

@@ -54,8 +54,14 @@ class DreamerActorLoss(DreamerLoss):
         model_based_env: anything with TorchRL's ``reset`` and ``rollout``: our ``Imagination`` or a ``DreamerEnv``.
         continue_model: writes ``continue_pred``, a logit, or ``continuation``, a probability (TorchRL's name for one); None
             means imagined episodes never end.
+        imagination_horizon: H, imagined steps.
         discount: of a step. ``gamma`` is TorchRL's name for it, and accepted. Say 1 where the continue head is trained with
             ``continue_target_scale``, which holds the discount then.
+        lmbda: of the lambda-returns.
+        entropy_bonus: eta, the weight of the entropy.
+        return_quantiles: S is the range between them, at least 1.
+        return_rate: share of the newest batch in the moving average of S.
+        gamma: TorchRL's name for ``discount``.
 
     Reads ``state`` [N, S*K], ``belief`` [N, D].
 

@@ -42,14 +42,28 @@ class PlanningAttackLoss(DreamerLoss):
             for example the ``AdversarialPatch`` among our environment transforms. The loss is averaged over the draws, the image never is.
         world_model: encoder and RSSM rollout on records [B, T]; what it does beyond that is not used.
         prior_model: one imagined step, (state, belief, action) -> ("next", state), ("next", belief).
-        actor_model, reward_model, value_model, continue_model: read latents at the root. Without the last nothing ends.
+        actor_model: latents at the root -> action.
+        reward_model: latents -> reward.
+        value_model: latents -> value.
+        continue_model: latents -> continuation. None: nothing ends.
+        belief: "clean" or "patched", as above.
         starts: "all" context states begin an imagination, or only the "last" of each window.
         actions: the actor's "mode" or "sample"; a discrete choice is differentiated straight-through.
         bootstrap: whether the critic's value stands for what follows the last imagined step.
+        imagination_horizon: H, imagined steps.
+        discount: of a step.
+        unimix: of the posterior's categoricals, for the KL.
+        w_return: weight of the imagined return.
+        w_kl: weight of the KL from the patched to the clean posterior.
+        w_action: weight of the change of actions.
+        w_tv: weight of the patch's total variation.
+        w_l2: weight of its squared size.
+        num_reward_bins: of a reward head that writes logits.
+        num_value_bins: of a critic that writes logits.
 
     Reads ``state``, ``belief`` (before the window), ``action``, ``is_init`` and ``("next", "pixels")`` [B, T].
 
-    A step of the search, with the parts of an agent by their names (``examples/training/trained.py`` takes them from one)::
+    A step of the search, with the parts of an agent by their names (``examples/training/loading.py`` takes them from one)::
 
         loss = PlanningAttackLoss(patch, world_model, prior_model, actor, reward_model, value_model)
         optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)  # the patch, and nothing else

@@ -15,6 +15,12 @@ def effective_rank(rows: torch.Tensor) -> torch.Tensor:
     The participation ratio of the covariance's eigenvalues, without computing them: n equally strong directions give n,
     one direction 1, samples that are all the same 0.
 
+    Args:
+        rows: [N, E].
+
+    Returns:
+        A scalar between 0 and E.
+
     Example:
         >>> rows = torch.tensor([[1.0, 0.0, 5.0], [-1.0, 0.0, 5.0], [0.0, 1.0, 5.0], [0.0, -1.0, 5.0]])
         >>> effective_rank(rows)
@@ -28,10 +34,16 @@ def effective_rank(rows: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def collapse_metrics(**views: torch.Tensor) -> dict[str, torch.Tensor]:
-    """For each named view [..., E]: ``<name>_rank``, its effective rank, and ``<name>_std``, the mean over its features
-    of their standard deviation over all samples. The deviation falls to 0 when the view says the same of everything. The
-    rank is blind to size, also that of noise around a collapsed point: it tells how many directions a living view uses.
-    Where ``torch.distributed`` runs several processes, both are of the samples of all.
+    """Effective rank and deviation of each view: in how many directions it spreads, and how far.
+
+    The deviation falls to 0 when a view is the same for everything. The rank ignores size, also that of noise around a
+    collapsed point. Where ``torch.distributed`` runs several processes, both are of the samples of all.
+
+    Args:
+        **views: [..., E], by name.
+
+    Returns:
+        ``<name>_rank``, and ``<name>_std``, the mean over features of their standard deviation over all samples.
 
     Example:
         >>> sorted(collapse_metrics(embedding=torch.randn(2, 5, 3)))

@@ -21,6 +21,7 @@ class DynamicsActorLoss(DreamerActorLoss):
     value, continuation and dynamics, whose parameters get none, into the actions. Returns are not normalised.
 
     Args:
+        args: as in :class:`DreamerActorLoss`, like all other options.
         dynamics: rho, the share of the gradient through the dynamics: 1 in Dreamer V1; the rest is REINFORCE.
     """
 

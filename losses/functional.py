@@ -67,10 +67,13 @@ def info_nce_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """InfoNCE: each of N samples must find its own target among those of all.
 
-    Logits k e' / temperature, of unit vectors if ``cosine``; cross-entropy with the diagonal, mean over rows.
+    Logits k e' / temperature; cross-entropy with the diagonal, mean over rows.
 
     Args:
-        projected, target: [N, E]; detach the target outside if it must not learn.
+        projected: [N, E].
+        target: [N, E]; detach it outside if it must not learn.
+        cosine: takes unit vectors.
+        temperature: divides the logits.
 
     Returns:
         The loss and the detached share of samples whose own target scores highest.
@@ -95,6 +98,14 @@ def sinkhorn(scores: torch.Tensor, *, eps: float = 0.05, iterations: int = 3) ->
     """Scores [K, ...] of samples on K prototypes to assignments: each sample's sum to 1, prototypes are used equally.
 
     Sinkhorn-Knopp in log space: of exp(scores / eps), rows are scaled to 1/K and columns to 1/N in turn. No gradient.
+
+    Args:
+        scores: [K, ...].
+        eps: how soft assignments are; the smaller, the harder.
+        iterations: number of rounds.
+
+    Returns:
+        Assignments of the scores' shape.
 
     Example:
         >>> sinkhorn(torch.tensor([[9.0, 9.0], [9.0, 9.0]]))  # both samples like both prototypes equally
@@ -124,7 +135,12 @@ def lambda_return(
     (terminal or truncated) stops the mixing. In imagination ``terminal`` is 1 - continue probability and nothing is last.
 
     Args:
-        reward, bootstrap, last, terminal: [B, T, 1], all belonging to the state at index t; flags may be bool or float.
+        reward: [B, T, 1]. As all that follow, it belongs to the state at index t.
+        bootstrap: [B, T, 1], the value b.
+        last: [B, T, 1], bool or float. Default: no step is.
+        terminal: [B, T, 1], bool or float. Default: no step is.
+        discount: of a step.
+        lmbda: of the mixing.
 
     Returns:
         [B, T-1, 1]; element t looks at reward, flags and bootstrap of t+1.
@@ -190,12 +206,29 @@ def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tens
 
 
 def imagination_weight(continuation: torch.Tensor, discount: float = 1 - 1 / 333) -> torch.Tensor:
-    """Probability, discounted, that an imagined step happens at all: cumulative product of continue * discount."""
+    """Probability, discounted, that an imagined step happens at all: cumulative product of continue * discount.
+
+    Args:
+        continuation: probabilities [N, H, 1] that an episode goes on.
+        discount: of a step.
+
+    Returns:
+        [N, H, 1].
+    """
     return (discount * continuation).cumprod(1)
 
 
 def categorical_kl(logits: torch.Tensor, other: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:
-    """KL of S independent categoricals [..., S, K] from others, mixed with ``unimix`` of the uniform, summed over S."""
+    """KL of S independent categoricals [..., S, K] from others, mixed with ``unimix`` of the uniform, summed over S.
+
+    Args:
+        logits: [..., S, K].
+        other: [..., S, K].
+        unimix: share of the uniform distribution in both.
+
+    Returns:
+        [...], in nats.
+    """
     return divergence(*(log_mixed(each, unimix) for each in (logits, other)))
 
 
@@ -211,7 +244,15 @@ def log_mixed(logits: torch.Tensor, unimix: float) -> torch.Tensor:
 
 
 def categorical_entropy(logits: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:
-    """Entropy of S independent categoricals [..., S, K], summed over S, in nats."""
+    """Entropy of S independent categoricals [..., S, K], summed over S, in nats.
+
+    Args:
+        logits: [..., S, K].
+        unimix: share of the uniform distribution.
+
+    Returns:
+        [...], in nats.
+    """
     probs = torch.softmax(logits.float(), -1)
     probs = (1 - unimix) * probs + unimix / logits.shape[-1]
     return -torch.xlogy(probs, probs).sum((-1, -2))

@@ -20,6 +20,10 @@ class CategoricalKL(nn.Module):
     Each KL is summed over the S categoricals, clipped at ``free_nats`` per (b, t), then averaged.
 
     Args:
+        dynamics: weight of the term that trains the prior.
+        representation: weight of the term that trains the posterior.
+        free_nats: a smaller KL counts as this.
+        unimix: share of the uniform distribution in both.
         average_first: clip the average over all (b, t) instead. With weights 0.8 and 0.2 this is Dreamer V2's balanced KL.
 
     Example:
@@ -79,6 +83,10 @@ class GaussianKL(nn.Module):
 
     Reads ``prior_logits`` and ``posterior_logits`` [B, T, S, 2], means and standard deviations. The KL is summed over S and
     averaged before it is clipped.
+
+    Args:
+        weight: of the term.
+        free_nats: a smaller KL counts as this.
     """
 
     terms = ("kl",)

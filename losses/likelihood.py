@@ -16,7 +16,11 @@ from .wiring import check_scalar, entry
 
 
 class TwoHotLikelihood(nn.Module):
-    """Cross-entropy of logits [..., bins] against the two-hot codes of targets [..., n] -> [..., n]."""
+    """Cross-entropy of logits [..., bins] against the two-hot codes of targets [..., n] -> [..., n].
+
+    Args:
+        num_bins: number of values.
+    """
 
     compiles = ("forward",)
 

@@ -111,7 +111,10 @@ class GroupedAdam(torch.optim.Adam):
     Args:
         groups: dicts with ``name`` and ``params``, as the example trainer's ``Learner`` gives them.
         lr: of every group that ``actor_lr`` and ``value_lr`` do not name.
+        actor_lr: of the group ``actor``.
+        value_lr: of the group ``value``.
         max_norm: the gradient norm that no group's exceeds.
+        eps: Adam's.
         warmup_steps: over which the learning rates rise from near 0.
 
     Example:

@@ -41,7 +41,11 @@ class CopyEvery(nn.Module):
 
 
 class NoTarget(nn.Module):
-    """For critics without a target network (Dreamer V1)."""
+    """For critics without a target network (Dreamer V1).
+
+    Args:
+        loss: whose critic has no target network.
+    """
 
     def __init__(self, loss: DreamerValueLoss):
         super().__init__()

@@ -61,6 +61,7 @@ class DreamerValueLoss(DreamerLoss):
         value_model: the critic, latents -> ``state_value`` [..., 1] (and ``state_value_logits`` [..., bins]).
         slow_critic_regularization: weight of the slow critic's term; 0 leaves it out, and the target network as well,
             unless ``bootstrap_target``.
+        num_value_bins: of a critic that writes logits.
         bootstrap_target: :attr:`bootstrap_model`, from which returns should be bootstrapped, is the target network.
         scalar_likelihood: of a head without logits.
 

@@ -43,6 +43,7 @@ def entry(tensordict: TensorDictBase, keys: Any, name: str, prefix: tuple[str, .
 
 
 def writer_of(keys: Any, name: str) -> str:
+    """Who writes the entry of the accepted key ``name``, in words."""
     about = getattr(type(keys), "__dataclass_fields__", {}).get(name)
     return "a module before this loss" if about is None else about.metadata.get("writer", "a module before this loss")
 
@@ -52,6 +53,7 @@ def _last(key: Any) -> str:
 
 
 def listed(keys: Iterable[NestedKey], most: int = 8) -> str:
+    """The last parts of keys, in words, the first ``most`` of them."""
     names = sorted({_last(key) for key in keys})
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(repr(name) for name in names[:most]) + more) or "nothing"

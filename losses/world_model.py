@@ -56,8 +56,13 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         world_model: encoder, RSSM rollout, projection head, reward head and, optionally, continue head.
         representation: the objective that replaces reconstruction; default :class:`BarlowTwins`.
         kl: the divergence between posterior and prior; default :class:`CategoricalKL`.
+        reward_weight: of ``loss_reward``.
+        continue_weight: of ``loss_continue``.
+        num_reward_bins: of a reward head that writes logits.
+        scalar_likelihood: of a reward head without logits. Default: squared error in symlog space.
         continue_target_scale: of the continue head's targets. At ``1 - 1/333`` the head learns the discount as well: the
             actor then takes ``discount=1``.
+        detach_output: whether the second result is detached.
 
     Example:
         >>> from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -264,6 +269,13 @@ class R2DreamerWorldModelLoss(DreamerLoss):
 
 
 def total_loss(losses: TensorDictBase) -> torch.Tensor:
-    """The training objective: the sum of all ``loss_*`` entries."""
+    """The training objective: the sum of all ``loss_*`` entries.
+
+    Args:
+        losses: what a loss, or several, returned.
+
+    Returns:
+        A scalar.
+    """
     first, *others = (value for key, value in losses.items() if key.startswith("loss_"))
     return sum(others, first)

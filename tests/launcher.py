@@ -16,7 +16,7 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTS = Path(__file__).parent
-SCRIPTS = ("attack", "benchmark", "compare", "curves", "doctor", "evaluate", "saliency", "throughput", "train")
+SCRIPTS = ("attack", "benchmark", "compare", "curves", "doctor", "evaluate", "saliency", "train")
 
 # Sizes all differ; an update takes about 20 ms.
 TINY = """

@@ -88,6 +88,14 @@ COMMANDS = {
         ["Could not override 'model.believe'", "Did you mean model.belief"],
     ),
     "unknown env group": (["env=atari", *TINY], ["env/atari", "dmc_proprio", "gym", "probe"]),
+    "a former group": (
+        [*CARTPOLE, "probe_decoder=observation"],
+        ["probe_decoder is the former name of detached_decoder"],
+    ),
+    "a former key": (
+        [*CARTPOLE, "algorithm.probe.weight=2"],
+        ["algorithm.probe.weight is the former name of algorithm.detached_decoder.weight"],
+    ),
     "one setting said in two places": (
         [*CARTPOLE, "env.make.action_repeat=2"],
         ["env.make.action_repeat=2, but env.action_repeat=1", "env.action_repeat=2, which sets both"],

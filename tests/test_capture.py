@@ -152,7 +152,7 @@ def test_graphs_are_for_gpus():
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
-EXTRAS = ["augmentation=random_shift", "probe_decoder=observation"]
+EXTRAS = ["augmentation=random_shift", "detached_decoder=observation"]
 VARIANTS = {
     **{f"{member} {kind}": dict(member=member, discrete=kind == "discrete") for member in MEMBERS for kind in KINDS},
     "augmented, probed": dict(member="r2dreamer", discrete=False, extra=EXTRAS),

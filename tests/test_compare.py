@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from hydra.utils import instantiate
-from launcher import CARTPOLE, EXAMPLES, config, count_lines
+from launcher import CARTPOLE, EXAMPLES, config, count_lines, wait_for
 
 from r2dreamer.examples import compare
 from r2dreamer.examples.cli.children import Children
@@ -206,23 +205,18 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
-def test_trainings_save_and_leave_when_their_comparison_is_stopped_or_killed(tmp_path):
+def test_trainings_save_and_leave_when_their_comparison_is_stopped_or_killed(server, tmp_path):
     endless = ["total_frames=1000000", "checkpoint.every=1000000", "replay.capacity=100000", "env.parallel=false"]
-    command = [sys.executable, str(EXAMPLES / "compare.py"), *CARTPOLE, *endless, "seed=0,1", "--jobs", "2"]
-    started = {}
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number, seeds in ((signal.SIGTERM, (0, 1)), (signal.SIGKILL, (2,))):
         folder = tmp_path / number.name
-        folder.mkdir()
-        started[number] = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    for number, comparison in started.items():
-        logdirs = [tmp_path / number.name / "runs/tiny" / f"seed{seed}" for seed in (0, 1)]
-        wait_until(lambda logdirs=logdirs: all(count_lines(logdir) >= 2 for logdir in logdirs))
-        comparison.send_signal(number)
-        _, errors = comparison.communicate(timeout=120)
-        assert comparison.returncode == (1 if number == signal.SIGTERM else -number), errors
+        seeded = f"seed={','.join(map(str, seeds))}"
+        comparison = server.start(folder, *CARTPOLE, *endless, seeded, "--jobs", "2", script="compare")
+        logdirs = [folder / "runs/tiny" / f"seed{seed}" for seed in seeds]
+        wait_for(comparison, lambda logdirs=logdirs: all(count_lines(logdir) >= 2 for logdir in logdirs))
+        comparison.send(number)  # its trainings are sessions of their own
+        assert comparison.wait(timeout=120) == (1 if number == signal.SIGTERM else -number), comparison.stderr
         wait_until(lambda logdirs=logdirs: all("interrupted" in (each / "output.txt").read_text() for each in logdirs))
         for logdir in logdirs:
             assert 0 < Checkpoints(logdir / "checkpoints").load().step < 1000000
-    assert "the same command goes on" not in errors and "Traceback" not in errors
+        assert ("the same command goes on" in comparison.stderr) == (number == signal.SIGTERM)
+        assert "Traceback" not in comparison.stderr

@@ -59,7 +59,7 @@ def test_curve_with_the_published_one(tmp_path, drawn):
 def test_a_published_atari_curve_says_that_it_was_played_with_sticky_actions(tmp_path, drawn):
     run = make_run(tmp_path / "run", [20_000, 40_000])
     assert draw_curve(run, "atari100k", "alien", tmp_path / "curve.png").exists()
-    assert draw_runs([run], ["ours"], tmp_path / "runs.png", suite="atari100k", task="alien").exists()
+    assert draw_runs([run], ["ours"], tmp_path / "runs.png", published={"": ("atari100k", "alien")}).exists()
     expected = "DreamerV3 (published, 5 seeds),\nwith sticky actions (env.sticky=0.25)"
     assert all(expected in labels(figure) for figure in drawn)
 

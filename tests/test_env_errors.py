@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 
+import gymnasium
+import numpy as np
 import pytest
-from torchrl.envs import DMControlEnv, GymEnv
+from torchrl.envs import DMControlEnv, GymEnv, GymWrapper, InitTracker, TransformedEnv
 from toys import FACTORIES
 
 from r2dreamer.envs import check_environment, env_seeds, make_dmc, make_gym, make_probe, make_vector_env, reseed
@@ -95,6 +97,36 @@ def test_the_validator_names_what_is_wrong_and_the_remedy():
         check_environment(DMControlEnv("cartpole", "swingup"))
     with pytest.raises(ValueError, match="unbatched"):
         check_environment(make_vector_env(FACTORIES["gym state"], [1], parallel=False))
+
+
+class Careless(gymnasium.Env):
+    """Its third step raises the given error, or returns an observation of another shape."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, error=None):
+        self.error, self.steps = error, 0
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 3 and self.error:
+            raise self.error
+        return np.zeros(2 if self.error else 3, np.float32), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("error", [KeyError("speed"), AssertionError("no ground"), RuntimeError("solver")], ids=repr)
+def test_the_validator_lets_an_error_in_the_environments_own_code_through(error):
+    env = TransformedEnv(GymWrapper(Careless(error), categorical_action_encoding=False), InitTracker())
+    with pytest.raises(type(error)) as raised:
+        check_environment(env)
+    assert raised.value is error and "in its first steps" in error.__notes__[0]
+    env = TransformedEnv(GymWrapper(Careless(), categorical_action_encoding=False), InitTracker())
+    with pytest.raises(ValueError, match="not what its specs announce"):
+        check_environment(env)
 
 
 @pytest.mark.parametrize(("module", "extra"), [("gymnasium", "gym"), ("dm_control", "dmc")])

@@ -292,7 +292,7 @@ def test_nothing_is_looked_up_while_a_configuration_is_read(run, tmp_path, monke
             plain_config(broken, "here")
 
 
-@pytest.mark.parametrize("group", ["env", "algorithm", "augmentation", "probe_decoder"])
+@pytest.mark.parametrize("group", ["env", "algorithm", "augmentation", "detached_decoder"])
 def test_every_call_in_our_own_configurations_is_known(group):
     own = ["env.factory=my_module:make_env"]
     for file in sorted((CONFIGS / group).glob("[!b]*.yaml")):  # base.yaml is part of the others
@@ -303,6 +303,15 @@ def test_every_call_in_our_own_configurations_is_known(group):
                 runnable_config(complete, "here")
         else:
             assert runnable_config(complete, "here") == {k: v for k, v in complete.items() if k not in UNUSED}
+
+
+def test_a_configuration_with_former_names_is_read_under_the_new_ones():
+    complete = OmegaConf.to_container(config("detached_decoder=observation"), resolve=True)
+    former = {**complete, "algorithm": {**complete["algorithm"]}}
+    section = former["algorithm"].pop("detached_decoder")
+    former["algorithm"]["probe"] = {**section, "_target_": "r2dreamer.losses.ProbeDecoder.of"}
+    assert plain_config(former, "here") == complete
+    assert runnable_config(former, "here").algorithm == complete["algorithm"]
 
 
 def test_a_model_may_name_an_encoder_of_ours_and_nothing_else(tmp_path):

@@ -1,4 +1,4 @@
-"""examples/latents.py: probes score what features hold and no more, on a toy whose image shows one fact and hides another."""
+"""examples/latents.py: readouts score what features hold and no more, on a toy whose image shows one fact and hides another."""
 
 import json
 
@@ -12,11 +12,11 @@ from r2dreamer.envs import make_dmc, make_dmc_subtle
 from r2dreamer.envs.base.contract import apply_contract
 from r2dreamer.envs.base.simulator import Simulator
 from r2dreamer.examples import latents
-from r2dreamer.examples.probing.facts import facts
-from r2dreamer.examples.probing.recording import record
-from r2dreamer.examples.probing.report import markdown
-from r2dreamer.examples.probing.ridge import heldout_r2
-from r2dreamer.examples.probing.scores import baseline_scores, model_scores, train_world_model
+from r2dreamer.examples.readout.facts import facts
+from r2dreamer.examples.readout.recording import record
+from r2dreamer.examples.readout.report import markdown
+from r2dreamer.examples.readout.ridge import heldout_r2
+from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model
 from r2dreamer.examples.training.setup import build
 
 SIZE = 16
@@ -71,7 +71,7 @@ def agent_of(member):
     return build(lambda seed: apply_contract(square(), "square", seed), run, torch.device("cpu"))[0], run
 
 
-def test_a_probe_finds_what_is_linear_and_scores_nothing_for_noise():
+def test_a_readout_finds_what_is_linear_and_scores_nothing_for_noise():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 4, 9, generator=generator)
     weights = torch.nn.functional.normalize(torch.randn(9, 2, generator=generator), dim=0)

@@ -1,4 +1,4 @@
-"""What decoders show, and that a probe decoder touches nothing."""
+"""What decoders show, and that a detached decoder touches nothing."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from test_family import ONCE
 
 from r2dreamer.dreamer import ObservationDecoder, load_pretrained
 from r2dreamer.examples.training.openloop import open_loop, predict
-from r2dreamer.losses import ProbeDecoder, R2DreamerWorldModelLoss
+from r2dreamer.losses import DetachedDecoder, R2DreamerWorldModelLoss
 
 PIXELS = ["env=probe", "env.task=remember_first_frame", *TINY, *ONCE, "total_frames=40", "log_every=40"]
 CONTEXT = 2
@@ -82,45 +82,49 @@ def test_where_every_window_is_cut_the_missing_film_is_explained(tmp_path):
     assert not (tmp_path / "open_loop.mp4").exists()
 
 
-def test_a_probe_decoder_learns_and_gives_no_other_parameter_a_gradient():
+def test_a_detached_decoder_learns_and_gives_no_other_parameter_a_gradient():
     agent = tiny_agent()
     loss = R2DreamerWorldModelLoss(agent.world_model)
-    probe = ProbeDecoder.of(agent, decoder=ObservationDecoder)
+    detached = DetachedDecoder.of(agent, decoder=ObservationDecoder)
     losses, posterior = loss(tiny_records(agent))
     keys = set(posterior.keys(True, True))
-    terms, _ = probe(posterior, loss.tensor_keys)
+    terms, _ = detached(posterior, loss.tensor_keys)
     assert set(posterior.keys(True, True)) == keys
-    terms["probe"].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in probe.parameters())
+    terms["detached_decoder"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in detached.parameters())
     assert all(p.grad is None for part in agent.parts().values() for p in part.parameters())
     plain = ObservationDecoder(agent.sizes)
-    plain.load_state_dict(probe.decoder.state_dict())
+    plain.load_state_dict(detached.decoder.state_dict())
     seen = plain(TensorDict({"next": posterior["next"].select("state", "belief").detach()}, posterior.shape))["next"]
     error = (seen["reconstruction", "pixels"] - posterior["next", "pixels"] / 255).square().sum((-1, -2, -3)).mean()
     speed = posterior["next", "speed"]
     error += (seen["reconstruction", "speed"] - speed.sign() * speed.abs().log1p()).square().sum(-1).mean()
-    torch.testing.assert_close(terms["probe"], error)
+    torch.testing.assert_close(terms["detached_decoder"], error)
 
 
 @pytest.mark.parametrize("algorithm", ["r2dreamer", "dreamerv1"])  # whose optimiser clips all of the model together
-def test_a_run_with_a_probe_decoder_is_the_run_without_and_films_what_it_sees(tmp_path, algorithm):
+def test_a_run_with_a_detached_decoder_is_the_run_without_and_films_what_it_sees(tmp_path, algorithm):
     video = ["eval.video=true", "batch_length=8", f"algorithm={algorithm}"]
     if algorithm == "dreamerv1":
         small = {"belief": 16, "hidden": 8, "units": 8, "depth": 2, "categoricals": 3, "classes": 1}
         video += [*(f"model.{name}={size}" for name, size in small.items()), "algorithm.optimizer.max_norm=1e-3"]
-    for name, overrides in (("without", []), ("with", ["probe_decoder=observation"])):
-        train_here(tmp_path / name, *PIXELS, *video, *overrides)
-    strip = lambda line: {key: value for key, value in line.items() if "probe" not in key}
-    with_probe, without = lines(tmp_path / "with"), lines(tmp_path / "without")
-    assert [strip(line) for line in with_probe] == without != with_probe
+    for name, overrides in (("without", []), ("with", ["detached_decoder=observation"])):
+        trainer = train_here(tmp_path / name, *PIXELS, *video, *overrides)
+    weights = trainer.learner.state_dict()
+    former = {name.replace("detached_decoder.", "probe."): weight for name, weight in weights.items()}
+    assert former.keys() != weights.keys()
+    trainer.learner.load_state_dict(former)  # as a checkpoint of an earlier version has them
+    strip = lambda line: {key: value for key, value in line.items() if "detached_decoder" not in key}
+    with_decoder, without = lines(tmp_path / "with"), lines(tmp_path / "without")
+    assert [strip(line) for line in with_decoder] == without != with_decoder
     assert (tmp_path / "with" / "open_loop.mp4").exists()
     loaded, plain = (load_pretrained(tmp_path / name) for name in ("with", "without"))
     state, belief = torch.rand(2, loaded.sizes.state), torch.rand(2, loaded.sizes.belief)
-    decoded = loaded.heads["probe"].decode(state, belief)["pixels"]
+    decoded = loaded.heads["detached_decoder"].decode(state, belief)["pixels"]
     assert (
         decoded.shape == (2, 3, 64, 64) and decoded.std() > 0.01
     )  # what it learnt: the first weights draw all but grey
-    assert loaded.world_model.out_keys == plain.world_model.out_keys and "probe" not in plain.heads
+    assert loaded.world_model.out_keys == plain.world_model.out_keys and "detached_decoder" not in plain.heads
     assert (tmp_path / "without" / "open_loop.mp4").exists() == (algorithm == "dreamerv1")  # V1 has its own decoder
 
 

@@ -13,7 +13,7 @@ ORDER = {
     "envs": [("base",), ("transforms", "replay", "vector"), ("suites",)],
     "dreamer": [("sizes",), ("networks",), ("rssm",), ("fast",), ("*",), ("classic",)],
     "losses": [("functional", "ranks", "wiring"), ("objectives",), ("*",)],
-    "examples": [("settings",), ("cli",), ("training",), ("figures",), ("attacks", "probing", "timing"), ("*",)],
+    "examples": [("settings",), ("cli",), ("training",), ("figures",), ("attacks", "readout", "timing"), ("*",)],
 }
 
 

@@ -144,8 +144,8 @@ WRONG = [
     ("benchmark", "measure=[update,speed]", 'measure=["update", "speed"] acting'),
     ("benchmark", "other.kl.free_nats=-3", "other.kl.free_nats=-3 number"),
     ("benchmark", "compare=jax", "compare=jax torchrl"),
-    ("throughput", "counts=[0]", "counts=[0] list counts=[1, 4, 16]"),
-    ("throughput", "seconds=0", "seconds=0 above"),
+    ("benchmark", "counts=[0]", "counts=[0] list counts=[1, 4, 16]"),
+    ("benchmark", "seconds=0", "seconds=0 above"),
     ("doctor", "steps=-1", "steps=-1 whole steps=100"),
 ]  # fmt: skip
 
@@ -176,7 +176,9 @@ FORKED = {
         "train", ["env=custom", "env.factory=math:sqtr", *TINY], ["env.factory='math:sqtr'", "sqrt"],
     ),
     "no checkpoint given": ("evaluate", [], ["checkpoint=DIR"]),
-    "a task in workers": ("throughput", ["env=gym", "env.task=nope", "env.parallel=true"], ["task 'nope'", "Some it has"]),
+    "a task in workers": (
+        "benchmark", ["measure=[environment]", "env=gym", "env.task=nope", "env.parallel=true"], ["task 'nope'", "Some it has"],
+    ),
 }  # fmt: skip
 
 

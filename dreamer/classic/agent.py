@@ -7,14 +7,14 @@ from functools import partial
 
 from torch import nn
 
-from ..agent import ActionSpace, Agent, HeadFactory, ObservationSpace, assemble
+from ..agent import Agent, HeadFactory, assemble
 from ..networks.decoders import ObservationDecoder
 from ..networks.encoders import ObservationEncoder
 from ..networks.heads import FeatureMLP
 from ..networks.layers import elu_mlp
 from ..rssm.core import RSSMPosterior, RSSMPrior
 from ..rssm.latents import Latent
-from ..sizes import Sizes
+from ..sizes import ActionSpace, ObservationSpace, Sizes
 from .networks import ConvDecoder, ConvEncoder, ELUVectorEncoder, ExplorationNoise, GRUCore, elu_actor_head
 
 
@@ -43,12 +43,25 @@ def build_classic_agent(
     """An agent of Dreamer V1 or V2; the widths are the keys of ``configs/model/dreamerv1.yaml`` and ``dreamerv2.yaml``.
 
     Args:
+        observations: images and vectors of the environment.
+        actions: its actions.
+        belief: size of the belief (deterministic latent).
+        hidden: width of the layers inside the RSSM.
+        depth: channels of the image encoder's first stage.
+        categoricals: number of categoricals, or first factor of a Gaussian's size.
+        classes: classes of each, or second factor.
+        vector_layers: layers of the vector encoder.
+        reward_layers: hidden layers of the reward head.
+        actor_layers: hidden layers of the actor.
+        value_layers: hidden layers of the critic.
+        units: width of the heads' layers. Default: ``hidden``.
+        continue_layers: None makes no continue head: every step is discounted alike, ends of episodes included.
         latent: of (categoricals, classes), the distribution of z_t; a Gaussian has as many dimensions as their product.
         cell: of (input size, belief size), the recurrent cell.
-        continue_layers: None makes no continue head: every step is discounted alike, ends of episodes included.
         squashed_actions: tanh of a Normal (V1), or a Normal that the environment clips.
-        fast: as in ``build_agent``.
         noise: on the policy's actions while it explores; 0 leaves exploring to the policy.
+        heads: functions of :class:`Sizes` that build the objective's heads, by name.
+        fast: as in ``build_agent``.
     """
     units = hidden if units is None else units
     encoder = ObservationEncoder(
@@ -96,7 +109,11 @@ def build_classic_agent(
 
 
 def classic_decoder(sizes: Sizes) -> ObservationDecoder:
-    """The decoder of V1 and V2 as a head: transposed convolutions for images, ELU layers for vectors."""
+    """The decoder of V1 and V2 as a head: transposed convolutions for images, ELU layers for vectors.
+
+    Args:
+        sizes: of the agent.
+    """
     return ObservationDecoder(
         sizes,
         make_image=lambda sizes, shape: ConvDecoder(sizes.features, shape, sizes.depth),

@@ -93,7 +93,12 @@ class ConvDecoder(nn.Module):
 
 
 class NormGRUCell(nn.Module):
-    """The GRU cell of Dreamer V2: one Linear over [input, belief], LayerNorm over all gates, an update biased to keep."""
+    """The GRU cell of Dreamer V2: one Linear over [input, belief], LayerNorm over all gates, an update biased to keep.
+
+    Args:
+        input_size: size of the input.
+        belief_size: size of the belief (deterministic latent).
+    """
 
     def __init__(self, input_size: int, belief_size: int):
         super().__init__()
@@ -186,7 +191,7 @@ class ExplorationNoise(TensorDictModuleBase):
     def __init__(self, amount: float, discrete: bool):
         super().__init__()
         if amount < 0 or (discrete and amount > 1):
-            raise ValueError(f"noise={amount} must not be negative, nor, for discrete actions, more than 1.")
+            raise ValueError(f"noise={amount} must be at least 0, and at most 1 for discrete actions.")
         self.amount, self.discrete = amount, discrete
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

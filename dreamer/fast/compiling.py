@@ -19,6 +19,7 @@ def compile_parts(*roots: nn.Module, **options) -> None:
     modules before: a copy of a compiled module would run the original.
 
     Args:
+        *roots: modules whose parts are compiled.
         options: for ``torch.compile``.
     """
     options.setdefault("dynamic", False)

@@ -122,6 +122,7 @@ class AffineTape(Tape):
 
 
 def affine(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """rows @ weight + bias, of one matrix or of a batch of blocks."""
     if bias is None:
         return rows @ weight
     if weight.ndim == 2:
@@ -201,6 +202,8 @@ class Deferred(Fast):
 
 
 class DeferredLinear(Deferred, Linear):
+    """A Linear whose weight and bias have one tape."""
+
     tapes: Mapping[str, AffineTape]
 
     def make_tapes(self, rows: int) -> Mapping[str, AffineTape]:
@@ -214,6 +217,8 @@ class DeferredLinear(Deferred, Linear):
 
 
 class DeferredBlockLinear(Deferred, BlockLinear):
+    """A BlockLinear with a tape for its blocks, and another for its shared part."""
+
     tapes: Mapping[str, AffineTape]
 
     def make_tapes(self, rows: int) -> Mapping[str, AffineTape]:
@@ -248,6 +253,8 @@ class DeferredNormSiLU(Deferred, NormSiLU):
 
 
 class DeferredRollout(Fast, RSSMRollout):
+    """A rollout whose recurrence defers its weight gradients on a GPU."""
+
     def unroll(self, step: Callable, state: torch.Tensor, belief: torch.Tensor, *sequences) -> list[torch.Tensor]:
         if not on_gpu(state):
             return super().unroll(step, state, belief, *sequences)

@@ -12,6 +12,8 @@ BLOCK = 2**18  # elements that stay in a core's cache
 
 
 class BlockedNorm(Fast, NormSiLU):
+    """The layer, block by block where its input is large."""
+
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         if value.device.type != "cpu" or value.numel() <= 4 * BLOCK or torch.compiler.is_compiling():
             return super().forward(value)
@@ -19,6 +21,8 @@ class BlockedNorm(Fast, NormSiLU):
 
 
 class BlockedNormSiLU(torch.autograd.Function):
+    """Forward and backward pass over blocks of rows."""
+
     @staticmethod
     def forward(ctx, value: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         features = value.shape[-1]

@@ -27,6 +27,16 @@ class ImageDecoder(nn.Module):
 
     The belief reaches the smallest feature map by a block-Linear, each block some of its channels everywhere; the state by an
     MLP of one hidden layer, twice ``units`` wide. Their sum is normed.
+
+    Args:
+        state_size: size of the state (stochastic latent).
+        belief_size: size of the belief (deterministic latent).
+        image_shape: (C, H, W).
+        depth: channels of the last stage, before its multiplier.
+        units: half the width of the state's hidden layer.
+        multipliers: channels of the stages, in the encoder's order, times ``depth``.
+        blocks: of the belief's block-Linear, at most.
+        kernel: size of the convolutions.
     """
 
     compiles = ("forward",)
@@ -101,8 +111,16 @@ class ObservationDecoder(TensorDictModuleBase):
     """Writes what the latents say every observation looks like, below ``"reconstruction"`` under the observation's key.
 
     Reads ``("next", "state")``, ``("next", "belief")``; writes ``("next", "reconstruction", key)``: images in (0, 1),
-    vectors in symlog space. :meth:`decode` gives observations in their own units. ``make_image`` and ``make_vector`` build
-    other networks over (state, belief) for a shape and a size.
+    vectors in symlog space. :meth:`decode` gives observations in their own units.
+
+    Args:
+        sizes: of the agent.
+        make_image: builds the network (state, belief) -> image for sizes and an image's shape. Default:
+            :class:`ImageDecoder`.
+        make_vector: builds the network (state, belief) -> vector for sizes and a vector's size. Default:
+            :class:`FeatureMLP`.
+        prefix: where the entries are nested; ``()`` is the root.
+        out_key: what the reconstructions are nested in.
 
     Example:
         >>> from tensordict import TensorDict

@@ -9,13 +9,26 @@ from torch import distributions as D
 
 
 def unimix_probs(logits: torch.Tensor, unimix: float) -> torch.Tensor:
-    """Softmax in float32, mixed with ``unimix`` of the uniform distribution: no class ever has probability 0."""
+    """Softmax in float32, mixed with ``unimix`` of the uniform distribution: no class ever has probability 0.
+
+    Args:
+        logits: [..., K].
+        unimix: share of the uniform distribution.
+
+    Returns:
+        Probabilities [..., K].
+    """
     probs = torch.softmax(logits.float(), -1)
     return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
 
 
 class BoundedNormal(D.Independent):
-    """Diagonal Normal whose mean lies in (-1, 1) and std in [0.1, 1]; not squashed: the environment clips."""
+    """Diagonal Normal whose mean lies in (-1, 1) and std in [0.1, 1]; not squashed: the environment clips.
+
+    Args:
+        loc: means [..., A].
+        scale: standard deviations [..., A].
+    """
 
     def __init__(self, loc: torch.Tensor, scale: torch.Tensor):
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
@@ -31,7 +44,11 @@ class BoundedNormal(D.Independent):
 
 
 class OneHotAction(D.OneHotCategorical):
-    """One-hot categorical given by probabilities that already hold their uniform mix; samples are float."""
+    """One-hot categorical given by probabilities that already hold their uniform mix; samples are float.
+
+    Args:
+        probs: probabilities [..., A].
+    """
 
     def __init__(self, probs: torch.Tensor):
         super().__init__(probs=probs, validate_args=False)

@@ -37,6 +37,12 @@ class ImageEncoder(nn.Module):
     """Convolutional encoder of the paper: uint8 (or float in [0, 1]) images [..., C, H, W] to [..., E].
 
     ``depth * multipliers`` are the channels of the stages; every stage halves height and width.
+
+    Args:
+        image_shape: (C, H, W).
+        depth: channels of a stage, before its multiplier.
+        multipliers: one for each stage.
+        kernel: size of the convolutions.
     """
 
     compiles = ("forward",)
@@ -88,7 +94,10 @@ class StridedEncoder(nn.Module):
     ``model.image_encoder._target_``.
 
     Args:
-        channels, kernels, strides: one entry each per stage.
+        image_shape: (C, H, W).
+        channels: of each stage.
+        kernels: sizes of its convolutions.
+        strides: and their strides.
     """
 
     compiles = ("forward",)
@@ -136,7 +145,13 @@ class StridedEncoder(nn.Module):
 
 
 class VectorEncoder(nn.Module):
-    """symlog, then ``layers`` normed linears: vectors [..., n] concatenated, to [..., units]."""
+    """symlog, then ``layers`` normed linears: vectors [..., n] concatenated, to [..., units].
+
+    Args:
+        in_features: n, of all vectors together.
+        units: width of the layers.
+        layers: number of them.
+    """
 
     compiles = ("forward",)
 
@@ -161,9 +176,17 @@ class Encoder(Protocol):
 class ObservationEncoder(TensorDictModuleBase):
     """Encodes image and vector entries into one embedding e_t, written to ``out_key``.
 
-    ``image_shapes`` and ``vector_sizes`` map keys to shapes; either may be empty. ``prefix`` is put before every key:
-    ``("next",)`` for training on records, ``()`` for acting (see :meth:`at_root`). ``make_image`` and ``make_vector`` build
-    other networks for a shape and a size, with an ``out_features`` each.
+    Args:
+        image_shapes: shapes (C, H, W) by key; may be empty.
+        vector_sizes: sizes by key; may be empty.
+        depth: as in :class:`ImageEncoder`.
+        units: as in :class:`VectorEncoder`.
+        multipliers: as in :class:`ImageEncoder`.
+        vector_layers: layers of the vector encoder.
+        make_image: builds another network for an image's shape, with ``out_features``. Default: :class:`ImageEncoder`.
+        make_vector: builds another network for a vector's size, with ``out_features``. Default: :class:`VectorEncoder`.
+        prefix: put before every key: ``("next",)`` for records, ``()`` for acting (see :meth:`at_root`).
+        out_key: where the embedding is written.
 
     Example:
         >>> import torch

@@ -29,6 +29,11 @@ class FeatureMLP(nn.Module):
     """MLP over the concatenated latents [state, belief]; float32 out, whatever autocast computes in.
 
     Args:
+        features: size of state and belief together.
+        units: width of the hidden layers.
+        layers: number of them.
+        out_features: size of the output.
+        scale: of the output layer's first weights.
         make_layers: builds the stack: ``mlp`` or ``elu_mlp``.
     """
 
@@ -58,7 +63,14 @@ class FeatureMLP(nn.Module):
 
 
 class TwoHotMLP(FeatureMLP):
-    """Logits [..., bins] over symexp-spaced values, and their expectation [..., 1] (exactly 0 at initialisation)."""
+    """Logits [..., bins] over symexp-spaced values, and their expectation [..., 1] (exactly 0 at initialisation).
+
+    Args:
+        features: size of state and belief together.
+        units: width of the hidden layers.
+        layers: number of them.
+        num_bins: number of values.
+    """
 
     def __init__(self, features: int, units: int, layers: int, num_bins: int = NUM_BINS):
         super().__init__(features, units, layers, num_bins, scale=0.0)
@@ -76,7 +88,11 @@ class TwoHotMLP(FeatureMLP):
 class ProjectionHead(nn.Module):
     """k_t = P(h_t, z_t): one bias-free Linear from the latents to the size of the embedding.
 
-    ``layers`` normed linears of ``units`` features may precede it; the paper has none.
+    Args:
+        features: size of state and belief together.
+        embedding_size: size of the output.
+        layers: normed linears before the output; the paper has none.
+        units: width of those.
     """
 
     compiles = ("forward",)
@@ -84,7 +100,9 @@ class ProjectionHead(nn.Module):
     def __init__(self, features: int, embedding_size: int, *, layers: int = 0, units: int | None = None):
         super().__init__()
         if layers < 0 or (layers and not units):
-            raise ValueError(f"layers={layers} must not be negative, and units={units} must be given with any.")
+            raise ValueError(
+                f"layers={layers} must be at least 0. With 1 or more give units, their width (it is {units})."
+            )
         width = units if layers and units else features
         self.hidden = mlp(features, width, layers)
         self.linear = Linear(width, embedding_size, bias=False)
@@ -102,7 +120,11 @@ class NormalParameters(nn.Module):
 
 
 class OneHotParameters(nn.Module):
-    """Network output [..., A] -> probabilities with a uniform mix."""
+    """Network output [..., A] -> probabilities with a uniform mix.
+
+    Args:
+        unimix: share of the uniform distribution.
+    """
 
     def __init__(self, unimix: float = 0.01):
         super().__init__()
@@ -130,13 +152,32 @@ def latent_head(
     prefix: tuple[str, ...] = (),
     in_keys: Sequence[NestedKey] = ("state", "belief"),
 ) -> TensorDictModule:
-    """Wraps a network over (state, belief), at the root for imagination or below ``prefix`` for training."""
+    """Wraps a network over (state, belief), at the root for imagination or below ``prefix`` for training.
+
+    Args:
+        network: called with the entries of ``in_keys``.
+        out_keys: names of its outputs.
+        prefix: where all entries are nested.
+        in_keys: names of its inputs.
+
+    Returns:
+        A TensorDictModule.
+    """
     place = lambda key: (*prefix, key) if prefix else key
     return TensorDictModule(network, in_keys=[place(k) for k in in_keys], out_keys=[place(k) for k in out_keys])
 
 
 def projection_head(sizes: Sizes, *, layers: int = 0, size: int | None = None) -> TensorDictModule:
-    """The projection as a head of ``build_agent``; ``size``: features, by default those of the embedding."""
+    """The projection as a head of ``build_agent``.
+
+    Args:
+        sizes: of the agent.
+        layers: as in :class:`ProjectionHead`.
+        size: of the projection. Default: that of the embedding.
+
+    Returns:
+        A TensorDictModule that writes ``("next", "projected_latents")``.
+    """
     network = ProjectionHead(sizes.features, size or sizes.embedding, layers=layers, units=sizes.units)
     return latent_head(network, ["projected_latents"], prefix=("next",))
 
@@ -163,6 +204,14 @@ def actor_head(features: int, units: int, layers: int, action_size: int, *, disc
 
     Continuous: :class:`BoundedNormal`; discrete: :class:`OneHotAction`. The output layer is scaled by 0.01, so that an
     untrained policy explores everything.
+
+    Args:
+        features: size of state and belief together.
+        units: width of the hidden layers.
+        layers: number of them.
+        action_size: entries of an action.
+        discrete: whether an action is a choice, one-hot.
+        unimix: share of the uniform distribution among choices.
     """
     if discrete:
         size, parameters, keys, distribution = action_size, OneHotParameters(unimix), ["probs"], OneHotAction

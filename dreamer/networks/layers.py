@@ -23,6 +23,7 @@ def init_weight(weight: torch.Tensor, fan_in: float, scale: float = 1.0) -> None
 
 
 def init_convolution(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> None:
+    """The same for a convolution's weight; its bias becomes 0."""
     init_weight(convolution.weight, fan_in)
     if convolution.bias is not None:
         nn.init.zeros_(convolution.bias)
@@ -37,6 +38,13 @@ def joint_positions(parameters: Sequence[torch.Tensor], *modules: nn.Module) -> 
     """The positions of ``parameters`` that are pieces of one weight matrix, whose gradient norm is one number.
 
     A layer below ``modules`` that holds a matrix in pieces returns them from ``joint_parameters()``.
+
+    Args:
+        parameters: those of an optimiser's group, for example.
+        *modules: searched for layers that hold a matrix in pieces.
+
+    Returns:
+        A tuple of positions for each such matrix.
     """
     positions = {id(parameter): position for position, parameter in enumerate(parameters)}
     layers = dict.fromkeys(layer for module in modules for layer in module.modules())
@@ -46,7 +54,14 @@ def joint_positions(parameters: Sequence[torch.Tensor], *modules: nn.Module) -> 
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with the Dreamer initialisation; ``scale`` shrinks an output layer (0 for critics and reward)."""
+    """``nn.Linear`` with the Dreamer initialisation.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: whether there is one; it begins at 0.
+        scale: of the first weights: 0 for critics and reward, 0.01 for actors.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, scale: float = 1.0):
         self.scale = scale
@@ -59,7 +74,12 @@ class Linear(nn.Linear):
 
 
 class NormSiLU(nn.Module):
-    """RMSNorm of the last dimension (float32 gain, no shift), then SiLU; float32 inside, the input's dtype outside."""
+    """RMSNorm of the last dimension (float32 gain, no shift), then SiLU; float32 inside, the input's dtype outside.
+
+    Args:
+        features: size of the last dimension.
+        eps: added to the mean square.
+    """
 
     def __init__(self, features: int, eps: float = NORM_EPS):
         super().__init__()
@@ -72,12 +92,25 @@ class NormSiLU(nn.Module):
 
 
 def normed_linear(in_features: int, out_features: int) -> nn.Sequential:
-    """Linear -> RMSNorm -> SiLU, the layer everything dense is made of."""
+    """Linear -> RMSNorm -> SiLU, the layer everything dense is made of.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+    """
     return nn.Sequential(Linear(in_features, out_features), NormSiLU(out_features))
 
 
 def mlp(in_features: int, units: int, layers: int, out_features: int | None = None, *, scale: float = 1.0):
-    """``layers`` normed linears, then an output Linear scaled by ``scale`` unless ``out_features`` is None."""
+    """Normed linears, then an output Linear.
+
+    Args:
+        in_features: size of the input.
+        units: width of the normed linears.
+        layers: number of them.
+        out_features: size of the output. None leaves the output Linear out.
+        scale: of the output Linear's first weights.
+    """
     widths = [in_features] + [units] * layers
     stack = [layer for i in range(layers) for layer in normed_linear(widths[i], widths[i + 1])]
     if out_features is not None:
@@ -95,10 +128,16 @@ def elu_mlp(in_features: int, units: int, layers: int, out_features: int | None 
 
 
 class BlockLinear(nn.Module):
-    """Independent Linears on ``num_blocks`` equal slices of the input (fan-in counts the *whole* input).
+    """Independent Linears on equal slices of the input (fan-in counts the *whole* input).
 
-    Of an input made of a per-block slice and a part repeated for every block, the repeated part is an ordinary dense
-    Linear: ``shared_features`` is its width, and :meth:`forward` takes it as a second argument, never copied per block.
+    An input may be a slice for each block and a part that all blocks read. That part passes one dense Linear, and is never
+    copied for each block.
+
+    Args:
+        in_features: size of the input, without the shared part.
+        out_features: size of the output.
+        num_blocks: number of slices; divides both sizes.
+        shared_features: size of the shared part, the second argument of :meth:`forward`; 0: there is none.
     """
 
     def __init__(self, in_features: int, out_features: int, num_blocks: int, *, shared_features: int = 0):

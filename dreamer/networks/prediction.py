@@ -18,7 +18,8 @@ class CausalPrediction(nn.Module):
     itself and to earlier steps of its own episode.
 
     Args:
-        embedding_size, action_size: widths of the projected latents and of an action.
+        embedding_size: width of the projected latents.
+        action_size: entries of an action.
         width: of a token.
         layers: of the transformer.
         attention_heads: of each layer; ``width`` must be a multiple of them.
@@ -61,13 +62,31 @@ def _positions(length: int, width: int, device: torch.device) -> torch.Tensor:
 def next_embedding_head(
     sizes: Sizes, *, layers: int = 2, attention_heads: int = 4, width: int | None = None
 ) -> TensorDictModule:
-    """NE-Dreamer's prediction as a head of ``build_agent``, behind a projection; ``width``: by default ``units``."""
+    """NE-Dreamer's prediction as a head of ``build_agent``, behind a projection.
+
+    Args:
+        sizes: of the agent.
+        layers: of the transformer.
+        attention_heads: of each layer.
+        width: of a token. Default: ``units`` of the sizes.
+
+    Returns:
+        A TensorDictModule that writes ``("next", "predicted_latents")``.
+    """
     network = CausalPrediction(sizes.embedding, sizes.actions, width or sizes.units, layers, attention_heads)
     inputs = [("next", "projected_latents"), "action", "is_init"]
     return TensorDictModule(network, in_keys=inputs, out_keys=[("next", "predicted_latents")])
 
 
 def belief_prediction_head(sizes: Sizes, *, layers: int = 1) -> TensorDictModule:
-    """Dreamer-CDP's prediction as a head of ``build_agent``: an MLP from the belief alone to the embedding."""
+    """Dreamer-CDP's prediction as a head of ``build_agent``: an MLP from the belief alone to the embedding.
+
+    Args:
+        sizes: of the agent.
+        layers: hidden layers of the MLP.
+
+    Returns:
+        A TensorDictModule that writes ``("next", "predicted_latents")``.
+    """
     network = mlp(sizes.belief, sizes.embedding, layers, sizes.embedding)
     return latent_head(network, ["predicted_latents"], prefix=("next",), in_keys=["belief"])

@@ -47,6 +47,13 @@ class BlockGRU(nn.Module):
 
     Belief, state and action each pass Linear -> RMSNorm -> SiLU to ``hidden``. Every block sees all three beside its own
     slice of the belief; since the three are the same for every block, that part is one dense Linear, nothing is copied.
+
+    Args:
+        state_size: size of the state (stochastic latent).
+        action_size: entries of an action.
+        belief_size: size of the belief (deterministic latent).
+        hidden: width of the three inputs' layers.
+        num_blocks: of the block-diagonal weights; divides ``belief_size``.
     """
 
     compiles = ("advance",)
@@ -111,7 +118,9 @@ class RSSMPrior(nn.Module):
         core: (state, belief, action) -> belief. ``project_action(action)`` and ``advance(state, belief, projected)``,
             its two halves, are optional: a sequence projects all actions at once.
         latent: the distribution of z_t; offers ``noise`` and ``draw``.
-        hidden, layers: the MLP from belief to logits, built by ``make_layers``.
+        hidden: width of the MLP from belief to logits.
+        layers: number of its hidden layers.
+        make_layers: builds it: ``mlp`` or ``elu_mlp``.
         belief_size: of the core's belief; by default ``core.belief_size``.
     """
 
@@ -161,7 +170,13 @@ class RSSMPosterior(nn.Module):
     """q(z_t | h_t, e_t): (belief, embedding) -> (posterior logits, state), one hidden layer.
 
     The hidden layer's Linear over [belief, embedding] is held as two, so that a sequence projects its embeddings once.
-    ``norm`` follows it; by default RMSNorm and SiLU.
+
+    Args:
+        belief_size: size of the belief (deterministic latent).
+        embedding_size: size of the embedding.
+        latent: the distribution of z_t; offers ``logits`` and ``sample``.
+        hidden: width of the hidden layer.
+        norm: follows the hidden layer's Linear. Default: RMSNorm and SiLU.
     """
 
     compiles = ("logits",)

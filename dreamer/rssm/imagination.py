@@ -25,6 +25,11 @@ class Imagination(nn.Module):
     Gradients are off (REINFORCE needs none) unless ``differentiable``: then they pass from states and rewards through the
     dynamics into the actions, whose distribution must be reparameterised; what the policy reads stays detached.
 
+    Args:
+        prior: (state, belief, action) -> (prior logits, state, belief).
+        reward: latents -> ``reward``.
+        differentiable: whether gradients pass through the dynamics.
+
     Example:
         >>> from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent, latent_head
         >>> agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, discrete=True),

@@ -15,6 +15,11 @@ class CategoricalLatent(nn.Module):
 
     Flat logits [..., S*K] -> :meth:`logits` [..., S, K] -> :meth:`sample` [..., S*K], one-hot in value, with the
     gradient of the probabilities (straight-through).
+
+    Args:
+        num_categoricals: S.
+        num_classes: K.
+        unimix: share of the uniform distribution.
     """
 
     compiles = ("draw",)
@@ -70,6 +75,11 @@ class GaussianLatent(nn.Module):
 
     Flat outputs [..., 2*S*K] -> :meth:`logits` [..., S*K, 2], mean and standard deviation (softplus + ``min_std``) ->
     :meth:`sample` [..., S*K], reparameterised.
+
+    Args:
+        num_categoricals: S.
+        num_classes: K.
+        min_std: smallest standard deviation.
     """
 
     def __init__(self, num_categoricals: int = 30, num_classes: int = 1, min_std: float = 0.1):

@@ -50,6 +50,11 @@ class RSSMRollout(TensorDictModuleBase):
     ``("next", "encoded_latents")``; writes ``("next", ...)`` ``prior_logits`` and ``posterior_logits`` [B, T, S, K],
     ``state`` [B, T, S*K] and ``belief`` [B, T, D].
 
+    Args:
+        rssm_prior: the wrapped prior.
+        rssm_posterior: the wrapped posterior.
+        reset_key: the flag of an episode's first record.
+
     Example:
         >>> from tensordict import TensorDict
         >>> from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
@@ -168,6 +173,15 @@ class RSSMStateEstimator(TensorDictModuleBase):
     Reads and overwrites ``state`` and ``belief``; ``action`` still holds the previous action when it is called. Entries
     a fresh environment does not have yet count as zeros, and ``is_init`` zeroes them per environment. Latents that are
     absent in mid-episode were lost on the way: an error.
+
+    Args:
+        prior: the network that ``rssm_prior`` of the rollout wraps.
+        posterior: the network that ``rssm_posterior`` wraps.
+        state_size: size of the state (stochastic latent).
+        belief_size: size of the belief (deterministic latent).
+        action_size: entries of an action.
+        in_keys: names of state, belief, action, embedding and flag.
+        out_keys: names of state and belief.
     """
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ RESERVED = (
     "posterior_logits", "prior_logits", "probs", "projected_latents", "reward", "reward_logits", "scale", "state",
     "state_value", "state_value_logits", "stream", "terminated", "truncated",
 )  # fmt: skip
+# An error that only they raised says that the contract is broken. Any other comes from the environment's own code.
+LIBRARIES = {"gymnasium", "r2dreamer", "tensordict", "torch", "torchrl", *sys.stdlib_module_names}
 
 
 def check_environment(env: Any) -> None:
@@ -24,7 +28,8 @@ def check_environment(env: Any) -> None:
         env: The environment.
 
     Raises:
-        ValueError: Names every missing or misshaped key, with the remedy.
+        ValueError: Names every missing or misshaped key, with the remedy. An error in the environment's own code is
+            raised as it is.
     """
     problems = [*_observations(env), *_action(env), *_reward_and_flags(env)]
     if env.batch_size:
@@ -33,9 +38,17 @@ def check_environment(env: Any) -> None:
         try:
             check_env_specs(env)
         except (AssertionError, RuntimeError, KeyError) as error:
+            if not _raised_by_libraries(error):
+                error.add_note(f"The environment {env} raised this in its first steps, under random actions.")
+                raise
             problems = [f"what it returns is not what its specs announce: {error}"]
     if problems:
         raise ValueError(f"The environment {env} does not keep the contract: " + "; ".join(problems) + ".")
+
+
+def _raised_by_libraries(error: Exception) -> bool:
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return all(module.partition(".")[0] in LIBRARIES for module in modules)
 
 
 def _observations(env: Any) -> Iterator[str]:

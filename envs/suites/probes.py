@@ -220,7 +220,7 @@ def make_probe(
         raise unknown_task(task, PROBES, "The probe suite")
     require_positive(image_size=image_size)
     if action_repeat != 1:
-        raise ValueError(f"action_repeat={action_repeat}: every step of a probe asks something else; use 1.")
+        raise ValueError(f"action_repeat={action_repeat} must be 1: in a probe each step has its own right action.")
     if actions not in (2, 3, 4) or (continuous and actions != 2):
         raise ValueError(f"actions={actions!r} must be 2, 3 or 4, and 2 if continuous, where a sign decides.")
     if image_size < 8:

@@ -22,6 +22,7 @@ from r2dreamer.envs import WorkerError
 
 from ..settings.compose import compose
 from ..settings.kinds import say
+from ..settings.renamed import new_name
 from ..settings.targets import SettingError
 
 USER_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError, CheckpointError, WorkerError)
@@ -66,6 +67,8 @@ def cannot_compose(error: Exception, config_name: str) -> str:
         options = textwrap.shorten(", ".join(error.options or ["none"]), 350, placeholder=" ...")
         return f"{lines[0]}. There are: {options}."
     if unknown := re.search(r"Could not override '([^']+)'", text):
+        if new := new_name(unknown[1]):
+            return f"{unknown[1]} is the former name of {new}. Say {new}=VALUE."
         found = nearest(unknown[1], config_name)
         hint = f"Did you mean {' or '.join(found)}?" if found else "Leave it out; --cfg job lists every key."
         return f"Could not override '{unknown[1]}': there is no such key. {hint}"

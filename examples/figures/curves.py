@@ -49,8 +49,6 @@ def draw_runs(
     out_png: str | os.PathLike,
     *,
     title: str = "",
-    suite: str | None = None,
-    task: str | None = None,
     key: str = "eval/return",
     bootstrap: bool = False,
     panels: Sequence[str] | None = None,
@@ -58,17 +56,13 @@ def draw_runs(
 ) -> Path | None:
     """Mean over the runs that share a label, with a band from the worst to the best of them.
 
-    suite and task: those of the published curve to draw beside them.
     bootstrap: the band is the 95 % bootstrap interval of the mean.
     panels: the panel that each run is drawn in, by its title; by default there is one.
     published: by panel the suite and task of the published curve to draw in it.
     """
     if len(logdirs) != len(labels):
         raise ValueError(f"{len(logdirs)} logdirs with {len(labels)} labels: give each run one; seeds share theirs.")
-    title = title or (f"{task} ({suite})" if suite and task else "")
     panels = [title] * len(labels) if panels is None else panels
-    if published is None:
-        published = {title: (suite, task)} if suite and task else {}
     titles = list(dict.fromkeys(panels)) or [title]
     columns = min(len(titles), 3)
     rows = -(-len(titles) // columns)
@@ -81,7 +75,7 @@ def draw_runs(
         for index, label in enumerate(dict.fromkeys(labels)):
             those = [each for each in zip(logdirs, labels, panels, strict=True) if each[1:] == (label, panel)]
             longest = max(longest, _draw_mean(axes, [logdir for logdir, *_ in those], label, index, key, bootstrap))
-        if panel in published and longest:
+        if published and panel in published and longest:
             _draw_published(axes, *published[panel], longest)
         _label(axes, panel, "episode return" if key in ("eval/return", "train/return") else key)
     for axes in grid[len(titles) :]:

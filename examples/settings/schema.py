@@ -44,7 +44,7 @@ _ALGORITHM = {
     "world_model.scalar_likelihood": maybe(section), "actor": section, "value": section, "replay_value_weight": weight,
     "slow_critic_rate": rate, "slow_critic": section, "final_lr_fraction": share, "final_entropy_fraction": share,
     "optimizer": section, "optimizer.lr_factors.*": number(above=0), "representation": section, "augmentation": section,
-    "probe": section,
+    "detached_decoder": section,
 }  # fmt: skip
 
 
@@ -83,10 +83,10 @@ _SEEN = {"pixels_key": maybe(text), "progress": flag}
 SCRIPTS: dict[str, dict[str, Kind | None]] = {
     "config": TRAIN,
     "doctor": TRAIN | {"steps": count},
-    "throughput": TRAIN | {"counts": list_of(count), "seconds": number(above=0), "rounds": count},
     "benchmark": TRAIN | _algorithm("other") | {
         "synthetic": flag, "measure": list_of(choice("update", "acting", "replay", "environment")),
         "compare": choice(None, "torchrl", "algorithm", "tricks"), "repeats": maybe(count),
+        "counts": list_of(count), "seconds": number(above=0), "rounds": count,
     },
     "evaluate": _PLAYED | {"episodes": maybe(count), "seed": maybe(seed), "max_steps": maybe(count)},
     "saliency": _PLAYED | _SEEN | {

@@ -57,7 +57,9 @@ class Learner(nn.Module):
         bootstrap, ends = value_loss.bootstrap_model, agent.continue_model
         self.actor_loss = make(algorithm.actor)(agent.actor, bootstrap, agent.imagination, continue_model=ends)
         self.value_loss = value_loss
-        self.probe = objective(algorithm.probe, agent)  # last: with it or without, all else begins the same
+        # Last: with it or without, all else begins the same.
+        self.detached_decoder = objective(algorithm.detached_decoder, agent)
+        self.register_load_state_dict_pre_hook(_former_names)
         device = next(agent.encoder.parameters()).device
         self.to(device)  # the losses have buffers of their own
         self.replay_value_weight = algorithm.replay_value_weight
@@ -74,8 +76,8 @@ class Learner(nn.Module):
     def losses(self, batch: TensorDict) -> tuple[TensorDict, TensorDict]:
         """Every loss on records [B, T], and the detached posterior latents [B, T] for the replay."""
         losses, posterior = self.world_model_loss(self.augmentation(batch))
-        probe_terms, _ = self.probe(posterior, self.world_model_loss.tensor_keys)
-        losses.update({f"loss_{name}": term for name, term in probe_terms.items()})
+        drawn, _ = self.detached_decoder(posterior, self.world_model_loss.tensor_keys)
+        losses.update({f"loss_{name}": term for name, term in drawn.items()})
         latents = posterior.get("next").select("state", "belief")
         start = latents.detach().flatten(0, 1)  # imagination begins at every posterior state and trains none of them
         actor_losses, imagined = self.actor_loss(start)
@@ -116,6 +118,11 @@ class Learner(nn.Module):
         return losses.detach(), latents
 
 
+def _former_names(learner: nn.Module, state: dict, *_: object) -> None:
+    for name in [name for name in state if name.startswith("probe.")]:
+        state[f"detached_decoder.{name.removeprefix('probe.')}"] = state.pop(name)
+
+
 class LinearFall:
     """Learning rates and entropy bonus, linearly to their final fractions: ``schedule(progress)``, done at 1."""
 
@@ -146,18 +153,18 @@ def objective(section: DictConfig, agent: Agent) -> Objective:
 
 
 def parameter_groups(learner: nn.Module, agent: Agent, apart: Iterable[str] = ()) -> list[dict]:
-    """Of the optimiser, by name: the model, actor, value, and a probe, whose gradient must not count in the model's norm.
+    """Of the optimiser, by name: the model, actor, value, and a detached decoder, which must not count in the model's norm.
 
     The agent's parts that ``apart`` names are groups of their own. ``joint`` names the parameters that are pieces of one
     tensor, for an optimiser that clips each tensor.
     """
-    groups = {"model": [], "actor": [], "value": [], "probe": []} | {name: [] for name in apart}
+    groups = {"model": [], "actor": [], "value": [], "detached_decoder": []} | {name: [] for name in apart}
     unknown = {*apart} - {*agent.parts()}
     if unknown:
         known = ", ".join(agent.parts())
         raise ValueError(f"algorithm.optimizer.lr_factors names {', '.join(unknown)}; the agent has {known}.")
     owned = {parameter: name for name in apart for parameter in agent.parts()[name].parameters()}
-    owners = {"actor_loss": "actor", "value_loss": "value", "probe": "probe"}
+    owners = {"actor_loss": "actor", "value_loss": "value", "detached_decoder": "detached_decoder"}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
             group = owned.get(parameter) or owners.get(name.partition(".")[0], "model")
@@ -167,8 +174,8 @@ def parameter_groups(learner: nn.Module, agent: Agent, apart: Iterable[str] = ()
 
 
 def parameter_counts(agent: Agent, learner: Learner) -> dict[str, int]:
-    """Of the agent's parts and of what trains beside it: an objective's prototypes and projections, a probe decoder."""
-    beside = {"objective": learner.world_model_loss.representation, "probe": learner.probe}
+    """Of the agent's parts and of what trains beside it: an objective's prototypes and projections, a detached decoder."""
+    beside = {"objective": learner.world_model_loss.representation, "detached_decoder": learner.detached_decoder}
     counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in beside.items()}
     return agent.parameter_counts() | {name: count for name, count in counts.items() if count}
 

@@ -54,11 +54,11 @@ def open_loop(
 
 
 def film_open_loop(trainer) -> None:
-    """Films sampled windows with the probe's decoder or the member's own; without any there is no film.
+    """Films sampled windows with the detached decoder or the member's own; without any there is no film.
 
     Every random generator is left as it was.
     """
-    decoder = getattr(trainer.learner.probe, "decoder", trainer.agent.heads.get("decoder"))
+    decoder = getattr(trainer.learner.detached_decoder, "decoder", trainer.agent.heads.get("decoder"))
     if decoder is None or not trainer.replay.can_sample():
         return
     with untouched_generators(trainer.cfg.seed):

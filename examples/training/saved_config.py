@@ -12,10 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from r2dreamer.dreamer.pretrained import BUILDERS, PLAIN, check_target
 from r2dreamer.envs.suites.registry import targets
 
+from ..settings.renamed import with_new_names
+
 UNUSED = ("collector", "logger")  # of no use without training
 LOSSES = """
-    BarlowTwins CategoricalKL CopyEvery DreamerActorLoss DreamerCDP DreamerOptimizer DreamerPro.of DreamerValueLoss
-    DynamicsActorLoss GaussianKL GroupedAdam InfoNCE NextEmbedding NoObjective NoTarget ProbeDecoder.of Reconstruction SIGReg
+    BarlowTwins CategoricalKL CopyEvery DetachedDecoder.of DreamerActorLoss DreamerCDP DreamerOptimizer DreamerPro.of DreamerValueLoss
+    DynamicsActorLoss GaussianKL GroupedAdam InfoNCE NextEmbedding NoObjective NoTarget Reconstruction SIGReg
     UnitGaussian VICReg
 """.split()  # noqa: SIM905
 OTHERS = """
@@ -30,7 +32,10 @@ ALLOWED = {
 
 
 def plain_config(config: Any, where: str | os.PathLike) -> DictConfig:
-    """What train.py saves: text, numbers and flags, below names. Nothing that looks anything up as it is read."""
+    """What train.py saves: text, numbers and flags, below names. Nothing that looks anything up as it is read.
+
+    Former names are replaced by those of this version.
+    """
     if not isinstance(config, dict):
         raise ValueError(f"{where}: its configuration is a {type(config).__name__}, and train.py saves a dict.")
     for key, value in _leaves(config):
@@ -39,7 +44,7 @@ def plain_config(config: Any, where: str | os.PathLike) -> DictConfig:
                 f"{where}: {key}={value!r} is no text, number or flag, and train.py saves nothing else in a configuration. "
                 "Somebody has edited it."
             )
-    return OmegaConf.create(config)
+    return OmegaConf.create(with_new_names(config))
 
 
 def runnable_config(config: Any, where: str | os.PathLike, trust: Sequence[str] = ()) -> DictConfig:
@@ -49,9 +54,9 @@ def runnable_config(config: Any, where: str | os.PathLike, trust: Sequence[str] 
     plain = plain_config(config, where)
     for name in UNUSED:
         plain.pop(name, None)
-    for name, section in config.items():
-        if name not in UNUSED:
-            _check_calls(section, f"{where}: {name}", ALLOWED.get(name, ()), trust)
+    used: Any = OmegaConf.to_container(plain)
+    for name, section in used.items():
+        _check_calls(section, f"{where}: {name}", ALLOWED.get(name, ()), trust)
     return plain
 
 
@@ -65,7 +70,7 @@ def _check_calls(value: Any, where: str, allowed: Container[str], trust: Sequenc
     target = value["_target_"]
     check("_target_", target, allowed)
     if target in allowed and "_args_" in value:
-        raise ValueError(f"{where}._args_={value['_args_']} is nothing that train.py saves. Somebody has edited it.")
+        raise ValueError(f"{where}._args_={value['_args_']} is not written by train.py. Somebody has edited the file.")
     if target == "r2dreamer.envs.make_custom":
         check("factory", value.get("factory"))
     module, colon, _ = str(value.get("task")).partition(":")

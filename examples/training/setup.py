@@ -59,14 +59,14 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
     check_plan(cfg)
     if cfg.checkpoint.exact and not cfg.checkpoint.replay:
         raise ValueError(
-            "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which it cannot without the "
-            "replay: add checkpoint.replay=true, or use checkpoint.exact=false."
+            "checkpoint.exact=true makes a resumed run repeat the uninterrupted one, and needs the replay for that. Add "
+            "checkpoint.replay=true, or use checkpoint.exact=false."
         )
     if not hydra.utils.get_class(cfg.collector._target_).repeats:
         if cfg.checkpoint.exact:
             raise ValueError(
-                "checkpoint.exact=true promises that a resumed run repeats the uninterrupted one, which no run does whose "
-                "environments step while it learns; use collector=sync, or checkpoint.exact=false."
+                "checkpoint.exact=true makes a resumed run repeat the uninterrupted one. This collector cannot: environments "
+                "step while the learner learns. Use collector=sync, or checkpoint.exact=false."
             )
         if not count_workers(cfg.env.parallel, cfg.env.num_envs):
             raise ValueError(

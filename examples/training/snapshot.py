@@ -32,8 +32,8 @@ def snapshot(trainer) -> dict:
     if not trainer.ranks.first:  # what was learnt is the same on every rank
         return {name: part for name, part in state.items() if name != "learner"}
     config: Any = OmegaConf.to_container(trainer.cfg, resolve=True)
-    algorithm, probe = config["algorithm"], getattr(trainer.learner.probe, "decoder", None)
-    more = {} if probe is None else {"probe": (algorithm["probe"]["decoder"], probe)}
+    algorithm, detached = config["algorithm"], getattr(trainer.learner.detached_decoder, "decoder", None)
+    more = {} if detached is None else {"detached_decoder": (algorithm["detached_decoder"]["decoder"], detached)}
     return state | {
         # The learner's own tensors, under names for load_pretrained; torch.save writes shared memory once.
         "agent": pack(trainer.agent, algorithm["agent"] | config["model"], more),

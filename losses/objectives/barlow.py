@@ -19,10 +19,14 @@ class BarlowTwins(Objective):
     weight * [sum_i (C_ii - 1)^2 + redundancy_weight * sum_{i != j} C_ij^2], C the correlation of k and e over all B*T
     samples, over those of all ranks where ``torch.distributed`` runs several. The embedding is detached: the encoder
     learns through the posterior and the heads, and a target that moves to please the loss would let both views collapse.
-    ``detach_target=False`` exists for the paper's ablation, and ``factor``, on top of the weight, for those that multiply
-    whatever weight an experiment has.
 
     Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
+
+    Args:
+        weight: of the term.
+        redundancy_weight: of the entries beside the diagonal.
+        detach_target: False lets the embedding learn, too: the paper's ablation.
+        factor: multiplies whatever weight an experiment has.
     """
 
     terms = ("barlow",)

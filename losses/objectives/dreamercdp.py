@@ -19,6 +19,10 @@ class DreamerCDP(Objective):
     The embedding is detached. The encoder learns as the RSSM's input: of earlier steps, through the belief.
 
     Reads ``("next", "predicted_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
+
+    Args:
+        weight: of the term.
+        factor: multiplies the weight.
     """
 
     terms = ("cdp",)

@@ -37,8 +37,16 @@ class DreamerPro(Objective):
     Args:
         encoder: observation -> embedding, on records.
         rollout: records with embeddings -> ``("next", "state")`` and ``("next", "belief")``.
-        embedding_size, latent_size: widths of the embedding, and of state and belief together.
+        embedding_size: size of the embedding.
+        latent_size: size of state and belief together.
+        weight: of each term.
+        prototypes: number of them.
         size: of the space the prototypes live in.
+        temperature: of the predicted assignments.
+        sinkhorn_eps: as ``eps`` of :func:`sinkhorn`.
+        sinkhorn_iterations: as ``iterations`` there.
+        ema_rate: share by which the slow copies move.
+        frozen_updates: updates before the prototypes learn.
         dropped_steps: at the window's begin, where the latents come from the replay, not from the augmented copy.
         augmentation: records -> records, called once for each copy; None leaves both as they are.
     """

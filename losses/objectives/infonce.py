@@ -16,10 +16,15 @@ from .base import TWO_VIEWS, Objective, Terms, all_rows, two_views
 class InfoNCE(Objective):
     """Each projected latent must pick its own embedding among those of the whole batch.
 
-    Raw dot products, as in the R2-Dreamer paper's comparison; ``cosine`` and ``temperature`` give the usual contrastive
-    form. The embedding is detached, as in :class:`BarlowTwins`. Negatives come from every rank.
+    The defaults, raw dot products, are those of the R2-Dreamer paper's comparison. The embedding is detached, as in
+    :class:`BarlowTwins`. Negatives come from every rank.
 
     Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
+
+    Args:
+        weight: of the term.
+        cosine: takes unit vectors, the usual contrastive form.
+        temperature: divides the scores.
 
     Example:
         >>> import torch

@@ -22,7 +22,8 @@ class NextEmbedding(Objective):
     Reads ``("next", "predicted_latents")`` and ``("next", "encoded_latents")``, both [B, T, E], and ``is_init`` [B, T, 1].
 
     Args:
-        weight, factor: as in :class:`Objective`.
+        weight: of the term.
+        factor: multiplies the weight.
         redundancy_weight: alpha.
     """
 

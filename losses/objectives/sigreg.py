@@ -25,7 +25,8 @@ class SIGReg(Objective):
     Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
 
     Args:
-        weight, factor: as in :class:`Objective`.
+        weight: of the term.
+        factor: multiplies the weight.
         gaussian: gamma, the weight of the statistic.
         directions: number of them.
     """

@@ -22,7 +22,9 @@ class VICReg(Objective):
     Reads ``("next", "projected_latents")`` and ``("next", "encoded_latents")``, both [B, T, E].
 
     Args:
-        variance, covariance: weights beside the invariance term; by default in the paper's proportion 25 : 25 : 1.
+        weight: of the sum.
+        variance: weight of the hinge. The paper's proportion of the three terms is 25 : 25 : 1.
+        covariance: weight of the covariances.
     """
 
     terms = ("vicreg",)

@@ -13,25 +13,29 @@ from .base import Objective, Terms
 from .reconstruction import Reconstruction
 
 
-class ProbeDecoder(Objective):
+class DetachedDecoder(Objective):
     """Trains a decoder of its own on detached latents; nothing but this decoder ever gets a gradient from it.
 
-    Its term ``probe`` is the decoder's :class:`Reconstruction` loss. Reads what the decoder reads, and the observation.
+    Its term ``detached_decoder`` is the decoder's :class:`Reconstruction` loss. Reads what the decoder reads, and the observation.
+
+    Args:
+        decoder: latents -> ``("next", "reconstruction")``.
+        weight: of the term.
     """
 
-    terms = ("probe",)
+    terms = ("detached_decoder",)
 
     def __init__(self, decoder: TensorDictModuleBase, weight: float = 1.0):
         super().__init__(weight)
         self.decoder, self.reconstruction = decoder, Reconstruction()
 
     @classmethod
-    def of(cls, agent: Any, *, decoder: Callable[[Any], TensorDictModuleBase], weight: float = 1.0) -> ProbeDecoder:
-        """With a decoder made for the agent's ``sizes``; the random numbers after it are those without a probe."""
+    def of(cls, agent: Any, *, decoder: Callable[[Any], TensorDictModuleBase], weight: float = 1.0) -> DetachedDecoder:
+        """With a decoder made for the agent's ``sizes``; the random numbers after it are those without it."""
         with torch.random.fork_rng(devices=[]):
             return cls(decoder(agent.sizes), weight)
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
         terms, diagnostics = self.reconstruction(self.decoder(tensordict.detach()), keys)
-        renamed = {name.replace("reconstruction", "probe"): value for name, value in diagnostics.items()}
-        return {"probe": self.weight * terms["reconstruction"]}, renamed
+        renamed = {name.replace("reconstruction", "detached_decoder"): value for name, value in diagnostics.items()}
+        return {"detached_decoder": self.weight * terms["reconstruction"]}, renamed

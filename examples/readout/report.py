@@ -10,9 +10,9 @@ import numpy as np
 
 from ..figures.curves import PALETTE, PUBLISHED, new_figure, save_figure
 
-# What a probe reads: its line and its marker.
+# What a readout reads: its line and its marker.
 READ = {"latents": ("-", "o"), "embedding": (":", "x"), "pixels": ("--", "s"), "other facts": ("-.", "^")}
-FLOOR = -0.1  # of the figure; a probe that misleads is drawn there
+FLOOR = -0.1  # of the figure; a readout that misleads is drawn there
 
 
 def write_results(results: Sequence[dict], out: Path) -> list[Path]:
@@ -25,7 +25,7 @@ def write_results(results: Sequence[dict], out: Path) -> list[Path]:
 
 
 def gather(results: Sequence[dict]) -> dict[tuple, dict[str, list[float]]]:
-    """R2 of every seed, by (task, fact, shrink), then by what was probed: "r2dreamer, latents" or "pixels"."""
+    """R2 of every seed, by (task, fact, shrink), then by what was read: "r2dreamer, latents" or "pixels"."""
     found: dict[tuple, dict[str, list[float]]] = {}
     for result in results:
         for read, scores in result["scores"].items():
@@ -37,7 +37,7 @@ def gather(results: Sequence[dict]) -> dict[tuple, dict[str, list[float]]]:
 
 
 def markdown(results: Sequence[dict]) -> str:
-    """A row for each thing probed, a column for each fact and size; the mean over seeds, and their range."""
+    """A row for each thing read, a column for each fact and size; the mean over seeds, and their range."""
     found = gather(results)
     labels = dict.fromkeys(label for scores in found.values() for label in scores)
     heads = [f"{task}: {fact}, {shrink:.3g}" for task, fact, shrink in found]
@@ -55,7 +55,7 @@ def _said(values: Sequence[float]) -> str:
 
 
 def draw(results: Sequence[dict], out: Path) -> Path | None:
-    """A row of panels for each task, a panel for each fact: R2 against size, a line for each thing probed."""
+    """A row of panels for each task, a panel for each fact: R2 against size, a line for each thing read."""
     found = gather(results)
     facts: dict[str, list[str]] = {}
     for task, fact, _ in found:

@@ -1,4 +1,4 @@
-"""Linear probes: ridge regression from features to facts, scored by R2 on episodes that nothing was fitted to.
+"""Linear readouts: ridge regression from features to facts, scored by R2 on episodes that nothing was fitted to.
 
 w = argmin |Y - X w|^2 + a |w|^2; the penalty a is chosen per number on the last fifth of the training episodes, then w is
 fitted to all of them. R2 = 1 - |Y - X w|^2 / |Y - mean of the training episodes|^2: 0 is what a constant scores.
