@@ -18,7 +18,7 @@ from r2dreamer.dreamer import load_pretrained, push_to_hub, save_pretrained
 from r2dreamer.examples import evaluate
 from r2dreamer.examples.export import export
 
-constants = pytest.importorskip("huggingface_hub", reason="the extra hub is not installed").constants
+constants = pytest.importorskip("huggingface_hub.constants", reason="the extra hub is not installed")
 RECIPE = dict(_target_="r2dreamer.dreamer.build_agent", belief=16, hidden=12, classes=4, categoricals=7, depth=2)
 RECIPE |= dict(encoder_multipliers=[1, 2], heads={})
 
@@ -162,6 +162,7 @@ def test_evaluate_plays_an_agent_of_the_hub(hub, tmp_path, capsys):
     train_here(tmp_path / "run", *CARTPOLE, "total_frames=52", "eval.every=1000", "name=traveller")
     hub.commit("ann/cartpole", files(export(tmp_path / "run", tmp_path / "exported")))
     arguments = ["episodes=1", "video=false", "device=cpu"]
+    capsys.readouterr()
     for checkpoint in ("ann/cartpole", "ann/cartpole@main", tmp_path / "exported"):
         evaluate.main(config(f"checkpoint={checkpoint}", *arguments, name="evaluate"))
     played = [line for line in capsys.readouterr().out.splitlines() if "return" in line or "traveller" in line]
