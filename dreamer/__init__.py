@@ -8,9 +8,11 @@ TorchRL has classes of the same names with another meaning: ``RSSMPrior``, ``RSS
 """
 
 from .agent import Agent, assemble, build_agent
+from .card import ModelCard
 from .classic.agent import build_classic_agent, classic_decoder
 from .classic.networks import GRUCell, NormGRUCell
 from .fast.compiling import compile_parts
+from .hub import push_to_hub
 from .networks.augmentation import RandomShift
 from .networks.decoders import ImageDecoder, ObservationDecoder
 from .networks.distributions import BoundedNormal, OneHotAction, unimix_probs
@@ -48,6 +50,7 @@ __all__ = [
     "ImageEncoder",
     "Imagination",
     "Linear",
+    "ModelCard",
     "NormGRUCell",
     "NormalParameters",
     "ObservationDecoder",
@@ -80,6 +83,7 @@ __all__ = [
     "next_embedding_head",
     "normed_linear",
     "projection_head",
+    "push_to_hub",
     "save_pretrained",
     "unimix_probs",
 ]

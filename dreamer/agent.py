@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,7 @@ class Agent:
     imagination: Imagination
     policy: TensorDictSequential
     recipe: Mapping[str, Any] | None = None  # what load_pretrained built it by
+    more_heads: Mapping[str, Any] = field(default_factory=dict)  # and recipes of heads that were added to it
 
     @property
     def latent_sizes(self) -> dict[str, int]:

@@ -10,6 +10,8 @@ from .base.contract import ClippedActionScaling, FiniteCheck
 from .base.errors import WorkerError
 from .base.simulator import Simulator
 from .replay.buffer import RecordReplay, make_replay
+from .replay.prefill import prefill
+from .replay.recorded import recorded_episodes
 from .replay.records import RecordBuilder
 from .suites.atari import make_atari
 from .suites.atari_scores import HumanNormalizedScore
@@ -48,6 +50,8 @@ __all__ = [
     "check_environment",
     "count_workers",
     "env_seeds",
+    "prefill",
+    "recorded_episodes",
     "make_atari",
     "crafter_score",
     "make_crafter",

@@ -1,7 +1,8 @@
-"""Saves a trained agent alone: weights in half precision and settings, for evaluate.py and load_pretrained.
+"""Saves a trained agent alone, as a folder: settings, weights in half precision, and a model card.
 
 python examples/export.py runs/quickstart/seed0 my_agent
 python examples/evaluate.py checkpoint=my_agent
+python examples/export.py runs/quickstart/seed0 my_agent --push owner/name     # to the Hugging Face Hub, with the extra hub
 """
 
 from __future__ import annotations
@@ -14,23 +15,45 @@ from typing import Any
 
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import torch
+from omegaconf import OmegaConf
 
-from r2dreamer.examples.training.checkpoint import CheckpointError, Checkpoints
+from r2dreamer.dreamer import ModelCard, push_to_hub
+from r2dreamer.dreamer.folder import write_folder
+from r2dreamer.examples.training.checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
+from r2dreamer.examples.training.metrics import read_metrics
+from r2dreamer.examples.training.saved_config import UNUSED, plain_config
+
+HALVED = "Its weights are in half precision; the return is of the run, whose weights were not."
 
 
-def halved(value: Any, done: dict[int, torch.Tensor]) -> Any:
-    """Nested dicts and lists with every float32 tensor as float16; what is one tensor stays one."""
+def halved(value: Any) -> Any:
+    """Nested dicts with every float32 tensor as float16 that fits into one."""
     if isinstance(value, dict):
-        return {name: halved(each, done) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [halved(each, done) for each in value]
+        return {name: halved(each) for name, each in value.items()}
     if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
         return value
-    key = (value.data_ptr(), value.shape)
-    if key not in done:
-        half = value.half()
-        done[key] = value.clone() if half.isinf().any() and not value.isinf().any() else half
-    return done[key]
+    half = value.half()
+    return value if half.isinf().any() and not value.isinf().any() else half
+
+
+def describe(loaded: LoadedCheckpoint, name: str) -> ModelCard:
+    """What the run says of its agent: the greedy return is the last one measured up to this checkpoint."""
+    config, origin = loaded.state["config"], loaded.state.get("origin", {})
+    logdir, returns = loaded.path.parent.parent, None
+    if (logdir / "metrics.jsonl").exists():
+        for line in read_metrics(logdir, containing='"eval/return"'):
+            if line["step"] <= loaded.step and {"eval/return", "eval/return_std"} <= line.keys():
+                returns = line["eval/return"], line["eval/return_std"]
+    return ModelCard(
+        name=name,
+        task=f"{config['env']['suite']}-{config['env']['task']}",
+        returns=returns,
+        episodes=None if returns is None else config["eval"]["episodes"],
+        seed=config["seed"],
+        frames=loaded.step,
+        limits=[HALVED],
+        **origin,
+    )
 
 
 def export(run: Path, out: Path, name: str | None = None) -> Path:
@@ -41,17 +64,21 @@ def export(run: Path, out: Path, name: str | None = None) -> Path:
     if out.exists():
         raise ValueError(f"{out} is there already: remove it, or give another directory.")
     loaded = Checkpoints(run).load(run, replay=False)
-    if not {"agent", "config", "learner"} <= loaded.state.keys():
+    assert loaded is not None  # of a path it would have raised
+    if not {"agent", "config"} <= loaded.state.keys():
         raise ValueError(f"{loaded.path} holds {sorted(loaded.state)}; it was not saved by examples/train.py.")
-    config = loaded.state["config"]
-    config["name"] = name or config["name"]
-    config["logdir"] = f"runs/{config['name']}/seed{config['seed']}"  # where it was trained says nothing elsewhere
+    config: Any = OmegaConf.to_container(plain_config(loaded.state["config"], loaded.path))
+    config = {key: value for key, value in config.items() if key not in UNUSED}
+    card = describe(loaded, name or config["name"])
+    config["name"] = card.name
+    config["logdir"] = f"runs/{card.name}/seed{config['seed']}"  # where it was trained says nothing elsewhere
     config["replay"]["place"]["directory"] = f"{config['logdir']}/replay"
-    weights = halved({"agent": loaded.state["agent"], "model": loaded.state["learner"]["model"]}, {})
-    state = {"agent": weights["agent"], "config": config, "learner": {"model": weights["model"]}}
+    agent = halved(loaded.state["agent"])
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        Checkpoints(folder).save(loaded.step, state, rng=False).rename(out)
+        whole = Path(folder) / "agent"
+        write_folder(whole, agent, card.text(agent), {"frames": loaded.step, "run": config})
+        whole.rename(out)
     return out
 
 
@@ -62,13 +89,17 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="a new directory")
     parser.add_argument("--name", help="the agent's name, in place of the run's")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="uploads the directory to the Hugging Face Hub, too")
+    parser.add_argument("--private", action="store_true", help="of a repository that --push makes")
     arguments = parser.parse_args()
     try:
         out = export(arguments.run, arguments.out, arguments.name)
-    except (ValueError, OSError, CheckpointError) as error:
+        size = sum(file.stat().st_size for file in out.iterdir())
+        print(f"{out}: {size / 1e6:.1f} MB")
+        if arguments.push:
+            print(push_to_hub(out, arguments.push, private=arguments.private))
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
         sys.exit(str(error))
-    size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"{out}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from r2dreamer.examples.settings.compose import compose
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.files import output_path, replace, replace_text
 from r2dreamer.examples.training.loading import load_trained
+from r2dreamer.examples.training.origin import commit
 from r2dreamer.examples.training.setup import build
 
 BASELINES, UNTRAINED = "baselines", "untrained"  # stand in a member's place
@@ -136,9 +136,7 @@ def results_in(out: Path, members: Sequence[str]) -> list[dict]:
 
 def origin() -> dict[str, str]:
     """The command and the version that made a result."""
-    commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
-    return {"command": shlex.join(["python", *sys.argv]), "commit": found or "unknown"}
+    return {"command": shlex.join(["python", *sys.argv]), "commit": commit()}
 
 
 def claim(out: Path, settings: dict) -> None:

@@ -39,6 +39,7 @@ from r2dreamer.examples.training.files import replace_text, warn
 from r2dreamer.examples.training.learner import Learner, check_weights, parameter_counts
 from r2dreamer.examples.training.metrics import Averages, progress, rename_loss
 from r2dreamer.examples.training.openloop import film_open_loop
+from r2dreamer.examples.training.prefill import prefill_replay
 from r2dreamer.examples.training.ranks import Ranks
 from r2dreamer.examples.training.setup import build, open_metrics
 from r2dreamer.examples.training.shards import NoMetrics, open_together, save_together
@@ -99,6 +100,7 @@ class Trainer:
         if ranks.first:  # nothing refuses it any more
             replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         self.metrics = open_metrics(cfg, self.logdir, self.saved) if ranks.first else NoMetrics()
+        prefill_replay(self)
         self.restart_environments()
         if self.saved:
             self.saved.restore_rng()

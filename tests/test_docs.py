@@ -93,7 +93,7 @@ def test_every_command_shown_exists_and_its_settings_compose(words):
     assert name in commands()
     placeholder = r"^--|^resume=DIR|\.\.\.|\b(mine|my_\w+|corridor|long)\b"  # files and tasks that a guide makes
     overrides = [each for each in overrides if not re.search(placeholder, each)]
-    if name in ("compare", "curves", "contact_sheet"):  # commands with a parser of their own
+    if name in ("compare", "curves", "contact_sheet", "export"):  # commands with a parser of their own
         return
     config(*overrides, name="config" if name == "train" else name)
 
@@ -229,6 +229,16 @@ def test_the_code_of_the_data_flow_holds():
     names = {}
     exec(*blocks(guide("data_flow")), names)
     assert names["transitions"]["next", "done"].sum() > 1 and names["batch"].shape == (2, 5)
+
+
+def test_the_recording_of_the_guide_begins_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(*blocks(guide("prefill")), names)
+    found = names["found"]
+    assert found.records == len(names["replay"]) == 200 + found.episodes > 202
+    task = ["env=gym", "env.task=CartPole-v1", *TINY, "eval.every=1000", "total_frames=40"]
+    assert train_here("log", *task, "replay.prefill=demonstrations").count["prefilled"] == found.records
 
 
 def test_the_agent_of_the_guide_acts_and_dreams(tmp_path, monkeypatch):

@@ -4,16 +4,18 @@ import functools
 import json
 
 import pytest
+import yaml
 from launcher import PENDULUM, TINY, config, lines, train_here
 
 import r2dreamer.envs  # isort: skip  # before TorchRL
 import torch
 
-from r2dreamer.dreamer.pretrained import load_pretrained
+from r2dreamer.dreamer.pretrained import load_pretrained, save_pretrained
 from r2dreamer.examples import evaluate
 from r2dreamer.examples.export import export
 from r2dreamer.examples.training.checkpoint import Checkpoints
 from r2dreamer.examples.training.evaluation import film
+from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.manifest import write_manifest
 
 
@@ -73,14 +75,25 @@ def test_an_exported_agent_plays_as_its_run_does_and_holds_nothing_else(server, 
     played = [server.run(tmp_path, f"checkpoint={path}", "video=false", script="evaluate") for path in (trained, out)]
     assert "mine at 200 frames" in played[1].stdout
     assert returns(played[1].stdout) == pytest.approx(returns(played[0].stdout), rel=0.02)
-    state = torch.load(out / "state.pt", weights_only=True)
-    assert state.keys() == {"agent", "config", "learner"} and state["learner"].keys() == {"model"}
-    assert str(trained.parent) not in str(state["config"]) and state["config"]["logdir"] == "runs/mine/seed0"
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "model.safetensors", "README.md"}
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert str(trained.parent) not in str(saved) and saved["run"]["logdir"] == "runs/mine/seed0"
+    assert not {"logger", "collector"} & saved["run"].keys() and saved["frames"] == 200
     before = min(path.stat().st_size for path in trained.glob("checkpoints/*/state.pt"))
-    assert (out / "state.pt").stat().st_size < before / 2
+    assert (out / "model.safetensors").stat().st_size < before / 2
     assert load_pretrained(out).actions.size == 1
+    last, card = lines(trained, '"eval/return"')[-1], (out / "README.md").read_text()
+    assert f"greedy return | {last['eval/return']:.4g} ± {last['eval/return_std']:.3g} |" in card
+    assert "episodes of that return | 3 |" in card and "r2dreamer train env=gym env.task=Pendulum-v1" in card
+    assert "logdir" not in card and "commit | not stated" not in card
     with pytest.raises(ValueError, match="exported is there already"):
         export(trained, out)
+
+
+def test_an_agent_without_its_run_is_not_evaluated(trained, tmp_path):
+    save_pretrained(load_pretrained(trained), None, tmp_path / "alone")
+    with pytest.raises(ValueError, match="alone holds an agent and not the environment"):
+        load_trained(str(tmp_path / "alone"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

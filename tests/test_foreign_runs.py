@@ -17,7 +17,8 @@ from test_suites import MAKE_ENV
 
 import r2dreamer.configs
 from r2dreamer.dreamer import load_pretrained
-from r2dreamer.dreamer.pretrained import BUILDERS, check_target, pack
+from r2dreamer.dreamer.pretrained import pack
+from r2dreamer.dreamer.recipe import BUILDERS, check_target
 from r2dreamer.examples import attack, evaluate, saliency
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.checkpoint import Checkpoints

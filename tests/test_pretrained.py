@@ -1,9 +1,13 @@
 """Agents are taken out of runs without their command line; configurations come back as they were saved."""
 
 import json
+import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +18,19 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from r2dreamer.dreamer import load_pretrained, save_pretrained
-from r2dreamer.dreamer.pretrained import construct
+from r2dreamer.dreamer import ModelCard, load_pretrained, save_pretrained
+from r2dreamer.dreamer.folder import write_folder
+from r2dreamer.dreamer.pretrained import pack
+from r2dreamer.dreamer.recipe import construct
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
+
+RECIPE = dict(_target_="r2dreamer.dreamer.build_agent", belief=16, hidden=12, classes=4, categoricals=7, depth=2)
+RECIPE |= dict(encoder_multipliers=[1, 2], heads={})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_pretrained(tiny_agent(heads={}), RECIPE, tmp_path_factory.mktemp("saved") / "agent")
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +160,148 @@ def test_an_agent_is_saved_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(agent.parts().values(), same.parts().values(), strict=True):
         assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
-    assert json.loads((tmp_path / "new" / "agent.json").read_text())["recipe"] == recipe
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.yaml", "model.safetensors", "README.md"}
+    assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["recipe"] == recipe
     save_pretrained(same, None, tmp_path / "again")
     assert load_pretrained(tmp_path / "again").summary() == agent.summary()
     with pytest.raises(ValueError, match="recipe=None"):
         save_pretrained(agent, None, tmp_path / "none")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="README.md is of something else"):
+        save_pretrained(same, None, tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+ACT = """
+import sys, torch
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from r2dreamer.dreamer import load_pretrained
+from test_pretrained import actions
+torch.save(actions(load_pretrained(sys.argv[1])), sys.argv[2])
+"""
+
+
+def actions(agent):
+    """Of twenty steps, sampled and not, with the latents that were remembered at the end."""
+    torch.manual_seed(3)
+    observations, found = torch.randn(20, 2, 4, generator=torch.Generator().manual_seed(0)), []
+    step = TensorDict({}, [2])
+    for number, observation in enumerate(observations):
+        step["observation"], step["is_init"] = observation, torch.full((2, 1), number % 7 == 0)
+        kind = ExplorationType.RANDOM if number % 2 else ExplorationType.DETERMINISTIC
+        with set_exploration_type(kind), torch.no_grad():
+            step = agent.policy(step)
+        found.append(step["action"].clone())
+    return [torch.stack(found), step["state"], step["belief"]]
+
+
+def test_a_saved_agent_acts_in_a_fresh_process_bit_for_bit_as_the_trained_one(run, tmp_path):
+    trained, cfg = run[1].agent, OmegaConf.to_container(run[1].cfg, resolve=True)
+    save_pretrained(trained, cfg["algorithm"]["agent"] | cfg["model"], tmp_path / "agent")
+    command = [sys.executable, "-c", ACT, str(tmp_path / "agent"), str(tmp_path / "actions.pt")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for part in trained.parts().values():
+        part.eval()
+    expected, found = actions(trained), torch.load(tmp_path / "actions.pt")
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert expected[0].unique(dim=0).shape[0] > 1  # not one action for all
+
+
+def test_heads_that_were_added_to_an_agent_are_saved_with_it(tmp_path):
+    agent = tiny_agent(heads={})
+    made = {"_target_": "r2dreamer.dreamer.projection_head", "_partial_": True, "layers": 1}
+    head = construct(made)(agent.sizes)
+    packed = pack(agent, RECIPE, {"probe": (made, head)})
+    write_folder(tmp_path / "one", packed, "", {})
+    for name, before in (("one", None), ("two", "one")):
+        if before:
+            save_pretrained(load_pretrained(tmp_path / before), None, tmp_path / name)
+        found = load_pretrained(tmp_path / name).heads["probe"].state_dict()
+        assert all(torch.equal(found[key], value) for key, value in head.state_dict().items())
+
+
+SPOILT = {
+    "a pickle": ("model.safetensors", lambda content: pickle.dumps(Pickled()), "is no whole file of safetensors"),
+    "cut short": ("model.safetensors", lambda content: content[:-9], "is no whole file of safetensors"),
+    "empty": ("model.safetensors", lambda content: b"", "is no whole file of safetensors"),
+    "other shapes": ("config.yaml", lambda content: content.replace(b"belief: 16", b"belief: 24"), "size mismatch"),
+    "no recipe": ("config.yaml", lambda content: content.replace(b"recipe:", b"receipt:"), "it has no recipe"),
+    "a list": ("config.yaml", lambda content: b"[1]", "it has no format"),
+    "no YAML": ("config.yaml", lambda content: b"a: [", "config.yaml cannot be read"),
+    "another format": ("config.yaml", lambda content: content.replace(b"format: 1", b"format: 2"), "has format 2"),
+    "an object of Python": (
+        "config.yaml",
+        lambda content: content + b"x: !!python/object/apply:os.getcwd []",
+        "cannot be read",
+    ),
+    "a call": (
+        "config.yaml",
+        lambda content: content.replace(b"r2dreamer.dreamer.build_agent", b"os.system"),
+        "os.system is not part",
+    ),
+    "another part": ("config.yaml", lambda content: content.replace(b"  heads: {}\n", b""), "do not fit together"),
+    "an argument": (
+        "config.yaml",
+        lambda content: content.replace(b"categoricals", b"categories"),
+        "do not fit together",
+    ),
+}
+
+
+class Pickled:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Pickled, "ran", True)
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_folder_that_is_not_as_it_was_saved_is_refused_and_executes_nothing(saved, tmp_path, what):
+    file, spoil, says = SPOILT[what]
+    folder = shutil.copytree(saved, tmp_path / "folder")
+    content = (folder / file).read_bytes()
+    assert spoil(content) != content
+    (folder / file).write_bytes(spoil(content))
+    with pytest.raises(ValueError, match=re.escape(says)) as refused:
+        load_pretrained(folder)
+    assert len(str(refused.value)) < 480 and not Pickled.ran
+    pickle.loads(pickle.dumps(Pickled()))
+    assert Pickled.ran  # so that the payload is one
+    Pickled.ran = False
+
+
+def test_a_folder_without_its_configuration_is_refused(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "folder")
+    (folder / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="has model.safetensors and no config.yaml"):
+        load_pretrained(folder)
+    with pytest.raises(ValueError, match="revision=v1 is of a repository on the Hub"):
+        load_pretrained(saved, revision="v1")
+
+
+def test_a_model_card_says_what_is_known_and_what_is_not(tmp_path):
+    known = ModelCard("walker", "dmc-walker_walk", (450.25, 31.5), 10, 3, 100_000, "r2dreamer train", "abc", ["Slow."])
+    for name, card in (("known", known), ("unknown", None)):
+        save_pretrained(tiny_agent(heads={}), RECIPE, tmp_path / name, card=card)
+    _, front, text = (tmp_path / "known" / "README.md").read_text().split("---\n", 2)
+    front = yaml.safe_load(front)
+    (result,) = front["model-index"][0]["results"]
+    assert front["library_name"] == "torchrl-r2dreamer" and result["dataset"]["name"] == "dmc-walker_walk"
+    assert result["metrics"][0]["value"] == "450.25 +/- 31.50"
+    for row in (
+        "greedy return | 450.2 ± 31.5",
+        "episodes of that return | 10",
+        "training seed | 3",
+        "frames | 100,000",
+    ):
+        assert f"{row} |" in text
+    assert "`r2dreamer train`" in text and "- Slow." in text and "| commit | abc |" in text
+    text = (tmp_path / "unknown" / "README.md").read_text()
+    assert "model-index" not in text and "greedy return | not measured" in text and "command | not stated" in text
 
 
 def test_a_loaded_agent_can_be_trained_on(tmp_path):

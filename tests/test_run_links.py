@@ -71,7 +71,7 @@ def test_a_saved_agent_does_not_overwrite_what_a_link_leads_to(tmp_path):
     folder = tmp_path / "foreign"
     save(folder)
     agent = load_pretrained(folder)
-    (folder / "agent.json").symlink_to(precious)
-    with pytest.raises(ValueError, match="agent.json is a link"):
+    (folder / "config.yaml").symlink_to(precious)
+    with pytest.raises(ValueError, match="config.yaml is a link"):
         save_pretrained(agent, None, folder)
     assert precious.read_text() == "mine"

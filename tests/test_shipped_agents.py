@@ -3,6 +3,8 @@
 import pytest
 import torch
 from launcher import EXAMPLES
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 import r2dreamer.envs  # isort: skip  # before TorchRL
 from r2dreamer.dreamer.pretrained import load_pretrained
@@ -34,6 +36,35 @@ def test_a_shipped_agent_plays_as_well_as_is_said(name):
     finally:
         environments.close()
     assert result.mean > BOUNDS[name]
+
+
+# What they did, with two observations of seed 0, in the format that they were first shipped in: the last action, the sum of
+# the beliefs, and the sum of the value's logits.
+DID = {
+    "cartpole_swingup": ([0.994856595993042], -0.18994009494781494, 110.37357330322266),
+    "walker_walk": (
+        [0.7292386889457703, -0.925512969493866, 0.5837076306343079, 0.38917800784111023, -0.691834568977356]
+        + [0.12811781466007233],
+        -4.362112998962402,
+        108.06866455078125,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_shipped_agent_does_what_it_did_before_its_format_changed(name):
+    agent, generator = load_pretrained(AGENTS / name), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    seen = {key: torch.randn(1, size, generator=generator) for key, size in agent.observations.vectors.items()}
+    step = TensorDict(seen, [1])
+    for begins in (True, False):
+        step["is_init"] = torch.full((1, 1), begins)
+        with set_exploration_type(ExplorationType.DETERMINISTIC), torch.no_grad():
+            step = agent.policy(step)
+    _, logits = agent.value(step["state"], step["belief"])
+    action, belief, value = DID[name]
+    assert step["action"].flatten().tolist() == pytest.approx(action, abs=1e-3)
+    assert (step["belief"].sum().item(), logits.sum().item()) == pytest.approx((belief, value), abs=1e-2)
 
 
 def test_a_shipped_agent_opens_without_its_environment():

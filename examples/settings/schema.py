@@ -62,7 +62,7 @@ TRAIN = {
     "logger.wandb.mode": maybe(choice("online", "offline", "disabled", "shared")),
     "eval": section, "eval.every": count, "eval.episodes": count, "eval.video": flag, "eval.max_steps": maybe(count),
     "checkpoint": section, "checkpoint.every": count, "checkpoint.keep": count, "checkpoint.replay": flag,
-    "checkpoint.exact": flag, "replay": section, "replay.capacity": count, "replay.place": section,
+    "checkpoint.exact": flag, "replay": section, "replay.capacity": count, "replay.prefill": maybe(text), "replay.prefill_counts": flag, "replay.place": section,
     "replay.place.storage": storage, "replay.place.directory": maybe(text),
     "env": section, "env.suite": text, "env.task": text, "env.action_repeat": count, "env.total_frames": count,
     "env.train_ratio": weight, "env.num_envs": count, "env.eval_episodes": count,

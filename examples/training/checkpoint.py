@@ -53,6 +53,11 @@ class LoadedCheckpoint:
     def has_replay(self) -> bool:
         return self._manifest["replay"] is not None
 
+    @property
+    def rings(self) -> dict[str, Any]:
+        """How many streams its replay has, of what length, and how many records were written to each."""
+        return self._manifest["replay"]["rings"]
+
     def restore_replay(self, replay: RecordReplay) -> bool:
         """Restores slots, cursors and generations; False if the replay was left out of this checkpoint."""
         saved = self._manifest["replay"]

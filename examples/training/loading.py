@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from tensordict.nn import TensorDictModule
 from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import Agent, CategoricalLatent, TwoHotMLP, latent_head
-from r2dreamer.dreamer.pretrained import unpack
+from r2dreamer.dreamer.folder import WEIGHTS, read_config
+from r2dreamer.dreamer.hub import locate
+from r2dreamer.dreamer.pretrained import unpack, unpack_folder
 from r2dreamer.losses import PlanningAttackLoss
 
 from .checkpoint import Checkpoints
@@ -34,10 +37,13 @@ class Trained:
     path: Path
     step: int
     make_environment: Callable[..., EnvBase]
+    folder: Path | None = None  # of an agent that is no checkpoint; of a downloaded one, the working directory
 
     @property
     def directory(self) -> Path:
-        """The run's, or that of a checkpoint which stands alone."""
+        """Where results go: the run's directory, that of a checkpoint or an agent which stands alone."""
+        if self.folder is not None:
+            return self.folder
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path
 
     @property
@@ -82,23 +88,42 @@ class Trained:
 def load_trained(
     path: str | None, device: torch.device, trust: str | Sequence[str] | None = None, *, images: bool = True
 ) -> Trained:
-    """The agent in a run's newest checkpoint, or in one particular checkpoint.
+    """The agent in a run's newest checkpoint, in one particular checkpoint, in a folder that export wrote, or on the Hub.
+
+    path: a directory, or "owner/name" or "owner/name@revision" of the Hugging Face Hub.
 
     Args:
         trust: modules beside this package whose functions may make the environment or the agent.
         images: whether an agent that sees none is refused.
     """
     if path is None:
-        raise ValueError("checkpoint=DIR is missing: give a run's directory, or one of its checkpoints.")
-    loaded = Checkpoints(path).load(path, replay=False)
-    assert loaded is not None  # of a path it would have raised
-    if not {"config", "agent"} <= loaded.state.keys():
-        raise ValueError(f"{loaded.path} holds {sorted(loaded.state)}; it was not saved by examples/train.py.")
+        raise ValueError(
+            "checkpoint=DIR is missing: give a run's directory, one of its checkpoints, or an exported agent."
+        )
     trust = [trust] if isinstance(trust, str) else list(trust or ())
-    run = runnable_config(loaded.state["config"], loaded.path, trust)
+    found = locate(path)
+    directory = None
+    if (found / WEIGHTS).is_file():
+        where, directory = found, found if Path(path).exists() else Path()
+        make_agent: Callable[[], Agent] = functools.partial(unpack_folder, found, trust=trust)
+        config = read_config(found)
+        step, config = config.get("frames"), config.get("run")
+        if type(step) is not int or config is None:
+            raise ValueError(
+                f"{path} holds an agent and not the environment it was trained in, as save_pretrained writes it. load_pretrained "
+                "opens it; export writes a folder that can be played, from the run's checkpoint."
+            )
+    else:
+        loaded = Checkpoints(found).load(found, replay=False)
+        assert loaded is not None  # of a path it would have raised
+        if not {"config", "agent"} <= loaded.state.keys():
+            raise ValueError(f"{loaded.path} holds {sorted(loaded.state)}; it was not saved by examples/train.py.")
+        where, step, config = loaded.path, loaded.step, loaded.state["config"]
+        make_agent = functools.partial(unpack, loaded.state["agent"], trust)
+    run = runnable_config(config, where, trust)
     try:
         make_environment = hydra.utils.instantiate(run["env"].make_evaluation)
-        agent = unpack(loaded.state["agent"], trust)
+        agent = make_agent()
         seen = spaces(make_environment, run.timeout)
         if seen != (agent.observations, agent.actions):
             raise KeyError(f"it sees and does {agent.observations}, {agent.actions}, and its environment has {seen}")
@@ -106,14 +131,14 @@ def load_trained(
     except (RuntimeError, KeyError, TypeError, OmegaConfBaseException, InstantiationException) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{loaded.path} holds no world model, actor and critic of the family that examples/train.py of this version "
+            f"{where} holds no world model, actor and critic of the family that examples/train.py of this version "
             f"trains ({first}). Give a checkpoint of such a run, or use the version that saved this one."
         ) from error
     if images and not agent.observations.images:
         raise ValueError(
-            f"{loaded.path} is of an agent that sees no images ({', '.join(agent.observations.vectors)}), and this is "
+            f"{where} is of an agent that sees no images ({', '.join(agent.observations.vectors)}), and this is "
             "about pixels. Give a checkpoint of a run that does, for example env=dmc_vision or env.from_pixels=true."
         )
     for part in agent.parts().values():
         part.to(device).eval().requires_grad_(False)
-    return Trained(agent, run, loaded.path, loaded.step, make_environment)
+    return Trained(agent, run, where, step, make_environment, directory)

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from r2dreamer.dreamer.pretrained import BUILDERS, PLAIN, check_target
+from r2dreamer.dreamer.recipe import BUILDERS, PLAIN, check_target
 from r2dreamer.envs.suites.registry import targets
 
 from ..settings.renamed import with_new_names

@@ -51,7 +51,16 @@ FIXED = (
 # Optimisers by what took their place: a run that was saved with the one is resumed with the other.
 SUCCESSORS = {"torchrl.trainers.algorithms.DreamerV3Optimizer": "r2dreamer.losses.DreamerOptimizer"}
 # And what else a finished run must have had to be the one that a command asks for.
-TRAINING = (*FIXED, "total_frames", "batch_size", "batch_length", "train_ratio", "warmup_steps", "precision")
+TRAINING = (
+    *FIXED,
+    "total_frames",
+    "batch_size",
+    "batch_length",
+    "train_ratio",
+    "warmup_steps",
+    "precision",
+    "replay.prefill",
+)
 
 
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:

@@ -15,6 +15,7 @@ from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from r2dreamer.dreamer.pretrained import pack
 
 from .checkpoint import LoadedCheckpoint
+from .origin import commit, train_command
 
 
 def _stateful(trainer) -> dict[str, dict]:
@@ -39,6 +40,7 @@ def snapshot(trainer) -> dict:
         "agent": pack(trainer.agent, algorithm["agent"] | config["model"], more),
         "config": config,
         "metrics": trainer.metrics.position(),
+        "origin": {"command": train_command(), "commit": commit()},
     }
 
 

@@ -1,0 +1,92 @@
+"""Fills a replay with whole episodes that something else collected, each record checked against what is expected here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import unravel_key
+
+from .buffer import RecordReplay
+from .records import FLAG_KEYS, RecordBuilder
+
+
+@dataclass
+class Prefilled:
+    """How many records of how many episodes; `left_out` episodes lack their beginning."""
+
+    records: int = 0
+    episodes: int = 0
+    left_out: int = 0
+
+
+def prefill(
+    replay: RecordReplay, episodes: Iterable[TensorDictBase], example: TensorDictBase, *, discrete: bool, where: str
+) -> Prefilled:
+    """Appends each episode to the stream that holds the fewest records.
+
+    Between two records that did not follow each other an episode always ends: windows cross ends of episodes, no seams.
+    An episode without its beginning is left out, for nothing says what came before it. Latents are zeros, as where no
+    policy has seen an observation; the first update that samples a record writes them.
+
+    Args:
+        episodes: of records ``[m]``, or of transitions ``[n]`` with the observations at their root, in order of time.
+        example: one record ``[]``, which tells keys, shapes and dtypes: `agent.example_record()`.
+        discrete: whether actions are one-hot; else they lie in [-1, 1].
+        where: what messages begin with.
+    """
+    latents = replay.latents_in(example)
+    observations = [key for key in example["next"].keys(True, True) if key not in ("reward", *FLAG_KEYS)]
+    observations = [key for key in observations if unravel_key(("next", key)) not in latents]
+    found = Prefilled()
+    for episode in episodes:
+        if not episode["is_init"].reshape(-1)[0]:
+            found.left_out += 1
+            continue
+        roots = observations and observations[0] in episode.keys(True, True)
+        records = RecordBuilder(1, observations)(episode) if roots else episode.exclude("stream").clone()
+        records = _checked(records, example.exclude(*latents), discrete, where)
+        for key in latents:
+            records[key] = torch.zeros(len(records), *example[key].shape)
+        last = {key: records["next", key][-1] for key in FLAG_KEYS}
+        last["truncated"] |= ~last["done"]
+        last["done"][:] = True
+        stream = int(replay.rings.written.argmin())
+        records["stream"] = torch.full((len(records),), stream)
+        replay.extend(records)
+        found.records += len(records)
+        found.episodes += 1
+    if not found.episodes:
+        raise ValueError(
+            f"{where} holds no episode from its beginning on ({found.left_out} without): nothing can be used."
+        )
+    return found
+
+
+def _checked(records: TensorDictBase, example: TensorDictBase, discrete: bool, where: str) -> TensorDict:
+    """The expected entries alone, or what is wrong with them."""
+    given = records.keys(True, True)
+    chosen = {}
+    for key, expected in example.items(True, True):
+        if key not in given:
+            raise ValueError(f"{where} lacks {key!r}, which this run needs; it holds {sorted(map(repr, given))}.")
+        value = records[key]
+        if value.shape[1:] != expected.shape or value.dtype != expected.dtype:
+            raise ValueError(
+                f"{where} has {key!r} of shape {list(value.shape[1:])} and {value.dtype}, and this run needs "
+                f"{list(expected.shape)} and {expected.dtype}: it is of another task, or recorded with other settings."
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{where} holds NaN or infinity in {key!r}.")
+        chosen[key] = value
+    action, first = chosen["action"], chosen["is_init"].reshape(-1)
+    if discrete and not (((action == 0) | (action == 1)).all() and (action.sum(-1) == (~first).float()).all()):
+        raise ValueError(f"{where} has actions that are not one choice each, one-hot over {action.shape[-1]}.")
+    if not discrete and action.abs().max() > 1 + 1e-6:
+        raise ValueError(
+            f"{where} has actions between {action.min():.3g} and {action.max():.3g}, and those of this run are in [-1, 1]: "
+            "scale them to that range when you record."
+        )
+    return TensorDict(chosen, [len(records)])

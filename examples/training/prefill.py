@@ -1,0 +1,103 @@
+"""`replay.prefill=PATH`: what another run or another program collected becomes records before the first update."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tensordict import TensorDict
+
+from r2dreamer.envs.replay.buffer import RecordReplay, make_replay
+from r2dreamer.envs.replay.prefill import Prefilled, prefill
+from r2dreamer.envs.replay.recorded import recorded_episodes, recorded_task
+
+from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
+from .saved_config import plain_config
+from .setup import first_difference
+
+SAME = ("env.suite", "env.task", "env.action_repeat", "env.make")  # else its records are of another task
+
+
+def prefill_replay(trainer: Any) -> None:
+    """Fills the trainer's replay, unless a checkpoint has done so; each rank takes its share of the episodes."""
+    cfg, ranks, replay, count = trainer.cfg, trainer.ranks, trainer.replay, trainer.count
+    if cfg.replay.prefill is None:
+        return
+    if ranks.any(len(replay) > 0):
+        if not count.get("prefilled"):
+            raise ValueError(
+                f"replay.prefill={cfg.replay.prefill} fills the replay of a new run, and the run in logdir={cfg.logdir} goes on "
+                "with its own: leave it out, or begin a new run in another logdir."
+            )
+        return  # the checkpoint has them
+    where = f"replay.prefill={cfg.replay.prefill}"
+    path = Path(cfg.replay.prefill)
+    if not path.is_dir():
+        raise ValueError(f"{where} is no folder: give a run's, one that TorchRL recorded, or a Minari data set's.")
+    task = recorded_task(path)
+    if task is not None and cfg.env.suite == "gym" and task != cfg.env.task:
+        raise ValueError(f"{where} was recorded with {task}, and this run has env.task={cfg.env.task}.")
+    names = [*trainer.agent.observations.images, *trainer.agent.observations.vectors]
+    with tempfile.TemporaryDirectory(dir=trainer.logdir, prefix=".prefill-") as scratch:
+        episodes = recorded_episodes(path, names)
+        if episodes is None:
+            episodes = run_episodes(path, cfg, Path(scratch), where)
+        own = itertools.islice(episodes, ranks.rank, None, ranks.count)
+        discrete = trainer.agent.actions.discrete
+        found = prefill(replay, own, trainer.agent.example_record(), discrete=discrete, where=where)
+    parts = ranks.gather((found.records, found.episodes, found.left_out))
+    found = Prefilled(*(sum(values) for values in zip(*parts, strict=True)))
+    count["prefilled"] = found.records
+    if cfg.replay.prefill_counts and not trainer.saved:
+        trainer.ratio.reset(cfg.warmup_steps - found.records)
+    trainer.metrics.write(
+        trainer.frames,
+        {"prefill/records": found.records, "prefill/episodes": found.episodes, "prefill/left_out": found.left_out},
+    )
+    if cfg.progress and ranks.first:
+        lost = f"; {found.left_out} without a beginning left out" if found.left_out else ""
+        print(f"Prefilled with {found.records:,} records of {found.episodes:,} episodes from {path}{lost}")
+
+
+def run_episodes(path: Path, cfg: DictConfig, scratch: Path, where: str) -> Iterator[TensorDict]:
+    """The records of a run's newest checkpoint, or of one particular checkpoint, episode by episode; of all its ranks."""
+    for number, directory in enumerate([path, *sorted(path.glob("ranks/*"))]):
+        try:
+            loaded = Checkpoints(directory).load(directory)
+        except CheckpointError as error:
+            raise ValueError(f"{where} holds neither a recording of TorchRL or Minari nor a run: {error}") from error
+        assert loaded is not None  # of a path it would have raised
+        if "config" in loaded.state:
+            difference = first_difference(plain_config(loaded.state["config"], loaded.path), cfg, SAME)
+            if difference:
+                key, theirs, ours = difference
+                raise ValueError(f"{where} was collected with {key}={theirs}, and this run has {key}={ours}.")
+        if not loaded.has_replay:
+            raise ValueError(f"{loaded.path} has no replay: it was saved with checkpoint.replay=false.")
+        yield from _episodes(_restored(loaded, scratch / str(number)))
+
+
+def _restored(loaded: LoadedCheckpoint, scratch: Path) -> RecordReplay:
+    rings = loaded.rings
+    streams, length = len(rings["written"]), rings["length"]
+    replay = make_replay(streams * length, streams, 1, 1, storage="memmap", directory=scratch)
+    loaded.restore_replay(replay)
+    return replay
+
+
+def _episodes(replay: RecordReplay) -> Iterator[TensorDict]:
+    rings = replay.rings
+    for stream in range(rings.num_streams):
+        written, stored = int(rings.written[stream]), int(rings.stored[stream])
+        if not stored:
+            continue
+        slots = rings.slots(torch.tensor(stream), torch.arange(written - stored, written))  # in order of time
+        begins = replay.read_slots(slots, ["is_init"])["is_init"].reshape(-1).nonzero()[:, 0].tolist()
+        starts = sorted({0, *begins})
+        for start, end in zip(starts, [*starts[1:], stored], strict=True):
+            yield replay.read_slots(slots[start:end])
