@@ -51,9 +51,11 @@ def write_folder(directory: Path, packed: Mapping[str, Any], card: str, more: Ma
     tensors = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
     }
-    (directory / WEIGHTS).unlink(missing_ok=True)  # so that a failure leaves no agent of two
+    partial = directory / f".{WEIGHTS}"
+    partial.unlink(missing_ok=True)  # what is left of a failure, or a link
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(directory / WEIGHTS)
     (directory / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # save_file's is for the owner alone
     (directory / CARD).write_text(card, encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -38,7 +39,8 @@ def prefill(
         where: what messages begin with.
     """
     latents = replay.latents_in(example)
-    observations = [key for key in example["next"].keys(True, True) if key not in ("reward", *FLAG_KEYS)]
+    nxt = cast(TensorDictBase, example["next"])
+    observations = [key for key in nxt.keys(True, True) if key not in ("reward", *FLAG_KEYS)]
     observations = [key for key in observations if unravel_key(("next", key)) not in latents]
     found = Prefilled()
     for episode in episodes:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def _torchrl_episodes(folder: Path, keys: list[NestedKey]) -> Iterator[TensorDic
         if number is not None and not torch.equal(order, torch.arange(len(row))):
             row, trajectory = row[order], trajectory[order]
         for start, end, flags in _parts(row, trajectory):
-            episode = row[start:end].select(*needed).clone()
+            episode = cast(TensorDict, row[start:end]).select(*needed).clone()
             _refuse_gaps(episode, keys, folder, start)
             episode["next", "reward"] = episode["next", "reward"].reshape(-1, 1)
             for key, value in flags.items():
@@ -79,7 +79,7 @@ def _torchrl_episodes(folder: Path, keys: list[NestedKey]) -> Iterator[TensorDic
 
 
 def _column(row: TensorDictBase, key: NestedKey) -> torch.Tensor:
-    return row[key].reshape(len(row), -1)[:, 0]  # [T]
+    return cast(Any, row)[key].unsqueeze(-1).flatten(1)[:, 0]  # [T]
 
 
 def _parts(row: TensorDictBase, trajectory: torch.Tensor) -> Iterator[tuple[int, int, dict[NestedKey, torch.Tensor]]]:
@@ -106,8 +106,9 @@ def _parts(row: TensorDictBase, trajectory: torch.Tensor) -> Iterator[tuple[int,
 
 def _refuse_gaps(episode: TensorDictBase, keys: list[NestedKey], folder: Path, start: int) -> None:
     for key in keys:
-        after, before = episode["next"][key][:-1], episode[key][1:]
-        if (broken := (after != before).flatten(1).any(-1) if after.ndim > 1 else after != before).any():
+        after, before = (cast(Any, part)[key] for part in (episode["next"][:-1], episode[1:]))
+        broken = after.ne(before).unsqueeze(-1).flatten(1).any(-1)
+        if broken.any():
             raise ValueError(
                 f"{folder}: the step after step {start + int(broken.nonzero()[0])} does not begin with the {key!r} that it ended "
                 "with, and no episode ended there. Record each environment in a row of its own, [N, T], or with the "
