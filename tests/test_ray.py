@@ -26,6 +26,7 @@ from torchrl.envs.utils import ExplorationType
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
 from r2dreamer.envs import env_seeds, make_gym, make_vector_env
 from r2dreamer.examples import train
+from r2dreamer.examples.cli.messages import USER_ERRORS
 from r2dreamer.examples.training.checkpoint import Checkpoints
 from r2dreamer.examples.training.remote import Remote, weights_of
 
@@ -45,6 +46,14 @@ def cluster(ray):
     """Two nodes of one CPU each."""
     from ray.cluster_utils import Cluster
 
+    token = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "get-auth-token",
+        "--generate",
+    ]  # or the first local cluster does
+    subprocess.run(token, check=True, capture_output=True)
     os.environ |= {"PYTHONPATH": str(TESTS), "RAY_worker_niceness": "0"}  # where `counted` is found
     node = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
@@ -66,6 +75,11 @@ def processes(containing):
             if containing in command and state != "Z":
                 found.append(int(entry.name))
     return found
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def gone(pids, seconds=60):
@@ -107,9 +121,14 @@ def run(cluster, tmp_path_factory):
     return SimpleNamespace(**locals())
 
 
+def written(replay):
+    counts = replay.rings.stored.tolist()
+    slots = [replay.rings.slots(torch.full((count,), each), torch.arange(count)) for each, count in enumerate(counts)]
+    return replay.read_slots(torch.cat(slots))
+
+
 def test_every_collected_transition_is_in_the_replay_exactly_once(run):
-    stored = run.trainer.replay.stored["next", "observation"].long()
-    records = [tuple(row) for row in stored.tolist()]
+    records = [tuple(row) for row in written(run.trainer.replay)["next", "observation"].long().tolist()]
     assert len(records) == len(set(records))
     collected = [tuple(row) for batch in run.batches for row in batch["observation"].long().flatten(0, 1).tolist()]
     assert len(collected) == len(set(collected)) == run.trainer.count["policy_steps"] == 200
@@ -139,7 +158,7 @@ def test_a_killed_collector_is_replaced_and_named(run):
 
 
 def test_the_streams_of_a_killed_collector_are_cut_where_it_died(run):
-    stored = run.trainer.replay.stored
+    stored = written(run.trainer.replay)
     name, number = stored["next", "observation"].long().unbind(-1)
     done = stored["next", "done"][:, 0]
     for each in name.unique():
@@ -201,41 +220,41 @@ def test_weights_go_out_every_so_many_updates_and_the_lag_says_how_old_they_are(
 # Errors
 
 
-def said_by(server, folder, *overrides, **more):
-    run = server.run(folder, *COUNTED, *overrides, "logdir=log", **more)
-    assert run.status == 1, run.stdout
-    assert run.stderr.count("HYDRA_FULL_ERROR") == 1 and "Traceback" not in run.stderr
-    assert not (folder / "log" / "metrics.jsonl").exists()
-    return " ".join(run.stderr.split())
-
-
-def test_without_ray_the_extra_is_named(server, tmp_path):
-    assert "torchrl-r2dreamer[ray]" in said_by(server, tmp_path, without="ray")
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=re.escape("torchrl-r2dreamer[ray]")):
+        Remote.check(config(*COUNTED), config(*COUNTED))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "own", "said"),
     [
-        (["env.num_envs=6", "collector.num_collectors=4"], "use env.num_envs=4 or 8"),
-        (["env.num_envs=2", "collector.num_collectors=4"], "use env.num_envs=4,"),
-        (["checkpoint.exact=true"], "collector=sync"),
-        (["collector.num_cpus=0"], "must be a number above 0"),
+        (["env.num_envs=6", "collector.num_collectors=4"], 6, "env.num_envs=6 cannot .* use env.num_envs=4 or 8"),
+        (["env.num_envs=2", "collector.num_collectors=4"], 2, "use env.num_envs=4,"),
+        (["env.num_envs=6"], 3, r"env.num_envs=6 \(3 for each of 2 ranks\) cannot .* use env.num_envs=4 or 8"),
+        (["checkpoint.exact=true"], 4, "collector=sync"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_ray_is_asked(server, ray, tmp_path, overrides, expected):
-    assert expected in said_by(server, tmp_path, *overrides)
+def test_settings_that_cannot_work_are_refused(ray, overrides, own, said):
+    with pytest.raises(ValueError, match=said):
+        Remote.check(config(*COUNTED, *overrides), config(*COUNTED, f"env.num_envs={own}"))
 
 
-def test_an_address_without_a_cluster_is_refused(server, ray, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]  # free as soon as this block ends
-    said = said_by(server, tmp_path, f"collector.address=127.0.0.1:{port}")
-    assert f"No Ray cluster at collector.address=127.0.0.1:{port}" in said and "ray start --head" in said
+def fails(ray, logdir, *overrides):
+    with pytest.raises(USER_ERRORS) as caught:
+        train.Trainer(config(*COUNTED, *overrides, f"logdir={logdir}"))
+    assert not (logdir / "metrics.jsonl").exists() and not ray.is_initialized()
+    return str(caught.value)
 
 
-def test_too_few_cpus_are_refused(server, cluster, tmp_path):
-    said = said_by(server, tmp_path, f"collector.address={cluster.address}", "collector.num_cpus=2")
-    assert "collector.num_collectors=2 with collector.num_cpus=2 need 4 CPUs, and the Ray cluster has 2" in said
+def test_an_address_without_a_cluster_is_refused(ray, tmp_path):
+    said = fails(ray, tmp_path, f"collector.address=127.0.0.1:{free_port()}")
+    assert "No Ray cluster at collector.address=127.0.0.1:" in said and "ray start --head" in said
+
+
+def test_too_few_cpus_are_refused(ray, cluster, tmp_path):
+    said = fails(ray, tmp_path, f"collector.address={cluster.address}", "collector.num_cpus=2")
+    assert "collector.num_collectors=2 with collector.num_cpus=2 need 4 CPUs, and the Ray cluster has 2." in said
 
 
 @pytest.mark.slow
@@ -321,8 +340,7 @@ def test_a_simulator_that_takes_its_time_is_faster_the_more_collectors_there_are
 @pytest.mark.slow
 def test_the_commands_of_the_guide_train_on_the_cluster_they_start(ray, tmp_path):
     (script,) = (block for block in blocks(guide("scale"), "bash") if "ray start" in block)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
+    port = str(free_port())
     words = " ".join([*COUNTED, "collector.num_cpus=0.1", f"logdir={tmp_path / 'run'}"])
     script = script.replace("6379", port).replace("HEAD:", "127.0.0.1:")
     script = re.sub(r"env=memory_maze\S* .*", words, script)

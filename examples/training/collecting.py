@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from r2dreamer.envs import VectorCollector, VectorEnv, WorkerError, count_workers
 
 CLOSE_TIMEOUT = 5.0  # seconds for a batch under way when the program ends
-MakeEnvironments = Callable[[Sequence[int]], VectorEnv]  # from one seed for each
+MakeEnvironments = functools.partial[VectorEnv]  # called with one seed for each environment
 
 
 class EnvironmentsLost(WorkerError):

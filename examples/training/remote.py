@@ -215,7 +215,9 @@ class Remote(Overlapping):
         try:
             return future.result()
         except ray.exceptions.RayTaskError as error:
-            raise WorkerError(f"A remote collector failed: {last_line(error)}") from error
+            cause = getattr(error, "cause", None) or error
+            text = " ".join([f"{type(cause).__name__}: {cause}", *getattr(cause, "__notes__", [])])
+            raise WorkerError(f"A remote collector failed: {text}") from error
         except ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
                 raise WorkerError(f"A remote collector could not be made: {last_line(error)}") from error
