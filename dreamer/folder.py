@@ -80,6 +80,7 @@ def read_folder(directory: Path, device: torch.device | str = "cpu") -> tuple[di
 
 
 def read_config(directory: Path) -> dict[str, Any]:
+    """The settings of a saved agent, read as YAML without tags."""
     path = directory / CONFIG
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

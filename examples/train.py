@@ -7,6 +7,7 @@ python examples/train.py experiment=quickstart algorithm=dreamer
 The process keeps freed memory, which makes updates faster on a CPU; R2DREAMER_MALLOC=system before the command prevents that.
 """
 
+import functools
 import time
 
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
@@ -26,11 +27,12 @@ from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3UpdateRatio
 from tqdm import tqdm
 
 from r2dreamer.dreamer.fast.capture import WARMUP
-from r2dreamer.envs import VectorCollector, WorkerError, env_seeds, make_vector_env, reseed
+from r2dreamer.envs import WorkerError, env_seeds, make_vector_env
 from r2dreamer.envs.replay.buffer import check_memory, make_replay, record_bytes
 from r2dreamer.envs.replay.records import RecordBuilder
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.figures.curves import draw_curve
+from r2dreamer.examples.training.collecting import EnvironmentsLost
 from r2dreamer.examples.training.devices import resolve_precision
 from r2dreamer.examples.training.diagnosis import Diagnosis, largest_entropy
 from r2dreamer.examples.training.episodes import EpisodeReturns
@@ -54,6 +56,7 @@ class Trainer:
         self.ranks = ranks = ranks or Ranks(cfg.device)
         self.cfg, self.device = cfg, ranks.device  # counts in it are of all ranks
         own = ranks.own(cfg)  # and in this one of this rank
+        hydra.utils.get_class(cfg.collector._target_).check(cfg, own)
         precision = resolve_precision(cfg.precision, self.device)
         # Refuses what cannot be resumed before anything heavy starts.
         self.logdir, self.lock, self.checkpoints, self.saved = open_together(cfg, ranks)
@@ -80,21 +83,19 @@ class Trainer:
         self.unprepared = WARMUP  # updates of this process that may compile or capture
 
         workers = {"parallel": cfg.env.parallel, "timeout": cfg.timeout}
-        self.environments = make_vector_env(suite["make"], self.train_seeds(), **workers)
-        self.evaluation_seeds = ranks.part(env_seeds(cfg.seed, cfg.eval.episodes, "eval"))
-        self.evaluation = None  # of a rank without an episode
-        if self.evaluation_seeds:
-            self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, **workers)
-        collector = VectorCollector(  # TorchRL's Collector, with a shorter way from step to step
-            self.environments,
-            self.collection.policy,
+        self.collection.start(
+            functools.partial(make_vector_env, suite["make"], **workers),
+            self.train_seeds(),
             keep=sizes,  # the latents the policy acted on, beside each transition
             frames_per_batch=streams * cfg.collect_steps,
             total_frames=-1,
             policy_device=self.device,
             exploration_type=ExplorationType.RANDOM,
         )
-        self.collection.start(collector)
+        self.evaluation_seeds = ranks.part(env_seeds(cfg.seed, cfg.eval.episodes, "eval"))
+        self.evaluation = None  # of a rank without an episode
+        if self.evaluation_seeds:
+            self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, **workers)
         if self.saved:
             restore(self)
         if ranks.first:  # nothing refuses it any more
@@ -115,7 +116,9 @@ class Trainer:
         return self.count | {"time": time.perf_counter(), "waited": self.collection.waited}
 
     def train_seeds(self) -> list[int]:
-        return self.ranks.part(env_seeds(self.cfg.seed, self.cfg.env.num_envs, "train", self.count["restarts"]))
+        """Of this rank's environments, other ones after each restart and each loss."""
+        generation = self.count["restarts"] + 1_000_000 * self.collection.losses
+        return self.ranks.part(env_seeds(self.cfg.seed, self.cfg.env.num_envs, "train", generation))
 
     def run(self) -> None:
         cfg = self.cfg
@@ -128,7 +131,7 @@ class Trainer:
         with Interrupt() as interrupt, tqdm(total=total, initial=self.frames, disable=not cfg.progress) as bar:
             while self.frames < total and not (leaving := self.ranks.any(interrupt.requested)):
                 before = self.frames
-                self.collect(self.collection.next(self.count["updates"]))
+                self.collect(self.next_batch())
                 if self.count["policy_steps"] >= self.first_update and self.ranks.all(self.replay.can_sample()):
                     self.update()
                 due = lambda every, before=before: self.frames // every > before // every
@@ -146,6 +149,14 @@ class Trainer:
         curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
         state = "interrupted, resume with the same command" if leaving else "finished"
         print(f"{cfg.name} seed {cfg.seed}: {state} at {self.frames} frames, eval return {score}, curve {curve}")
+
+    def next_batch(self) -> TensorDict:
+        while True:
+            try:
+                return self.collection.next(self.count["updates"])
+            except EnvironmentsLost as error:
+                warn(f"{error} Its episodes are cut off, and environments begin anew.")
+                self.restart_environments()
 
     def collect(self, transitions: TensorDict) -> None:
         """[N, k] transitions, beside each the latents the policy acted on, become records."""
@@ -207,8 +218,7 @@ class Trainer:
         self.replay.truncate_streams()
         self.records.reset()
         self.returns.reset()
-        reseed(self.environments, self.train_seeds())
-        self.collection.restart()
+        self.collection.restart(self.train_seeds())
 
     def save(self, leaving: bool = False) -> None:
         """leaving: an extra checkpoint because the run ends early; it must succeed, as must the one at the end."""

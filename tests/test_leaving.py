@@ -233,8 +233,9 @@ def test_a_worker_that_dies_between_two_steps_is_named_too(tmp_path, monkeypatch
     def deadly(self, transitions):
         collect(self, transitions)
         if self.frames == 40:
-            os.kill(self.environments.pool.workers[-1].process.pid, signal.SIGKILL)
-            self.environments.pool.workers[-1].process.join()
+            process = self.collection.collector.env.pool.workers[-1].process
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
 
     monkeypatch.setattr(train.Trainer, "collect", deadly)
     message = main_fails(capsys, *CARTPOLE, "env.parallel=true", f"logdir={tmp_path}")

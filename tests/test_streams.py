@@ -25,7 +25,7 @@ class Batches:
     """A collector that hands out what its policy's weight was when a batch began; each takes `seconds`."""
 
     def __init__(self, policy, seconds=0.0, fails_at=None):
-        self.policy, self.seconds, self.fails_at, self.resets = policy, seconds, fails_at, 0
+        self.policy, self.seconds, self.fails_at, self.seeds = policy, seconds, fails_at, []
 
     def __iter__(self):
         number = 0
@@ -37,8 +37,8 @@ class Batches:
             yield number, weight
             number += 1
 
-    def reset(self):
-        self.resets += 1
+    def restart(self, seeds):
+        self.seeds.append(seeds)
 
     def shutdown(self):
         self.seconds = 0.0
@@ -48,7 +48,8 @@ def stream_of(kind, **options):
     policy = torch.nn.Linear(1, 1, bias=False)
     policy.weight.data.zero_()
     stream = kind(policy)
-    stream.start(Batches(stream.policy, **options))
+    stream.collector = Batches(stream.policy, **options)
+    stream.batches = iter(stream.collector)
     return policy, stream
 
 
@@ -91,8 +92,8 @@ def test_after_a_pause_nothing_runs_and_after_a_restart_the_batch_in_hand_is_dro
         stream.pause()
         assert stream.begun[0].done()
         assert stream.next(0)[0] == 1  # a pause loses nothing
-        stream.restart()
-        assert stream.collector.resets == 1
+        stream.restart([5])
+        assert stream.collector.seeds == [[5]]
         assert stream.next(0)[0] == 3
     finally:
         stream.close()
@@ -182,7 +183,7 @@ def test_a_worker_that_dies_under_async_is_named_and_what_was_learned_is_saved(t
     def deadly(self, transitions):
         collect(self, transitions)
         if self.frames == 120:
-            os.kill(self.environments.pool.workers[-1].process.pid, signal.SIGKILL)
+            os.kill(self.collection.collector.env.pool.workers[-1].process.pid, signal.SIGKILL)
 
     with monkeypatch.context() as patched:
         patched.setattr(train.Trainer, "collect", deadly)

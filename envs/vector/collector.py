@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
-from .environment import VectorEnv
+from .environment import VectorEnv, reseed
 
 SUPPORTED = ("frames_per_batch", "total_frames", "policy_device", "exploration_type", "postproc", "trust_policy")
 
@@ -50,6 +50,11 @@ class VectorCollector(Collector):
         super().__init__(env, policy, return_same_td=True, **own, **kwargs)
         self.keep = None if keep is None else [unravel_key(key) for key in keep]
         self._exclude_private_keys = False  # a batch has none: there is no need to look for them
+
+    def restart(self, seeds: Sequence[int]) -> None:
+        """New episodes everywhere, from one seed for each environment."""
+        reseed(self.env, seeds)
+        self.reset()
 
     @torch.no_grad()
     def rollout(self) -> TensorDict:

@@ -147,6 +147,9 @@ ARGUMENTS = {
     # of optimisers
     **dict.fromkeys(("lr", "actor_lr", "value_lr", "agc", "max_norm", "parameter_norm_min"), number(above=0)),
     "beta1": fraction, "beta2": fraction, "eps": weight, "warmup_steps": whole(),
+    # of remote collectors
+    "num_collectors": count, "num_cpus": number(above=0), "update_interval": count, "address": text,
+    "object_store_memory": whole(80_000_000),
     # of the attack's patch
     "patch_hw": list_of(count, 2), "mode": choice("direct", "eps", "perturb"), "base": colour,
     "placement": choice("bottom_center", "top_center", "center", "fixed", "random", "saliency"),

@@ -5,6 +5,7 @@ The estimates are lower bounds: what they refuse cannot fit, and what they let p
 
 from __future__ import annotations
 
+import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,7 +20,8 @@ LEARNT = 4 * 4  # bytes of a parameter: its value, its gradient and the optimise
 def check_environments(cfg: DictConfig, observations: ObservationSpace) -> None:
     """Refuses more environments, or more steps of them at a time, than fit."""
     free, _ = free_bytes("cpu")
-    counts = cfg.env.num_envs, cfg.eval.episodes
+    remote = hydra.utils.get_class(cfg.collector._target_).remote
+    counts = 0 if remote else cfg.env.num_envs, cfg.eval.episodes
     workers = sum(count_workers(cfg.env.parallel, count) for count in counts)
     needed = sum(counts) * ENVIRONMENT + workers * WORKER
     if needed > free:
@@ -28,10 +30,10 @@ def check_environments(cfg: DictConfig, observations: ObservationSpace) -> None:
             f"They take at least {gigabytes(needed)} and {gigabytes(free)} are free, enough for "
             f"{sum(counts) * free // needed} in all. Use fewer, env.num_envs=N env.eval_episodes=M."
         )
-    step = counts[0] * observation_bytes(observations)
+    step = cfg.env.num_envs * observation_bytes(observations)
     if cfg.collect_steps * step > free:
         raise MemoryError(
-            f"collect_steps={cfg.collect_steps} does not fit: the observations of {counts[0]} environments take "
+            f"collect_steps={cfg.collect_steps} does not fit: the observations of {cfg.env.num_envs} environments take "
             f"{gigabytes(cfg.collect_steps * step)} and {gigabytes(free)} are free. At most collect_steps={free // step} fit."
         )
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
-from r2dreamer.envs import check_environment, count_workers
+from r2dreamer.envs import check_environment
 from r2dreamer.envs.base.gl import watch
 
 try:
@@ -71,17 +71,6 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
             "checkpoint.exact=true makes a resumed run repeat the uninterrupted one, and needs the replay for that. Add "
             "checkpoint.replay=true, or use checkpoint.exact=false."
         )
-    if not hydra.utils.get_class(cfg.collector._target_).repeats:
-        if cfg.checkpoint.exact:
-            raise ValueError(
-                "checkpoint.exact=true makes a resumed run repeat the uninterrupted one. This collector cannot: environments "
-                "step while the learner learns. Use collector=sync, or checkpoint.exact=false."
-            )
-        if not count_workers(cfg.env.parallel, cfg.env.num_envs):
-            raise ValueError(
-                "collector=async steps the environments while the learner learns, which needs workers of their own: "
-                "add env.parallel=true, or use collector=sync."
-            )
     logdir = refuse_links(cfg.logdir)
     try:
         logdir.mkdir(parents=True, exist_ok=True)
