@@ -1,17 +1,20 @@
-"""The benchmarks: TorchRL environments and transforms.
+"""The benchmarks: TorchRL environments and transforms, and Gymnasium environments that need no torch.
 
-What `exports.py` lists is imported when the first of it is asked for.
+What `exports.py` lists is imported when the first of it is asked for. To import this package registers the Gymnasium
+environments `DMCSubtle/...` and `DMCDistracting/...`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from .base.gl import check_chosen_gl
+from .control.registration import register_environments
 
 if TYPE_CHECKING:
     from .exports import *  # noqa: F403
 
 check_chosen_gl()  # before TorchRL, which imports MuJoCo
+register_environments()
 
 
 def __getattr__(name: str) -> Any:
