@@ -14,8 +14,8 @@ from pathlib import Path
 import r2dreamer.examples  # noqa: F401 - sets how threads wait, before torch is imported
 from r2dreamer.envs import make_dmc, make_dmc_distracting, make_dmc_subtle
 from r2dreamer.envs.base.errors import require
-from r2dreamer.envs.transforms.distracting import SCALES
-from r2dreamer.envs.transforms.subtle import OFFICIAL
+from r2dreamer.envs.control.distracting import SCALES
+from r2dreamer.envs.control.subtle import OFFICIAL
 
 SEED = 8
 AXES = ("background", "colour", "moving_camera")

@@ -30,7 +30,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.dreamer import Agent
-from r2dreamer.envs.transforms.subtle import OFFICIAL
+from r2dreamer.envs.control.subtle import OFFICIAL
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.readout.recording import record, recorded
 from r2dreamer.examples.readout.report import write_results

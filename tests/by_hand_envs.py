@@ -99,7 +99,7 @@ def xml():
     from dm_control import suite
     from dm_control.mujoco.wrapper.core import MjModel
 
-    from r2dreamer.envs.transforms.recompile import distance
+    from r2dreamer.envs.control.recompile import distance
 
     found, wrong, raised = 0, [], []
     for domain, task in suite.ALL_TASKS:

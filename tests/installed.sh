@@ -34,6 +34,8 @@ for target in found:
 print(f"{len(modules)} modules and {len(found)} targets of version {r2dreamer.__version__} import")
 PY
 
+python -c 'import gymnasium; gymnasium.make("r2dreamer.envs:DMCSubtle/reacher-v0", shrink=1/8, physics="frozen").reset()'
+
 echo "-- the command line"
 [[ $(r2dreamer) == *"usage: r2dreamer COMMAND"* ]]
 [[ $(r2dreamer --help) == *"  train "* ]]

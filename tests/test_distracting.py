@@ -24,10 +24,10 @@ from r2dreamer.envs import (
     make_dmc_distracting,
     make_vector_env,
 )
-from r2dreamer.envs.transforms.distracting import BACKGROUNDS, SCALES, Background, DistractedRender, Settings
-from r2dreamer.envs.transforms.hooks import find
-from r2dreamer.envs.transforms.subtle import SmallRender
-from r2dreamer.envs.transforms.textures import NUMBERS, Waves, films
+from r2dreamer.envs.control.distracting import BACKGROUNDS, SCALES, Background, DistractedRender, Distracting
+from r2dreamer.envs.control.hooks import find
+from r2dreamer.envs.control.subtle import SmallRender
+from r2dreamer.envs.control.textures import NUMBERS, Waves, films
 
 SIZE, STEPS = 32, 3
 
@@ -164,7 +164,7 @@ def test_the_splits_never_share_a_background_and_harder_means_more_of_them(distr
     physics, chosen = distracted.base_env._env.physics, {}
     for split in NUMBERS:
         for difficulty in SCALES:
-            settings = Settings(True, False, False, difficulty, True, split, None)
+            settings = Distracting(True, False, False, difficulty, True, split, None)
             seen = {
                 Background(np.random.default_rng(seed), physics, settings).texture.palette.tobytes()
                 for seed in range(60)

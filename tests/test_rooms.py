@@ -10,7 +10,7 @@ WINGS = ("dreamer", "losses", "envs", "examples")
 # Rooms of a wing from the ground up: a module imports from its own room and from rooms of earlier groups. A module that
 # lies in the wing itself is a room of its own, and "*" are all of those that no group names.
 ORDER = {
-    "envs": [("base",), ("transforms", "replay", "vector"), ("suites",)],
+    "envs": [("base",), ("control",), ("transforms", "replay", "vector"), ("suites",), ("*",)],
     "dreamer": [("sizes",), ("networks",), ("rssm",), ("fast",), ("*",), ("classic",)],
     "losses": [("functional", "ranks", "wiring"), ("objectives",), ("*",)],
     "examples": [("settings",), ("cli",), ("training",), ("figures",), ("attacks", "readout", "timing"), ("*",)],

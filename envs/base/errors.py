@@ -30,6 +30,13 @@ def require_positive(**sizes: int | None) -> None:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
+def require_one_of(known: Collection[str], **chosen: str) -> None:
+    """Refuse a choice that there is not."""
+    for name, value in chosen.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.{nearest(value, known)}")
+
+
 def unknown_task(task: str, known: Collection[str], suite: str) -> ValueError:
     """The error for a task that `suite` does not have, naming the nearest ones it has."""
     hint = nearest(task, known) or f" Some it has: {', '.join(sorted(known)[:5])}."

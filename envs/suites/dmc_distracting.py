@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..base.contract import ContractEnv, apply_contract
-from ..transforms.distracting import DMCDistracting
-from .dmc import build_dmc, domain_and_name, known_tasks
-from .registry import register
+from ..control.distracting import Distracting
+from ..control.suite import domain_and_name, known_tasks
+from .dmc import build_dmc
+from .registry import register, unknown_task
 
 
 def make_dmc_distracting(
@@ -30,9 +31,9 @@ def make_dmc_distracting(
     """
     view = {"from_pixels": True, "image_size": image_size, "camera": camera}
     axes = {"background": background, "colour": colour, "camera": moving_camera}
-    distracting = DMCDistracting(**axes, difficulty=difficulty, dynamic=dynamic, split=split, frames=background_frames)
-    env = build_dmc(*domain_and_name(task), action_repeat=action_repeat, **view)
-    distracting.put_on(env)
+    distracting = Distracting(**axes, difficulty=difficulty, dynamic=dynamic, split=split, frames=background_frames)
+    env = build_dmc(*domain_and_name(task, unknown_task), action_repeat=action_repeat, **view)
+    distracting.put_on(env._env)
     return apply_contract(env, task, seed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..base.contract import ContractEnv, apply_contract
-from ..transforms.subtle import OFFICIAL, DMCSubtle
+from ..control.subtle import OFFICIAL, Subtle
 from .dmc import build_dmc
 from .registry import register, unknown_task
 
@@ -24,7 +24,7 @@ def make_dmc_subtle(
         raise unknown_task(task, OFFICIAL, "DMC-Subtle")
     view = {"from_pixels": from_pixels, "image_size": image_size, "camera": camera}
     env = build_dmc(*OFFICIAL[task].stock, action_repeat=action_repeat, **view)
-    DMCSubtle(task, shrink=shrink, physics=physics).put_on(env)
+    Subtle(task, shrink=shrink, physics=physics).put_on(env._env, OFFICIAL[task].stock[1])
     return apply_contract(env, task, seed)
 
 

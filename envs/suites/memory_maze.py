@@ -17,7 +17,7 @@ from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
-from ..transforms.rendering import render_pixels
+from ..control.rendering import render_pixels
 from .registry import register, unknown_task
 
 TASKS = ("9x9", "11x11", "13x13", "15x15")

@@ -1,8 +1,8 @@
-"""How a transform reaches into an environment of the DeepMind Control suite: its base, its task's and its physics' hooks."""
+"""A transform that changes an environment of the DeepMind Control suite itself."""
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import fields
 from typing import Any
 
 from torchrl.envs import TransformedEnv
@@ -10,7 +10,16 @@ from torchrl.envs.transforms import Transform
 
 
 class ControlTransform(Transform):
-    """A transform that changes a DMControlEnv itself, as soon as it is put on one; subclasses define `put_on`."""
+    """Puts a change of `envs.control` on a DMControlEnv, as soon as it is put on one itself."""
+
+    def __init__(self, change: Any):
+        super().__init__()
+        self.change = change
+
+    def __repr__(self) -> str:
+        values = {field: getattr(self.change, field.name) for field in fields(self.change) if field.repr}
+        given = [f"{field.name}={value!r}" for field, value in values.items() if value != field.default]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def set_container(self, container: Any) -> None:
         super().set_container(container)
@@ -22,31 +31,11 @@ class ControlTransform(Transform):
             return
         while isinstance(env, TransformedEnv):
             env = env.base_env
-        self.put_on(env)
-
-    def put_on(self, env: Any) -> None:
-        raise NotImplementedError  # this is what a transform of the simulator is
-
-    def physics_of(self, env: Any) -> Any:
-        """The physics of an environment that holds one of dm_control's."""
-        physics = getattr(vars(env).get("_env"), "physics", None)
-        if physics is None:
-            name = type(self).__name__
+        simulation, name = vars(env).get("_env"), type(self).__name__
+        if getattr(simulation, "physics", None) is None:
             raise ValueError(
                 f"{name} works on a DMControlEnv or DMControlWrapper of this process, not on {type(env).__name__}. "
                 "Of several environments each gets its own, inside its worker: ParallelEnv(4, lambda: TransformedEnv("
                 f'DMControlEnv("reacher", "easy", from_pixels=True), {name}())).'
             )
-        return physics
-
-
-def find(hook: Any, link: str, kind: type) -> Any:
-    """The first hook of this kind in a chain, where each holds the one it replaced as its attribute `link`."""
-    while hook is not None and not isinstance(hook, kind):
-        hook = getattr(hook, link, None)
-    return hook
-
-
-def beginning(task: Any) -> Any:
-    """What is called when an episode of a task begins."""
-    return vars(task).get("initialize_episode") or partial(type(task).initialize_episode, task)
+        self.change.put_on(simulation, getattr(env, "task_name", None))

@@ -1,17 +1,16 @@
-"""Camera images of dm_control's physics."""
+"""The camera image of a DeepMind Control environment of TorchRL's."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import Bounded, Composite
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Transform
 
-from ..base.gl import missing_gl
+from ..control.rendering import render_pixels
 
 
 class RenderPixels(Transform):
@@ -38,15 +37,3 @@ class RenderPixels(Transform):
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         observation_spec["pixels"] = Bounded(0, 255, torch.Size([3, self.size, self.size]), dtype=torch.uint8)
         return observation_spec
-
-
-def render_pixels(physics: Any, size: int, camera: int | str | None) -> np.ndarray:
-    """One camera image of a dm_control physics as a uint8 array [3, size, size]."""
-    cameras = [physics.model.id2name(index, "camera") for index in range(physics.model.ncam)]
-    if camera not in cameras and camera not in range(-1, len(cameras)):  # -1 is the free camera
-        raise ValueError(f"camera={camera!r} is not among this model's cameras: {dict(enumerate(cameras))}.")
-    try:
-        image = physics.render(size, size, camera_id=camera)
-    except Exception as error:  # a missing or broken renderer throws whatever its backend throws
-        raise missing_gl(error) from error
-    return image.transpose(2, 0, 1).copy()

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torchrl.envs import EnvBase, TransformedEnv
 
+from r2dreamer.envs.control.subtle import OFFICIAL
 from r2dreamer.envs.suites.dmc import Control
-from r2dreamer.envs.transforms.subtle import OFFICIAL
 
 KINDS = ("geom", "site", "tendon")
 Mask = Callable[[torch.Tensor], torch.Tensor]

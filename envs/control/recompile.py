@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torchrl.envs import DMControlEnv
 
 from ..base.errors import nearest
 
@@ -79,15 +78,15 @@ def domain_of(physics: Any) -> str | None:
     return next((module.split(".")[2] for module in modules if module.startswith("dm_control.suite.")), None)
 
 
-def sources_of(env: Any, domain: str | None) -> list[tuple[Any, Any]]:
-    """The (XML, assets) from which an environment of the suite may have been compiled; dm_control keeps none of them.
+def sources_of(domain: str | None, task_name: str | None) -> list[tuple[Any, Any]]:
+    """The (XML, assets) from which a task of the suite may have been compiled; dm_control keeps none of them.
 
     To begin building the task again, and to listen, works also for the tasks that put their XML together in Python.
     """
     from dm_control import suite
     from dm_control.mujoco.wrapper import MjModel
 
-    tasks = [env.task_name] if isinstance(env, DMControlEnv) else suite.TASKS_BY_DOMAIN.get(domain, ())
+    tasks = suite.TASKS_BY_DOMAIN.get(domain, ()) if task_name is None else [task_name]
     ordinary, thread, sources = vars(MjModel)["from_xml_string"], threading.get_ident(), {}
 
     def listen(xml_string, assets: Mapping[str, str | bytes] | None = None) -> Any:
