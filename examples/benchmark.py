@@ -7,11 +7,15 @@
     python examples/benchmark.py compare=algorithm algorithm@other=infonce
     python examples/benchmark.py compare=tricks          what each trick of dreamer/fast gains
     python examples/benchmark.py algorithm=dreamerv2    V1 and V2 have sizes of their own, and are timed alone
+    torchrun --nproc-per-node 2 examples/benchmark.py measure=[update] batch_size=32    two processes learn together
 
 `update` is one whole update (all losses, backward, clipping, optimiser, target), `acting` one policy step for all
 environments, `environment` frames per second of the configured environments under random actions, `replay` sampled
 steps per second, written back. Medians. What is compared takes turns, one update each, in one process; compare ratios only.
 Like for like is `torchrl_over_other`, Dreamer beside Dreamer; `torchrl_over_ours` is R2-Dreamer beside a model with a decoder.
+
+Under torchrun `batch_size` is of all ranks. `sent` holds the bytes that a rank hands to each collective in one update, and
+`sent_over_gradients` their sum over 4 bytes for each parameter.
 """
 
 from __future__ import annotations
@@ -47,8 +51,10 @@ from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay.buffer import make_replay
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.timing.peers import torchrl_dreamer
-from r2dreamer.examples.training.devices import resolve_device, resolve_precision
+from r2dreamer.examples.timing.traffic import traffic
+from r2dreamer.examples.training.devices import resolve_precision
 from r2dreamer.examples.training.learner import Learner, parameter_counts
+from r2dreamer.examples.training.ranks import Ranks
 from r2dreamer.examples.training.setup import check_fits, make_agent
 
 
@@ -104,6 +110,7 @@ def member(
     algorithm: DictConfig,
     device: torch.device,
     precision: torch.dtype,
+    ranks: Ranks | None = None,
     fast: bool | Sequence[str] = True,
 ) -> tuple[Agent, Learner]:
     """A member of the family at the configured size, with the given tricks of ``dreamer.fast``."""
@@ -111,7 +118,7 @@ def member(
     agent = make_agent(algorithm, {"fast": fast, **cfg.model}, *spaces(cfg))
     for part in agent.parts().values():
         part.to(device)
-    return agent, Learner(agent, algorithm, precision, cfg.compile, cfg.capture)
+    return agent, Learner(agent, algorithm, precision, cfg.compile, cfg.capture, ranks)
 
 
 def measure_tricks(
@@ -119,7 +126,7 @@ def measure_tricks(
 ) -> dict[str, float]:
     """How many times longer an update takes without each trick, in turns; on a CPU by the processor's time."""
     left_out = {"nothing": TRICKS, **{name: [each for each in TRICKS if each != name] for name in TRICKS}, "all": ()}
-    learners = [member(cfg, cfg.algorithm, device, precision, list(tricks))[1] for tricks in left_out.values()]
+    learners = [member(cfg, cfg.algorithm, device, precision, fast=list(tricks))[1] for tricks in left_out.values()]
     steps = [partial(learner.update, records) for learner in learners]
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     times = dict(zip(left_out, alternate(steps, device, warmup, repeats, clock), strict=True))
@@ -168,16 +175,18 @@ def spaces(cfg: DictConfig) -> tuple[ObservationSpace, ActionSpace]:
     return found
 
 
-def benchmark(cfg: DictConfig) -> dict:
-    device = resolve_device(cfg.device)
+def benchmark(total: DictConfig, ranks: Ranks | None = None) -> dict:
+    """total: with the batch of all ranks."""
+    ranks = ranks or Ranks(total.device)
+    cfg, device = ranks.own(total), ranks.device
     precision = resolve_precision(cfg.precision, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     check_fits(cfg, *spaces(cfg), device, precision)
-    agent, learner = member(cfg, cfg.algorithm, device, precision)
+    agent, learner = member(cfg, cfg.algorithm, device, precision, ranks)
     repeats = cfg.repeats or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 20
-    shape = {"B": cfg.batch_size, "T": cfg.batch_length}
+    shape = {"B": total.batch_size, "T": cfg.batch_length}
     result = {
         "implementation": "r2dreamer",
         "device": str(device),
@@ -191,10 +200,15 @@ def benchmark(cfg: DictConfig) -> dict:
     if "update" in cfg.measure:
         records = synthetic_records(agent, cfg.batch_size, cfg.batch_length, device)
         steps = {"update": lambda: learner.update(records)}
+        if ranks.count > 1:
+            with traffic() as sent:  # before anything is captured
+                learner.update(records)
+            over = sum(sent.values()) / (4 * result["parameters"])
+            result |= {"ranks": ranks.count, "sent": dict(sent), "sent_over_gradients": over}
         if cfg.compare == "tricks":
             return result | measure_tricks(cfg, records, device, precision, warmup, repeats)
         if cfg.compare:
-            other, peer = member(cfg, cfg.other, device, precision)
+            other, peer = member(cfg, cfg.other, device, precision, ranks)
             result["other"] = cfg.other.representation._target_.removesuffix(".of").rpartition(".")[2]
             result["other_parameters"] = sum(parameter_counts(other, peer).values())
             steps["other_update"] = lambda: peer.update(records)
@@ -220,7 +234,8 @@ def benchmark(cfg: DictConfig) -> dict:
 
 @script("benchmark")
 def main(cfg: DictConfig) -> None:
-    print(json.dumps(benchmark(cfg)))
+    with Ranks.launched(cfg) as ranks:
+        print(json.dumps(benchmark(cfg, ranks)))
 
 
 if __name__ == "__main__":
