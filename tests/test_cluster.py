@@ -2,15 +2,18 @@
 
 import fcntl
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from r2dreamer.examples import compare
 from r2dreamer.examples.training import cluster
+from r2dreamer.examples.training.grid import plan
 from r2dreamer.examples.training.run import Run
 
 pytest.importorskip("submitit")
@@ -95,6 +98,29 @@ def test_options_of_the_launcher_reach_submitit(tmp_path):
     executor = cluster.make_executor([*local(tmp_path), "hydra.launcher.cpus_per_task=3"])
     parameters = executor._executor.parameters
     assert parameters["cpus_per_task"] == 3 and parameters["timeout_min"] == 2 and parameters["name"] == "r2dreamer"
+
+
+def test_the_options_of_the_guide_are_launcher_options_and_leave_a_grid(monkeypatch):
+    page = (Path(compare.__file__).parent / "guides" / "scale.md").read_text()
+    (block,) = re.findall(r"r2dreamer compare (env=.*?)```", page, re.DOTALL)
+    own, where = cluster.split(block.replace("\\\n", " ").split())
+    assert len(plan(own)) == 6 and len(where) == 6
+    made = {}
+    monkeypatch.setattr("submitit.AutoExecutor", lambda folder, **first: made.update(first) or Executor(made))
+    cluster.make_executor(where)
+    expected = {
+        "cluster": "slurm",
+        "slurm_max_num_timeout": 20,
+        "timeout_min": 600,
+        "gpus_per_node": 1,
+        "cpus_per_task": 18,
+    }
+    assert expected.items() <= made.items() and made["slurm_partition"] == "gpu" and made["slurm_signal_delay_s"] == 120
+
+
+class Executor:
+    def __init__(self, made):
+        self.update_parameters = made.update
 
 
 def test_where_jobs_run_is_no_setting_of_a_run():
