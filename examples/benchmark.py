@@ -7,12 +7,16 @@
     python examples/benchmark.py compare=algorithm algorithm@other=infonce
     python examples/benchmark.py compare=tricks          what each trick of dreamer/fast gains
     python examples/benchmark.py algorithm=dreamerv2    V1 and V2 have sizes of their own, and are timed alone
+    torchrun --nproc-per-node 2 examples/benchmark.py measure=[update] batch_size=32    two processes learn together
 
 `update` is one whole update (all losses, backward, clipping, optimiser, target), `acting` one policy step for all
 environments, `replay` sampled steps per second, written back. `environment` is frames per second under random actions, for
 each number of environments: `collector` through the trainer's collector, `bare` of the simulators inside of them, stepped by
 Gymnasium's AsyncVectorEnv. Medians. What is compared takes turns, one update each, in one process; compare ratios only.
 Like for like is `torchrl_over_other`, Dreamer beside Dreamer; `torchrl_over_ours` is R2-Dreamer beside a model with a decoder.
+
+Under torchrun `batch_size` is of all ranks. `sent` holds the bytes that a rank hands to each collective in one update, and
+`sent_over_gradients` their sum over 4 bytes for each parameter.
 """
 
 from __future__ import annotations
@@ -48,8 +52,10 @@ from r2dreamer.envs.replay.buffer import make_replay
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.timing.environments import frames_per_second
 from r2dreamer.examples.timing.peers import torchrl_dreamer
-from r2dreamer.examples.training.devices import resolve_device, resolve_precision
+from r2dreamer.examples.timing.traffic import traffic
+from r2dreamer.examples.training.devices import resolve_precision
 from r2dreamer.examples.training.learner import Learner, parameter_counts
+from r2dreamer.examples.training.ranks import Ranks
 from r2dreamer.examples.training.setup import check_fits, make_agent
 
 
@@ -105,6 +111,7 @@ def member(
     algorithm: DictConfig,
     device: torch.device,
     precision: torch.dtype,
+    ranks: Ranks | None = None,
     fast: bool | Sequence[str] = True,
 ) -> tuple[Agent, Learner]:
     """A member of the family at the configured size, with the given tricks of ``dreamer.fast``."""
@@ -112,7 +119,7 @@ def member(
     agent = make_agent(algorithm, {"fast": fast, **cfg.model}, *spaces(cfg))
     for part in agent.parts().values():
         part.to(device)
-    return agent, Learner(agent, algorithm, precision, cfg.compile, cfg.capture)
+    return agent, Learner(agent, algorithm, precision, cfg.compile, cfg.capture, ranks)
 
 
 def measure_tricks(
@@ -120,7 +127,7 @@ def measure_tricks(
 ) -> dict[str, float]:
     """How many times longer an update takes without each trick, in turns; on a CPU by the processor's time."""
     left_out = {"nothing": TRICKS, **{name: [each for each in TRICKS if each != name] for name in TRICKS}, "all": ()}
-    learners = [member(cfg, cfg.algorithm, device, precision, list(tricks))[1] for tricks in left_out.values()]
+    learners = [member(cfg, cfg.algorithm, device, precision, fast=list(tricks))[1] for tricks in left_out.values()]
     steps = [partial(learner.update, records) for learner in learners]
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     times = dict(zip(left_out, alternate(steps, device, warmup, repeats, clock), strict=True))
@@ -154,28 +161,29 @@ def spaces(cfg: DictConfig) -> tuple[ObservationSpace, ActionSpace]:
     return found
 
 
-def benchmark(cfg: DictConfig) -> dict:
-    result = {} if set(cfg.measure) == {"environment"} else measure_agent(cfg)
-    if "environment" in cfg.measure:
-        result |= {"env": cfg.env.suite, "task": cfg.env.task, "collect_steps": cfg.collect_steps}
-        rates = {count: frames_per_second(cfg, count) for count in cfg.counts}
+def benchmark(total: DictConfig, ranks: Ranks | None = None) -> dict:
+    """total: with the batch of all ranks."""
+    result = {} if set(total.measure) == {"environment"} else measure_agent(total, ranks or Ranks(total.device))
+    if "environment" in total.measure:
+        result |= {"env": total.env.suite, "task": total.env.task, "collect_steps": total.collect_steps}
+        rates = {count: frames_per_second(total, count) for count in total.counts}
         result["environment"] = {
             count: {name: float(f"{value:.3g}") for name, value in each.items()} for count, each in rates.items()
         }
     return result
 
 
-def measure_agent(cfg: DictConfig) -> dict:
-    """Update, acting and replay, as far as they are asked for."""
-    device = resolve_device(cfg.device)
+def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
+    """Update, acting and replay, as far as they are asked for; total has the batch of all ranks."""
+    cfg, device = ranks.own(total), ranks.device
     precision = resolve_precision(cfg.precision, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     check_fits(cfg, *spaces(cfg), device, precision)
-    agent, learner = member(cfg, cfg.algorithm, device, precision)
+    agent, learner = member(cfg, cfg.algorithm, device, precision, ranks)
     repeats = cfg.repeats or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 20
-    shape = {"B": cfg.batch_size, "T": cfg.batch_length}
+    shape = {"B": total.batch_size, "T": cfg.batch_length}
     result = {
         "implementation": "r2dreamer",
         "device": str(device),
@@ -189,10 +197,15 @@ def measure_agent(cfg: DictConfig) -> dict:
     if "update" in cfg.measure:
         records = synthetic_records(agent, cfg.batch_size, cfg.batch_length, device)
         steps = {"update": lambda: learner.update(records)}
+        if ranks.count > 1:
+            with traffic() as sent:  # before anything is captured
+                learner.update(records)
+            over = sum(sent.values()) / (4 * result["parameters"])
+            result |= {"ranks": ranks.count, "sent": dict(sent), "sent_over_gradients": over}
         if cfg.compare == "tricks":
             return result | measure_tricks(cfg, records, device, precision, warmup, repeats)
         if cfg.compare:
-            other, peer = member(cfg, cfg.other, device, precision)
+            other, peer = member(cfg, cfg.other, device, precision, ranks)
             result["other"] = cfg.other.representation._target_.removesuffix(".of").rpartition(".")[2]
             result["other_parameters"] = sum(parameter_counts(other, peer).values())
             steps["other_update"] = lambda: peer.update(records)
@@ -216,7 +229,8 @@ def measure_agent(cfg: DictConfig) -> dict:
 
 @script("benchmark")
 def main(cfg: DictConfig) -> None:
-    print(json.dumps(benchmark(cfg)))
+    with Ranks.launched(cfg) as ranks:
+        print(json.dumps(benchmark(cfg, ranks)))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ Two or three seeds have no better interval than their range, which misses the tr
     python examples/compare.py "experiment=[quickstart,ablation_baseline],[quickstart,ablation_dreamer]" "seed=range(0,5)"
     python examples/compare.py --plan examples/plans/dmc_vectors.yaml             trains what the plan lacks
     python examples/compare.py --plan examples/plans/dmc_vectors.yaml --status    says what is done, runs, is missing
+    python examples/compare.py experiment=ablation_baseline seed=0,1,2 hydra/launcher=submitit_slurm hydra.launcher.gpus_per_node=1
 
 Commas and range(...) are hydra's multirun syntax. Each run is a process of its own, in the directory that train.py would
 give it; runs with one `name` are the seeds of one variant, the first one is what the others are compared to. The same
 command goes on where it was stopped, and only draws what has finished. It leaves a run alone that another process trains,
-so several commands can share a plan.
+so several commands can share a plan. With hydra/launcher=... every run is a job of a cluster (extra `cluster`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from r2dreamer.examples.cli.messages import cannot_compose
 from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
 from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture, read_curve
 from r2dreamer.examples.figures.plans import read_plan, report, summary
+from r2dreamer.examples.training.cluster import make_executor, split, submit
 from r2dreamer.examples.training.grid import Run, plan
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -112,7 +114,13 @@ def main() -> None:
     if not (arguments.plan or arguments.overrides):
         parser.error("give overrides as for train.py, or --plan FILE")
     try:
-        runs = read_plan(arguments.plan, arguments.overrides) if arguments.plan else plan(arguments.overrides)
+        overrides, where = split(arguments.overrides)
+        if where and arguments.jobs > 1:
+            raise ValueError(
+                f"--jobs {arguments.jobs} is of this machine; limit jobs with hydra.launcher.array_parallelism."
+            )
+        runs = read_plan(arguments.plan, overrides) if arguments.plan else plan(overrides)
+        executor = make_executor(where) if where and not arguments.status else None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         sys.exit(cannot_compose(error, "config"))
 
@@ -123,17 +131,23 @@ def main() -> None:
     waiting = [run for run in runs if not run.finished]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before.")
 
-    def step(run: Run) -> bool:
-        finished = train(run, children, quiet=arguments.jobs > 1)
+    def end(run: Run, finished: bool) -> bool:
         if arguments.plan and finished:
             print(summary(runs), flush=True)
         return finished
 
-    with Children() as children, ThreadPoolExecutor(arguments.jobs) as pool:
-        done = list(pool.map(step, waiting))
-    if children.stopped:
-        sys.exit("Stopped; the same command goes on.")
-    failed = [run for run, finished in zip(waiting, done, strict=True) if not finished]
+    if executor is None:
+        with Children() as children, ThreadPoolExecutor(arguments.jobs) as pool:
+            step = lambda run: end(run, train(run, children, quiet=arguments.jobs > 1))
+            done = dict(zip(waiting, pool.map(step, waiting), strict=True))
+        if children.stopped:
+            sys.exit("Stopped; the same command goes on.")
+    else:
+        try:
+            done = {run: end(run, finished) for run, finished in submit(waiting, TRAIN, executor)} if waiting else {}
+        except KeyboardInterrupt:
+            sys.exit("\nThe jobs go on. --status says how they stand; the same command draws what has finished.")
+    failed = [run for run in waiting if not done[run]]
     complete = [run for run in runs if run not in failed]
 
     means = summarise(complete, arguments.key)

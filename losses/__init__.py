@@ -35,7 +35,7 @@ from .objectives.reconstruction import Reconstruction
 from .objectives.sigreg import SIGReg
 from .objectives.vicreg import VICReg
 from .optimizer import DreamerOptimizer, GroupedAdam
-from .ranks import gather_ranks
+from .ranks import gather_ranks, sum_ranks
 from .targets import CopyEvery, NoTarget
 from .value import DreamerValueLoss
 from .world_model import R2DreamerWorldModelLoss, total_loss
@@ -76,6 +76,7 @@ __all__ = [
     "info_nce_loss",
     "lambda_return",
     "sinkhorn",
+    "sum_ranks",
     "total_loss",
     "two_hot_nll",
 ]

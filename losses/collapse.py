@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .ranks import gather_ranks, ranks
+from .functional import centre
+from .ranks import gather_ranks, ranks, sum_ranks
 
 SAMPLES = 512  # rows that the rank is taken over: it costs their number squared
+SENT = 64  # of them that ranks send each other
 
 
 def effective_rank(rows: torch.Tensor) -> torch.Tensor:
@@ -53,22 +55,30 @@ def collapse_metrics(**views: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, view in views.items():
         rows = view.detach().float().flatten(0, -2)
         with torch.autocast(rows.device.type, enabled=False):
-            metrics[f"{name}_rank"] = effective_rank(_sampled(rows))
+            metrics[f"{name}_rank"] = _rank(rows)
             metrics[f"{name}_std"] = _deviation(rows).mean()
     return metrics
 
 
-def _sampled(rows: torch.Tensor) -> torch.Tensor:
-    """At most ``SAMPLES`` of the rows of all ranks: each sends its part of them only."""
-    total = ranks() * len(rows)
-    return gather_ranks(rows[:: -(-total // SAMPLES)])
+def _rank(rows: torch.Tensor) -> torch.Tensor:
+    """The effective rank over at most ``SAMPLES`` of the rows of all ranks.
+
+    Rows of different ranks meet in inner products only. Those are estimated from the few rows that ranks send each other.
+    """
+    rows = rows[:: -(-ranks() * len(rows) // SAMPLES)]
+    if ranks() == 1:
+        return effective_rank(rows)
+    rows = centre(rows, ranks() * len(rows), total=sum_ranks)
+    sent = rows[:: -(-ranks() * len(rows) // SENT)]
+    squares = lambda others: (rows @ others.T).square().sum()
+    between = (squares(gather_ranks(sent)) - squares(sent)) * len(rows) / len(sent)
+    variance, squared = sum_ranks(torch.stack([rows.square().sum(), squares(rows) + between]))
+    return variance.square() / squared.clamp_min(1e-30)
 
 
 def _deviation(rows: torch.Tensor) -> torch.Tensor:
-    """Standard deviation [E] over the rows of all ranks, from each rank's mean and its squares about that."""
+    """Standard deviation [E] over the rows of all ranks."""
     if ranks() == 1:
         return rows.std(0)
-    means = gather_ranks(rows.mean(0, keepdim=True))  # [ranks, E]
-    within = gather_ranks((rows - rows.mean(0)).square().sum(0, keepdim=True)).sum(0)
-    between = len(rows) * (means - means.mean(0)).square().sum(0)
-    return ((within + between) / (ranks() * len(rows) - 1)).sqrt()
+    count = ranks() * len(rows)
+    return (sum_ranks(centre(rows, count, total=sum_ranks).square().sum(0)) / (count - 1)).sqrt()

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
+from .ranks import same
 
-def _standardize(value: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Columns of [N, E] to mean 0 and sample std 1; a constant column becomes exactly or nearly 0, never NaN.
 
-    Rows where ``keep`` [N, 1] is 0 count for nothing and become 0.
+def centre(rows: torch.Tensor, count: torch.Tensor | int, keep: torch.Tensor | None = None, total=same) -> torch.Tensor:
+    """Columns of [N, E] less their mean; a constant column becomes exactly 0.
+
+    The mean has no gradient here. A loss of sums of products of centred columns needs none: its part adds up to 0.
+
+    Args:
+        count: how many rows count, of all ranks.
+        keep: [N, 1], rows where it is 0 count for nothing and become 0.
+        total: see :func:`barlow_twins_loss`.
     """
-    count = value.shape[0] if keep is None else keep.sum()
-    mean = lambda rows: rows.mean(0) if keep is None else rows.sum(0) / count
-    masked = lambda rows: rows if keep is None else rows * keep
-    centred = masked(value - mean(masked(value)))
-    centred = masked(
-        centred - mean(centred)
-    )  # the first mean is rounded: without this a constant column keeps its error
-    variance = centred.square().sum(0) / (count - 1)
-    # Clamped before the root: the root of 0 has an infinite gradient.
-    return centred / variance.clamp_min(1e-16).sqrt()
+    masked = (lambda rows: rows) if keep is None else (lambda rows: rows * keep)
+    rows = masked(rows)
+    for _ in range(2):  # the first mean is rounded: a constant column would keep its error
+        rows = masked(rows - total(rows.detach().sum(0)) / count)
+    return rows
 
 
 def barlow_twins_loss(
@@ -29,16 +32,19 @@ def barlow_twins_loss(
     target: torch.Tensor,
     redundancy_weight: float = 5e-4,
     keep: torch.Tensor | None = None,
+    total: Callable[[torch.Tensor], torch.Tensor] = same,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Barlow Twins between two views of the same N samples.
 
-    C = k'e / N over standardised columns; invariance sum_i (C_ii - 1)^2, redundancy sum_{i != j} C_ij^2.
+    C = k'e / (N std(k) std(e)) over centred columns; invariance sum_i (C_ii - 1)^2, redundancy sum_{i != j} C_ij^2.
+    A constant column correlates with nothing.
 
     Args:
         projected: [N, E], k, the view that learns.
         target: [N, E], e; detach it outside if it must not learn.
         redundancy_weight: factor on the second term.
         keep: [N, 1], 1 for samples that count, 0 for others; by default all count.
+        total: makes sums over the rows sums over those of all ranks; :func:`r2dreamer.losses.ranks.pool` chooses it.
 
     Returns:
         The pair (invariance, redundancy_weight * redundancy), whose sum is the loss.
@@ -52,10 +58,13 @@ def barlow_twins_loss(
     samples = projected.shape[0]
     if samples < 2:
         raise ValueError(f"Barlow Twins correlates over samples and needs at least 2, got {samples}.")
-    count = samples if keep is None else keep.sum()
     with torch.autocast(projected.device.type, enabled=False):
-        views = [_standardize(view.float(), keep) for view in (projected, target)]
-        correlation = views[0].T @ views[1] / count  # [E, E]
+        count = total((torch.ones_like(projected[:, 0]) if keep is None else keep).float().sum())
+        k, e = (centre(view.float(), count, keep, total) for view in (projected, target))
+        # No row may be divided by the deviation: it is of all ranks, and so is its gradient.
+        variances = total(torch.cat([k.square().sum(0), e.square().sum(0)])) / (count - 1)
+        std_k, std_e = variances.clamp_min(1e-16).sqrt().chunk(2)  # the root of 0 has an infinite gradient
+        correlation = total(k.T @ e) / (count * std_k.unsqueeze(1) * std_e)  # [E, E]
     diagonal = correlation.diagonal()
     invariance = (diagonal - 1).square().sum()
     redundancy = correlation.square().sum() - diagonal.square().sum()
@@ -63,17 +72,23 @@ def barlow_twins_loss(
 
 
 def info_nce_loss(
-    projected: torch.Tensor, target: torch.Tensor, *, cosine: bool = False, temperature: float = 1.0
+    projected: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    cosine: bool = False,
+    temperature: float = 1.0,
+    own: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """InfoNCE: each of N samples must find its own target among those of all.
+    """InfoNCE: each of N samples must find its own target among M.
 
-    Logits k e' / temperature; cross-entropy with the diagonal, mean over rows.
+    Logits k e' / temperature; cross-entropy with each sample's own, mean over rows.
 
     Args:
         projected: [N, E].
-        target: [N, E]; detach it outside if it must not learn.
+        target: [M, E]; detach it outside if it must not learn.
         cosine: takes unit vectors.
         temperature: divides the logits.
+        own: [N], which target is a sample's own; by default the one at its place.
 
     Returns:
         The loss and the detached share of samples whose own target scores highest.
@@ -87,8 +102,8 @@ def info_nce_loss(
         projected, target = projected.float(), target.float()
         if cosine:
             projected, target = (torch.nn.functional.normalize(view, dim=-1) for view in (projected, target))
-        logits = projected @ target.T / temperature  # [N, N]
-    labels = torch.arange(len(logits), device=logits.device)
+        logits = projected @ target.T / temperature  # [N, M]
+    labels = torch.arange(len(logits), device=logits.device) if own is None else own
     accuracy = (logits.detach().argmax(-1) == labels).float().mean()
     return torch.nn.functional.cross_entropy(logits, labels), accuracy
 

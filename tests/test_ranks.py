@@ -1,4 +1,4 @@
-"""Objectives over two processes: each computes the loss of the joined batch, and so is the averaged gradient."""
+"""Objectives over two processes: losses and gradients, averaged, are those of the joined batch, in few bytes."""
 
 import os
 import socket
@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import PercentileValueNorm
 
+from r2dreamer.examples.timing.traffic import traffic
 from r2dreamer.losses import (
     BarlowTwins,
     DreamerActorLoss,
@@ -23,10 +24,12 @@ from r2dreamer.losses import (
     R2DreamerWorldModelLoss,
     SIGReg,
     VICReg,
+    collapse_metrics,
     gather_ranks,
 )
 
-SAMPLES, FEATURES, EMBEDDING = 12, 3, 4
+SAMPLES, FEATURES = 12, 3
+EMBEDDING, WIDE = 4, 20  # fewer features than samples: sums are sent; more: rows
 OBJECTIVES = {
     "barlow": lambda: BarlowTwins(weight=0.5, redundancy_weight=0.1),
     "barlow, attached": lambda: BarlowTwins(weight=0.5, redundancy_weight=0.1, detach_target=False),
@@ -37,12 +40,14 @@ OBJECTIVES = {
     "sigreg": lambda: SIGReg(directions=6),
 }
 BOTH_LEARN = ("barlow, attached", "vicreg", "sigreg")
+MATRICES = ("barlow", "barlow, attached", "vicreg", "next embedding")
+CASES = [*((which, EMBEDDING) for which in OBJECTIVES), *((which, WIDE) for which in MATRICES)]
 
 
-def loss_and_gradients(rows, which, rank=0):
+def loss_and_gradients(rows, which, features=EMBEDDING, rank=0):
     """Of a projection and an encoder on these rows [N, 3], shaped as sequences of three; ranks draw random numbers apart."""
     torch.manual_seed(0)
-    projection, encoder = (nn.Linear(FEATURES, EMBEDDING) for _ in range(2))
+    projection, encoder = (nn.Linear(FEATURES, features) for _ in range(2))
     k, e = (network(rows).unflatten(0, (-1, 3)) for network in (projection, encoder))
     is_init = (rows[:, :1] > 0.5).unflatten(0, (-1, 3))
     written = {"projected_latents": k, "predicted_latents": k, "encoded_latents": e}
@@ -89,20 +94,25 @@ def one_rank(out):
     rank = torch.distributed.get_rank()
     mine = joined_batch().chunk(2)[rank]
     results = {}
-    for which in OBJECTIVES:
-        loss, gradients = loss_and_gradients(mine, which, rank)
-        for gradient in gradients:  # as data-parallel training does
-            torch.distributed.all_reduce(gradient)
-            gradient /= 2
-        results[which] = (loss, gradients)
-    loss, gradients = dreamerpro_loss_and_gradients(mine)
-    for value in (loss, *gradients):
-        torch.distributed.all_reduce(value)
-        value /= 2
-    results["dreamerpro"] = (loss, gradients)
+    with traffic() as sent:
+        for case in CASES:
+            sent.clear()
+            loss, gradients = loss_and_gradients(mine, *case, rank)
+            total = sum(sent.values())
+            results[case] = *averaged(loss, gradients), total
+    results["dreamerpro"] = averaged(*dreamerpro_loss_and_gradients(mine))
+    results["collapse"] = collapse_metrics(view=mine), collapse_metrics(view=torch.ones_like(mine))
     results["returns"] = returns_and_scale(rank)
     torch.save(results, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def averaged(loss, gradients):
+    """As data-parallel training does."""
+    for value in (loss, *gradients):
+        torch.distributed.all_reduce(value)
+        value /= 2
+    return loss, gradients
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +130,41 @@ def saved(tmp_path_factory):
     return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("which", OBJECTIVES)
-def test_two_processes_equal_one_on_the_joined_batch(which, saved):
-    alone, _ = loss_and_gradients(joined_batch().chunk(2)[0], which)
-    expected, gradients = loss_and_gradients(joined_batch(), which)
+@pytest.mark.parametrize(("which", "features"), CASES)
+def test_two_processes_equal_one_on_the_joined_batch(which, features, saved):
+    halves = [loss_and_gradients(half, which, features)[0] for half in joined_batch().chunk(2)]
+    expected, gradients = loss_and_gradients(joined_batch(), which, features)
     assert len(gradients) == (4 if which in BOTH_LEARN else 2)
-    assert not torch.allclose(alone, expected, rtol=1e-2)  # half a batch has another correlation
-    check_equal(saved, which, expected, gradients)
+    if which != "cdp":  # a mean over samples
+        assert not torch.allclose(sum(halves) / 2, expected, rtol=1e-2)  # half a batch has another correlation
+    check_equal(saved, (which, features), expected, gradients)
+
+
+@pytest.mark.parametrize("which", MATRICES)
+def test_matrices_are_summed_or_rows_gathered_whichever_is_fewer_bytes_and_nothing_is_sent_backwards(which, saved):
+    matrix, rows = 4 * EMBEDDING**2, 4 * SAMPLES // 2 * WIDE
+    few = 4 * (6 * EMBEDDING + 1)  # two means of both views, their variances, and how many rows count
+    assert {results[which, EMBEDDING][2] for results in saved} == {matrix + few}
+    keep = 4 * SAMPLES // 2
+    expected = {"next embedding": 2 * rows * 2 // 3 + keep * 2 // 3}.get(
+        which, 2 * rows
+    )  # two of three steps have a next
+    assert {results[which, WIDE][2] for results in saved} == {expected}
+
+
+def test_other_objectives_send_no_view_twice(saved):
+    rows = 4 * SAMPLES // 2 * EMBEDDING
+    assert saved[0]["infonce", EMBEDDING][2] == rows  # targets
+    assert saved[0]["cdp", EMBEDDING][2] == 0
+    assert saved[0]["sigreg", EMBEDDING][2] == 4 * 6 * (EMBEDDING + 2 * 9)  # directions, cosines and sines
+
+
+def test_collapse_metrics_are_of_all_rows(saved):
+    for results in saved:
+        found, collapsed = results["collapse"]
+        for name, value in collapse_metrics(view=joined_batch()).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=0)
+        assert not any(collapsed.values())
 
 
 def test_dreamerpro_assigns_the_joined_batch_to_its_prototypes(saved):
@@ -149,7 +187,7 @@ def test_returns_are_divided_by_the_range_of_those_of_all_ranks(saved):
 
 def check_equal(saved, which, expected, gradients):
     for results in saved:
-        loss, found = results[which]
+        loss, found, *_ = results[which]
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         for one, other in zip(found, gradients, strict=True):
             assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6  # the bias' gradient is 0

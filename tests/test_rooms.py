@@ -12,7 +12,7 @@ WINGS = ("dreamer", "losses", "envs", "examples")
 ORDER = {
     "envs": [("base",), ("control",), ("transforms", "replay", "vector"), ("suites",), ("*",)],
     "dreamer": [("sizes",), ("networks",), ("rssm",), ("fast",), ("*",), ("classic",)],
-    "losses": [("functional", "ranks", "wiring"), ("objectives",), ("*",)],
+    "losses": [("ranks", "wiring"), ("functional",), ("objectives",), ("*",)],
     "examples": [("settings",), ("cli",), ("training",), ("figures",), ("attacks", "readout", "timing"), ("*",)],
 }
 

@@ -35,8 +35,8 @@ RUN = [*CARTPOLE, "batch_size=4", "env.eval_episodes=3", "checkpoint.exact=true"
 class Together:
     """Two forked ranks; the store that `torchrun` keeps for them is kept here."""
 
-    def __init__(self, server, folder, *overrides, other=(), call=None):
-        """other: overrides of the second rank alone."""
+    def __init__(self, server, folder, *overrides, other=(), call=None, started=2):
+        """other: overrides of the second rank alone. started: how many of the two there are."""
         self.store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
@@ -44,7 +44,7 @@ class Together:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
         self.ranks = []
         command = [*overrides, *([] if call else [f"logdir={folder / 'log'}"])]
-        for rank, more in enumerate(((), other)):
+        for rank, more in enumerate(((), other)[:started]):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             run = server.start(folder / f"rank{rank}", *command, *more, call=call, environment=environment)
             self.ranks.append(run)
@@ -238,6 +238,32 @@ def test_ranks_that_cannot_work_together_are_refused_in_one_paragraph(server, tm
     texts = [" ".join(run.stderr.split()) for run in together.ranks]
     assert said in texts[0] and texts[0].count("HYDRA_FULL_ERROR") == 1 and texts[1] == ""
     assert not (tmp_path / "log" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("key", ["device", "torch", "code", "program"])
+def test_ranks_of_another_device_program_or_commit_are_refused(monkeypatch, key):
+    ranks = Ranks()
+    ranks.count = 2
+    monkeypatch.setattr(ranks, "gather", lambda mine: [mine, ("node7", mine[1] | {key: "another"})])
+    with pytest.raises(ValueError, match=rf"{key} is .* on rank 0 and another on rank 1 \(node7\)"):
+        ranks.check_same(config(*CARTPOLE))
+
+
+def test_a_rank_that_cannot_open_its_directory_says_so_and_all_leave(server, tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "ranks").write_text("a file in the place of a directory")
+    together, statuses = two(server, tmp_path, *RUN)
+    assert statuses == [1, 1]
+    first, second = (" ".join(run.stderr.split()) for run in together.ranks)
+    assert first == "" and second.startswith("Rank 1:") and "cannot be written" in second and "logdir=PATH" in second
+    assert second.count("HYDRA_FULL_ERROR") == 1
+
+
+def test_a_rank_that_never_starts_is_named_and_the_other_leaves(server, tmp_path):
+    together = Together(server, tmp_path, *RUN, "timeout=2", started=1)
+    assert together.wait(60) == [1]
+    (first,) = together.ranks
+    assert "Rank 1 of 2 has ended or hangs" in " ".join(first.stderr.split()) and "Traceback" not in first.stderr
 
 
 @pytest.mark.slow

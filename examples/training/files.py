@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+OWN_NAME = re.compile(r"step_\d{9,}(_\d+)?")
 REMEDY = "Free some space there, or choose another disk with logdir=PATH."
 
 
@@ -74,3 +76,8 @@ def refuse_links(directory: str | os.PathLike) -> Path:
 def output_path(out: str | None, directory: Path, name: str) -> Path:
     """Where a tool writes: where the user said, or into the directory of the run."""
     return Path(out) if out else refuse_links(directory) / name
+
+
+def own_directories(root: Path) -> list[Path]:
+    """The checkpoints that a run named itself. What a user puts beside them, such as step_best, is the user's."""
+    return sorted(path for path in root.glob("step_*") if OWN_NAME.fullmatch(path.name) and path.is_dir())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -14,48 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..settings.schema import check
 from .files import refuse_links
-from .manifest import own_directories
+from .run import Run
 from .saved_config import plain_config
 from .setup import TRAINING, first_difference
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: its overrides, and what they make of name, directory, length and task."""
-
-    overrides: tuple[str, ...]
-    name: str
-    logdir: Path
-    total_frames: int
-    task: str = ""
-    bar: float | None = None  # the score that a plan asks for
-
-    @property
-    def suite(self) -> str:
-        return self.task.partition("-")[0]
-
-    @property
-    def variant(self) -> str:
-        """The name without its task: what has the same variant and task are the seeds of one thing."""
-        return self.name.removeprefix(f"{self.task}-")
-
-    @property
-    def finished(self) -> bool:
-        """Whether a checkpoint of its last frame is there; earlier ones are resumed."""
-        steps = [int(path.name.split("_")[1]) for path in own_directories(self.logdir / "checkpoints")]
-        return max(steps, default=-1) >= self.total_frames
-
-    @property
-    def running(self) -> bool:
-        """Whether a process trains it: that one holds the directory's lock."""
-        try:
-            with open(self.logdir / ".lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
 
 
 def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:

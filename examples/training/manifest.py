@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,11 +10,11 @@ from typing import Any
 
 from torchrl.checkpoint import CheckpointError
 
+from .files import own_directories
 from .journal import Segment, check_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-OWN_NAME = re.compile(r"step_\d{9,}(_\d+)?")
 FILE = {"size": int, "crc32": int}
 SEGMENT = {entry.name: entry.type for entry in fields(Segment)}
 CONTENT = {"format": int, "step": int, "serial": int, "files": dict}
@@ -41,11 +40,6 @@ def program() -> str:
 def name_of(step: int, serial: int | None = None) -> str:
     """The name of a checkpoint's directory; with the serial number where two have the same step."""
     return f"step_{step:09d}" if serial is None else f"step_{step:09d}_{serial}"
-
-
-def own_directories(root: Path) -> list[Path]:
-    """The checkpoints that a run named itself. What a user puts beside them, such as step_best, is the user's."""
-    return sorted(path for path in root.glob("step_*") if OWN_NAME.fullmatch(path.name) and path.is_dir())
 
 
 @dataclass

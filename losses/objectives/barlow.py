@@ -10,7 +10,8 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from ..functional import barlow_twins_loss
-from .base import TWO_VIEWS, Objective, Terms, all_rows, two_views
+from ..ranks import pool
+from .base import TWO_VIEWS, Objective, Terms, two_views
 
 
 class BarlowTwins(Objective):
@@ -46,6 +47,7 @@ class BarlowTwins(Objective):
         projected, target = two_views(tensordict, keys)
         if self.detach_target:
             target = target.detach()
-        invariance, redundancy = barlow_twins_loss(all_rows(projected), all_rows(target), self.redundancy_weight)
+        views, total = pool(projected.flatten(0, -2), target.flatten(0, -2))
+        invariance, redundancy = barlow_twins_loss(*views, self.redundancy_weight, total=total)
         terms = {"barlow": self.weight * (invariance + redundancy)}
         return terms, {"barlow_invariance": invariance.detach(), "barlow_redundancy": redundancy.detach()}

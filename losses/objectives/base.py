@@ -12,7 +12,6 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from ..ranks import gather_ranks
 from ..wiring import NEXT, entry
 
 Terms = dict[str, torch.Tensor]
@@ -59,8 +58,3 @@ def two_views(
             f"{target.shape[-1]}; build the head with the embedding's size."
         )
     return view, target
-
-
-def all_rows(view: torch.Tensor) -> torch.Tensor:
-    """A view [B, T, E] as rows of samples [N, E], those of every rank."""
-    return gather_ranks(view.flatten(0, -2))

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 
-from .base import Objective, Terms, all_rows, two_views
+from .base import Objective, Terms, two_views
 
 
 class DreamerCDP(Objective):
@@ -33,6 +33,5 @@ class DreamerCDP(Objective):
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
         predicted, embedding = two_views(tensordict, keys, "predicted_latents")
-        rows = all_rows(predicted).float(), all_rows(embedding.detach()).float()
-        cosine = F.cosine_similarity(*rows, dim=-1).mean()
+        cosine = F.cosine_similarity(predicted.float(), embedding.detach().float(), dim=-1).mean()
         return {"cdp": self.weight * (1 - cosine)}, {"cdp_cosine": cosine.detach()}

@@ -20,7 +20,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from ..functional import sinkhorn
-from ..ranks import gather_ranks, own_rows
+from ..ranks import gather_ranks, own_rows, ranks, sum_ranks
 from ..wiring import unregistered
 from .base import Objective, Terms
 
@@ -116,11 +116,10 @@ class DreamerPro(Objective):
         embedded, latent = self.embedding_projection(copies.get(embedding_key)), self.latent_projection(latents)
 
         with torch.autocast(slow.device.type, enabled=False):
-            scores = self._scores(slow, self.prototypes.detach())
-            targets = [self._assign(each) for each in scores.chunk(2)]  # each copy by itself, [B*T', K]
+            targets = [self._assign(each) for each in slow.chunk(2)]  # each copy by itself, [B*T', K]
             prototypes = self._trained_prototypes()
             by_embedding, by_latents = (
-                F.log_softmax(self._scores(projected, prototypes) / self.temperature, -1).chunk(2)
+                F.log_softmax(cosines(self._rows(projected), prototypes) / self.temperature, -1).chunk(2)
                 for projected in (embedded, latent)
             )
             cross_entropy = lambda target, logits: -(target * logits).sum(-1).mean()
@@ -130,18 +129,17 @@ class DreamerPro(Objective):
                 "temporal": cross_entropy(torch.cat(targets), torch.cat(by_latents)),
                 "norm": sum((each.float().norm(dim=-1) - 1).square().mean() for each in (embedded, latent)),
             }
-            used = 1 / gather_ranks(torch.cat(targets).mean(0, keepdim=True)).mean(0).square().sum()
+            used = 1 / (sum_ranks(torch.cat(targets).mean(0)) / ranks()).square().sum()
         return {name: self.weight * term for name, term in terms.items()}, {"prototypes_used": used}
 
-    def _scores(self, projected: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-        """Cosines [2B*T', K] with every prototype, without the dropped steps."""
-        rows = projected[:, self.dropped_steps :].float().flatten(0, 1)
-        return F.normalize(rows, dim=-1) @ F.normalize(prototypes, dim=-1).T
+    def _rows(self, projected: torch.Tensor) -> torch.Tensor:
+        """Samples [N, D] without the dropped steps."""
+        return projected[:, self.dropped_steps :].float().flatten(0, 1)
 
-    def _assign(self, scores: torch.Tensor) -> torch.Tensor:
+    def _assign(self, projected: torch.Tensor) -> torch.Tensor:
         """Which prototypes the samples belong to, [N, K]; those of all ranks share every prototype equally."""
-        plan = sinkhorn(gather_ranks(scores).T, eps=self.sinkhorn_eps, iterations=self.sinkhorn_iterations)
-        return own_rows(plan.T)
+        scores = cosines(gather_ranks(self._rows(projected)), self.prototypes.detach())
+        return own_rows(sinkhorn(scores.T, eps=self.sinkhorn_eps, iterations=self.sinkhorn_iterations).T)
 
     def _trained_prototypes(self) -> torch.Tensor:
         """The prototypes, with a gradient of 0 while they are frozen; the counter stays on its device."""
@@ -160,3 +158,8 @@ class DreamerPro(Objective):
             slow.lerp_(fast, rate)
         self.prototypes.copy_(F.normalize(self.prototypes, dim=-1))
         self.updates += 1
+
+
+def cosines(rows: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+    """Of every row with every prototype, [N, K]."""
+    return F.normalize(rows, dim=-1) @ F.normalize(prototypes, dim=-1).T

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 
 from ..functional import info_nce_loss
-from .base import TWO_VIEWS, Objective, Terms, all_rows, two_views
+from ..ranks import gather_ranks, own_rows
+from .base import TWO_VIEWS, Objective, Terms, two_views
 
 
 class InfoNCE(Objective):
@@ -47,6 +49,8 @@ class InfoNCE(Objective):
         self.cosine, self.temperature = cosine, temperature
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
-        projected, target = (all_rows(view) for view in two_views(tensordict, keys))
-        loss, accuracy = info_nce_loss(projected, target.detach(), cosine=self.cosine, temperature=self.temperature)
+        projected, target = (view.flatten(0, -2) for view in two_views(tensordict, keys))
+        targets = gather_ranks(target.detach())
+        own = own_rows(torch.arange(len(targets), device=targets.device))
+        loss, accuracy = info_nce_loss(projected, targets, cosine=self.cosine, temperature=self.temperature, own=own)
         return {"infonce": self.weight * loss}, {"infonce_accuracy": accuracy}

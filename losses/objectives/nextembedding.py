@@ -10,8 +10,9 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from ..functional import barlow_twins_loss
+from ..ranks import pool
 from ..wiring import entry
-from .base import Objective, Terms, all_rows, two_views
+from .base import Objective, Terms, two_views
 
 
 class NextEmbedding(Objective):
@@ -37,11 +38,8 @@ class NextEmbedding(Objective):
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
         predicted, embedding = two_views(tensordict, keys, "predicted_latents")
         same_episode = 1 - entry(tensordict, keys, "is_init")[:, 1:].float()  # [B, T-1, 1]
-        invariance, redundancy = barlow_twins_loss(
-            all_rows(predicted[:, :-1]),
-            all_rows(embedding[:, 1:].detach()),
-            self.redundancy_weight,
-            keep=all_rows(same_episode),
-        )
+        rows = (each.flatten(0, 1) for each in (predicted[:, :-1], embedding[:, 1:].detach(), same_episode))
+        (predicted, embedding, keep), total = pool(*rows)
+        invariance, redundancy = barlow_twins_loss(predicted, embedding, self.redundancy_weight, keep, total)
         diagnostics = {"next_invariance": invariance.detach(), "next_redundancy": redundancy.detach()}
         return {"next_embedding": self.weight * (invariance + redundancy)}, diagnostics

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 
-from ..ranks import from_first_rank
-from .base import TWO_VIEWS, Objective, Terms, all_rows, two_views
+from ..ranks import from_first_rank, ranks, sum_ranks
+from .base import TWO_VIEWS, Objective, Terms, two_views
 
 
 class SIGReg(Objective):
@@ -41,7 +41,7 @@ class SIGReg(Objective):
         self.gaussian, self.directions = gaussian, directions
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
-        projected, embedding = (all_rows(view).float() for view in two_views(tensordict, keys))  # [N, E]
+        projected, embedding = (view.flatten(0, -2).float() for view in two_views(tensordict, keys))  # [N, E]
         with torch.autocast(embedding.device.type, enabled=False):
             agreement = (projected - embedding).square().mean()
             drawn = torch.randn(self.directions, embedding.shape[-1], device=embedding.device)
@@ -52,12 +52,13 @@ class SIGReg(Objective):
 
 
 def epps_pulley(samples: torch.Tensor, points: int = 9, end: float = 5.0) -> torch.Tensor:
-    """How far samples [N, M] are from a standard normal, in each of M columns: [M].
+    """How far samples [N, M], those of all ranks, are from a standard normal, in each of M columns: [M].
 
     The integrand is even: the integral from 0 to ``end`` is taken twice.
     """
     t = torch.linspace(0.0, end, points, device=samples.device)
     normal = (-t.square() / 2).exp()
-    angles = samples.unsqueeze(-1) * t  # [N, M, points]
-    distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()
-    return 2 * len(samples) * torch.trapezoid(distance * normal, t, dim=-1)
+    angles, count = samples.unsqueeze(-1) * t, ranks() * len(samples)  # [N, M, points]
+    cosine, sine = sum_ranks(torch.stack([angles.cos().sum(0), angles.sin().sum(0)])) / count
+    distance = (cosine - normal).square() + sine.square()
+    return 2 * count * torch.trapezoid(distance * normal, t, dim=-1)

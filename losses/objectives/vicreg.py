@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from .base import TWO_VIEWS, Objective, Terms, all_rows, two_views
+from ..functional import centre
+from ..ranks import pool
+from .base import TWO_VIEWS, Objective, Terms, two_views
 
 
 class VICReg(Objective):
@@ -35,19 +37,23 @@ class VICReg(Objective):
         self.variance, self.covariance = variance, covariance
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
-        views = [all_rows(view).float() for view in two_views(tensordict, keys)]  # [N, E] each
+        views, total = pool(*(view.flatten(0, -2) for view in two_views(tensordict, keys)))  # [N, E] each
         with torch.autocast(views[0].device.type, enabled=False):
-            invariance = (views[0] - views[1]).square().mean()
-            variance, covariance = (sum(pair) for pair in zip(*map(self._spread, views), strict=True))
+            k, e = (view.float() for view in views)
+            invariance = (k - e).square().mean()
+            variance, covariance = self._spread(k, e, total)
         loss = invariance + self.variance * variance + self.covariance * covariance
         diagnostics = {"invariance": invariance, "variance": variance, "covariance": covariance}
         return {"vicreg": self.weight * loss}, {f"vicreg_{name}": each.detach() for name, each in diagnostics.items()}
 
     @staticmethod
-    def _spread(view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The hinge on the standard deviations, and the squared covariances beside the diagonal."""
-        centred = view - view.mean(0)
-        covariance = centred.T @ centred / (len(view) - 1)  # [E, E]
-        std = (covariance.diagonal() + 1e-4).sqrt()  # the root of 0 has an infinite gradient
-        off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
-        return (1 - std).relu().mean(), off_diagonal / view.shape[-1]
+    def _spread(k: torch.Tensor, e: torch.Tensor, total) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of both views together: the hinge on the standard deviations, and the squared covariances beside the diagonal."""
+        features = k.shape[-1]
+        count = total(torch.ones_like(k[:, 0]).sum())
+        k, e = (centre(view, count, total=total) for view in (k, e))
+        variance = total(torch.cat([k.square().sum(0), e.square().sum(0)])) / (count - 1)
+        std = (variance + 1e-4).sqrt()  # the root of 0 has an infinite gradient
+        # Covariances are symmetric: one matrix holds those of k above its diagonal and those of e below it.
+        covariance = total((k.T @ k).triu(1) + (e.T @ e).tril(-1)) / (count - 1)
+        return (1 - std).relu().sum() / features, 2 * covariance.square().sum() / features

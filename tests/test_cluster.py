@@ -1,0 +1,155 @@
+"""Runs of a grid as jobs: submitit's local executor runs a stand-in for the trainer as Slurm would."""
+
+import fcntl
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from r2dreamer.examples import compare
+from r2dreamer.examples.training import cluster
+from r2dreamer.examples.training.grid import plan
+from r2dreamer.examples.training.run import Run
+
+pytest.importorskip("submitit")
+
+# Saves and leaves on SIGTERM; the second time it finishes.
+TRAINER = """
+import os, signal, sys, time
+from pathlib import Path
+logdir = Path(next(each for each in sys.argv if each.startswith("logdir=")).partition("=")[2])
+started = logdir / "started"
+before = started.read_text() if started.exists() else ""
+def save(*_):
+    (logdir / "checkpoints" / "step_000000001").mkdir(parents=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+started.write_text(before + f"{os.getppid()} ")
+if "wait" in sys.argv and not before:
+    time.sleep(60)
+(logdir / "checkpoints" / "step_000000100").mkdir(parents=True)
+"""
+
+
+def local(tmp_path):
+    return ["hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}/jobs", "hydra.launcher.timeout_min=2"]
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    return script
+
+
+def a_run(tmp_path, name, *more):
+    return Run((f"logdir={tmp_path / name}", *more), name, tmp_path / name, 100)
+
+
+def signal_once_started(started, number):
+    """Sent to the job, which is the trainer's parent."""
+
+    def send():
+        while not started.exists() or not started.read_text():
+            time.sleep(0.05)
+        os.kill(int(started.read_text()), number)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+def test_a_preempted_run_saves_and_its_job_comes_back_to_finish_it(tmp_path, trainer):
+    runs = [a_run(tmp_path, "short"), a_run(tmp_path, "long", "wait")]
+    started = tmp_path / "long" / "started"
+
+    signal_once_started(started, signal.SIGUSR2)
+    ended = dict(cluster.submit(runs, trainer, cluster.make_executor(local(tmp_path))))
+    assert ended == dict.fromkeys(runs, True)
+    assert len(started.read_text().split()) == 2
+    assert (tmp_path / "long" / "checkpoints" / "step_000000001").is_dir()  # it saved before it came back
+    assert len((tmp_path / "short" / "started").read_text().split()) == 1
+
+
+def test_a_cancelled_job_lets_its_run_save(tmp_path, trainer):
+    run = a_run(tmp_path, "long", "wait")
+    signal_once_started(tmp_path / "long" / "started", signal.SIGTERM)
+    assert not cluster.Training(run, (sys.executable, str(trainer), *run.overrides))()
+    assert (run.logdir / "checkpoints" / "step_000000001").is_dir()
+
+
+def test_a_job_leaves_alone_what_has_finished_or_is_trained(tmp_path, trainer):
+    command = lambda run: (sys.executable, str(trainer), *run.overrides)
+    finished, running = a_run(tmp_path, "finished"), a_run(tmp_path, "running")
+    assert cluster.Training(finished, command(finished))()
+    before = (finished.logdir / "started").read_text()
+    assert cluster.Training(finished, command(finished))() and (finished.logdir / "started").read_text() == before
+    running.logdir.mkdir()
+    with open(running.logdir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not cluster.Training(running, command(running))()
+    assert not (running.logdir / "started").exists()
+
+
+def test_options_of_the_launcher_reach_submitit(tmp_path):
+    executor = cluster.make_executor([*local(tmp_path), "hydra.launcher.cpus_per_task=3"])
+    parameters = executor._executor.parameters
+    assert parameters["cpus_per_task"] == 3 and parameters["timeout_min"] == 2 and parameters["name"] == "r2dreamer"
+
+
+def test_the_options_of_the_guide_are_launcher_options_and_leave_a_grid(monkeypatch):
+    page = (Path(compare.__file__).parent / "guides" / "scale.md").read_text()
+    (block,) = re.findall(r"r2dreamer compare (env=.*?)```", page, re.DOTALL)
+    own, where = cluster.split(block.replace("\\\n", " ").split())
+    assert len(plan(own)) == 6 and len(where) == 6
+    made = {}
+    monkeypatch.setattr("submitit.AutoExecutor", lambda folder, **first: made.update(first) or Executor(made))
+    cluster.make_executor(where)
+    expected = {
+        "cluster": "slurm",
+        "slurm_max_num_timeout": 20,
+        "timeout_min": 600,
+        "gpus_per_node": 1,
+        "cpus_per_task": 18,
+    }
+    assert expected.items() <= made.items() and made["slurm_partition"] == "gpu" and made["slurm_signal_delay_s"] == 120
+
+
+class Executor:
+    def __init__(self, made):
+        self.update_parameters = made.update
+
+
+def test_where_jobs_run_is_no_setting_of_a_run():
+    own, where = cluster.split(["seed=0,1", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"])
+    assert own == ["seed=0,1"] and where == ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["hydra.launcher.partition=gpu"], "add hydra/launcher=submitit_slurm"),
+        (["hydra/launcher=basic"], "hydra/launcher=basic is not one of submitit_slurm, submitit_local"),
+        (["hydra/launcher=submitit_slurm"], "cannot submit jobs from here"),
+        (["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"], "A run is one process"),
+        (["hydra/launcher=submitit_local", "hydra.launcher.partitio=gpu"], "no such key"),
+        (["hydra/launcher=submitit_local", "--jobs", "2"], "--jobs 2 is of this machine"),
+    ],
+)
+def test_mistakes_are_said_in_one_paragraph(monkeypatch, tmp_path, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", "env=gym", "env.task=CartPole-v1", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("PATH", "")  # no Slurm
+    with pytest.raises(SystemExit) as left:
+        compare.main()
+    assert said in left.value.code
+
+
+def test_the_extra_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match=r"extra `cluster`: pip install 'torchrl-r2dreamer\[cluster\]'"):
+        cluster.make_executor(["hydra/launcher=submitit_slurm"])
