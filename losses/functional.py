@@ -16,6 +16,7 @@ def centre(rows: torch.Tensor, count: torch.Tensor | int, keep: torch.Tensor | N
     The mean has no gradient here. A loss of sums of products of centred columns needs none: its part adds up to 0.
 
     Args:
+        rows: [N, E].
         count: how many rows count, of all ranks.
         keep: [N, 1], rows where it is 0 count for nothing and become 0.
         total: see :func:`barlow_twins_loss`.
