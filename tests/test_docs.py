@@ -81,6 +81,7 @@ def test_the_commands_of_the_readme_are_one_line_each():
 
 def shown(page):
     """Every `r2dreamer COMMAND key=value ...` of a page, as a list of words."""
+    page = page.replace("\\\n", " ")  # a command on two lines
     found = re.findall(r"`(r2dreamer \w[^`]*)`|^(?:.*&& )?(r2dreamer \w.*)$", page, re.MULTILINE)
     return [shlex.split(inline or line, comments=True)[1:] for inline, line in found]
 
