@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import platform
 import socket
@@ -43,6 +44,7 @@ class RemoteCollector(VectorCollector):
         self.number = worker_idx
         torch.manual_seed(seed)  # every process begins with the same generator otherwise, and draws the same actions
         super().__init__(make(), policy, **options)
+        self.acting: Any = self._wrapped_policy
 
     def __repr__(self) -> str:
         return f"collector {self.number}"  # in front of what it prints
@@ -62,10 +64,10 @@ class RemoteCollector(VectorCollector):
 
     def weights(self) -> list[np.ndarray]:
         """Copies of what it acts with, in the order of `weights_of`."""
-        return [value.copy() for value in weights_of(self._wrapped_policy)]
+        return [value.copy() for value in weights_of(self.acting)]
 
     def load_weights(self, weights: list[np.ndarray]) -> None:
-        for here, there in zip(weights_of(self._wrapped_policy), weights, strict=True):
+        for here, there in zip(weights_of(self.acting), weights, strict=True):
             here[...] = there
 
 
@@ -140,11 +142,12 @@ class Remote(Overlapping):
 
         check_cpus(self.num_collectors, self.num_cpus)
         self.places, self.sent = [], -1
+        kind: Any = RemoteCollector  # as TorchRL's annotation has it, a function
         # Made empty, because its constructor waits for its collectors, without end where the cluster is busy.
         self.collector = RayCollector(
             [],
             self.policy,
-            collector_class=RemoteCollector,
+            collector_class=kind,
             collector_kwargs=[],
             remote_configs=[],
             frames_per_batch=self.frames,
@@ -177,7 +180,8 @@ class Remote(Overlapping):
 
         if weights is not None:
             self.collector.map_fn("load_weights", [(ray.put(weights),)] * self.num_collectors)
-        return torch.cat(self.collector.map_fn("next"), 0)
+        batch: Any = torch.cat(self.collector.map_fn("next"), 0)
+        return batch
 
     def _take(self, updates: int) -> TensorDict:
         if self.loss is not None:
@@ -228,9 +232,10 @@ class Remote(Overlapping):
 
     def _named(self, error: Exception) -> str:
         ids = [actor._actor_id.hex() for actor in self.collector.remote_collectors]
-        if getattr(error, "actor_id", None) not in ids or not self.places:
+        lost = getattr(error, "actor_id", None)
+        if lost not in ids or not self.places:
             return "one of them"
-        number = ids.index(error.actor_id)
+        number = ids.index(lost)
         return "number {} (process {} on {})".format(number, *self.places[number][:2])
 
     def _lose(self, text: str, error: Exception) -> NoReturn:
@@ -293,7 +298,7 @@ def connect(address: str, object_store_memory: int) -> bool:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself asks for a minute, then aborts
         with sighup_ignored():
-            ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(f"No Ray cluster at collector.address={address}: {reason} {hint}") from error
