@@ -322,7 +322,7 @@ def test_a_data_set_of_minari_becomes_records(tmp_path):
 
 def test_an_action_range_of_minari_that_is_not_ours_is_refused(tmp_path):
     minari_data(tmp_path / "data", "Pendulum-v1", episodes=1, max_episode_steps=5)
-    with pytest.raises(ValueError, match=r"actions between -2 and 2.* RescaleAction"):
+    with pytest.raises(ValueError, match=r"actions between -2 and 2.*RescaleAction"):
         list(recorded_episodes(tmp_path, ["observation"]))
     meta = tmp_path / "data" / "metadata.json"
     told = json.loads(meta.read_text())
