@@ -55,30 +55,25 @@ def collapse_metrics(**views: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, view in views.items():
         rows = view.detach().float().flatten(0, -2)
         with torch.autocast(rows.device.type, enabled=False):
-            metrics[f"{name}_rank"] = _rank(rows)
-            metrics[f"{name}_std"] = _deviation(rows).mean()
+            rank, variance = _spread(rows)
+            metrics[f"{name}_rank"], metrics[f"{name}_std"] = rank, variance.sqrt().mean()
     return metrics
 
 
-def _rank(rows: torch.Tensor) -> torch.Tensor:
-    """The effective rank over at most ``SAMPLES`` of the rows of all ranks.
+def _spread(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over the rows of all ranks: the effective rank of at most ``SAMPLES`` of them, and the variances [E].
 
     Rows of different ranks meet in inner products only. Those are estimated from the few rows that ranks send each other.
     """
-    rows = rows[:: -(-ranks() * len(rows) // SAMPLES)]
-    if ranks() == 1:
-        return effective_rank(rows)
-    rows = centre(rows, ranks() * len(rows), total=sum_ranks)
-    sent = rows[:: -(-ranks() * len(rows) // SENT)]
-    squares = lambda others: (rows @ others.T).square().sum()
-    between = (squares(gather_ranks(sent)) - squares(sent)) * len(rows) / len(sent)
-    variance, squared = sum_ranks(torch.stack([rows.square().sum(), squares(rows) + between]))
-    return variance.square() / squared.clamp_min(1e-30)
-
-
-def _deviation(rows: torch.Tensor) -> torch.Tensor:
-    """Standard deviation [E] over the rows of all ranks."""
-    if ranks() == 1:
-        return rows.std(0)
     count = ranks() * len(rows)
-    return (sum_ranks(centre(rows, count, total=sum_ranks).square().sum(0)) / (count - 1)).sqrt()
+    every = -(-count // SAMPLES)
+    if ranks() == 1:
+        return effective_rank(rows[::every]), rows.var(0)
+    rows = centre(rows, count, total=sum_ranks)
+    sample = rows[::every]
+    sent = sample[:: -(-ranks() * len(sample) // SENT)]
+    squares = lambda others: (sample @ others.T).square().sum()
+    between = (squares(gather_ranks(sent)) - squares(sent)) * len(sample) / len(sent)
+    traces = torch.stack([sample.square().sum(), squares(sample) + between])
+    sums = sum_ranks(torch.cat([traces, rows.square().sum(0)]))
+    return sums[0].square() / sums[1].clamp_min(1e-30), sums[2:] / (count - 1)

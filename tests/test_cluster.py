@@ -124,8 +124,8 @@ class Executor:
 
 
 def test_where_jobs_run_is_no_setting_of_a_run():
-    own, where = cluster.split(["seed=0,1", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"])
-    assert own == ["seed=0,1"] and where == ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
+    options = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.sweep.dir=elsewhere"]
+    assert cluster.split(["seed=0,1", *options]) == (["seed=0,1"], options)
 
 
 @pytest.mark.parametrize(

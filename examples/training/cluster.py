@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from ..cli.children import PARENT
 from .run import Run
 
-CHOICE, OPTION = "hydra/launcher", "hydra.launcher."
+CHOICE = "hydra/launcher"
+OPTIONS = ("hydra.launcher.", "hydra.sweep.")
 LAUNCHERS = ("submitit_slurm", "submitit_local")
 POLL = 2.0  # seconds between two looks at the jobs
 EXTRA = "pip install 'torchrl-r2dreamer[cluster]'"
@@ -30,7 +31,7 @@ EXTRA = "pip install 'torchrl-r2dreamer[cluster]'"
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """What is of the trainings, and what says where they run: ``hydra/launcher=...`` and its options."""
-    where = [each for each in arguments if each.lstrip("+").startswith((f"{CHOICE}=", OPTION))]
+    where = [each for each in arguments if each.lstrip("+").startswith((f"{CHOICE}=", *OPTIONS))]
     if where and not any(each.startswith(f"{CHOICE}=") for each in where):
         raise ValueError(f"{where[0]} is an option of a launcher: add {CHOICE}={LAUNCHERS[0]}, or leave it out.")
     return [each for each in arguments if each not in where], where
