@@ -2,7 +2,7 @@
 
 python examples/latents.py tasks=[reacher] members=[r2dreamer,dreamer] shrinks=[1,paper] seeds=[0]
 python examples/latents.py tasks=[reacher] shrinks=[1,1/2,1/3,1/4,1/6] seeds=[0,1]
-python examples/latents.py env=dmc_distracting tasks=[reacher_easy] members=[r2dreamer,dreamer,dreamerpro]
+python examples/latents.py suite=dmc_distracting tasks=[reacher_easy] members=[r2dreamer,dreamer,dreamerpro]
 python examples/latents.py checkpoint=runs/dmc_subtle-reacher/seed0
 
 A probe is a ridge regression to what the simulator knows (a target's place), scored by R2 on held-out episodes; a constant
@@ -70,12 +70,12 @@ class Cell:
 
 def cells(cfg: DictConfig) -> list[Cell]:
     """In the order in which they are made: a seed after the other, a recording's baselines before its members."""
-    known = suites()[cfg.env].tasks()
+    known = suites()[cfg.suite].tasks()
     if unknown := [task for task in cfg.tasks if task not in known]:
-        raise unknown_task(unknown[0], known, f"env={cfg.env}")
+        raise unknown_task(unknown[0], known, f"suite={cfg.suite}")
     size = lambda task, shrink: OFFICIAL[task].shrink if shrink == "paper" else float(Fraction(str(shrink)))
     levels = lambda task: (
-        cfg.difficulties if cfg.env == "dmc_distracting" else [size(task, each) for each in cfg.shrinks]
+        cfg.difficulties if cfg.suite == "dmc_distracting" else [size(task, each) for each in cfg.shrinks]
     )
     return [
         Cell(task, level, member, seed)
@@ -175,7 +175,7 @@ def claim(out: Path, settings: dict) -> None:
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     given = OmegaConf.to_container(cfg)
-    settings = {name: given[name] for name in ("env", "record", "updates", "overrides", "precision")}
+    settings = {name: given[name] for name in ("suite", "record", "updates", "overrides", "precision")}
     if cfg.checkpoint:
         trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run

@@ -215,7 +215,7 @@ def test_sizes_and_members_make_the_grid():
 
 
 def test_distractions_make_the_grid_and_none_of_them_is_the_stock_task():
-    cfg = config("env=dmc_distracting", "tasks=[reacher_easy]", "members=[dreamer]", "seeds=[3]", name="latents")
+    cfg = config("suite=dmc_distracting", "tasks=[reacher_easy]", "members=[dreamer]", "seeds=[3]", name="latents")
     made = latents.cells(cfg)
     assert [cell.level for cell in made[2::3]] == ["none", "easy", "hard"]
     runs = [latents.composed(cell, []) for cell in made[2::3]]
@@ -224,11 +224,11 @@ def test_distractions_make_the_grid_and_none_of_them_is_the_stock_task():
     assert all(run.env.task == "reacher_easy" and run.seed == 3 for run in runs)
     assert (runs[1].env.make.split, runs[1].env.make_evaluation.split) == ("train", "val")
     with pytest.raises(ValueError, match="no task 'reacher'.*reacher_easy"):
-        latents.cells(config("env=dmc_distracting", "tasks=[reacher]", name="latents"))
+        latents.cells(config("suite=dmc_distracting", "tasks=[reacher]", name="latents"))
 
 
 def test_members_are_asked_what_they_know_behind_moving_backgrounds(tmp_path):
-    grid = ["env=dmc_distracting", "tasks=[reacher_easy]", "difficulties=[easy]", "seeds=[0]"]
+    grid = ["suite=dmc_distracting", "tasks=[reacher_easy]", "difficulties=[easy]", "seeds=[0]"]
     small = "overrides=[model.belief=16,model.hidden=8,model.classes=4,model.depth=2,model.categoricals=4]"
     members = ["members=[r2dreamer,dreamer,dreamerpro]", "record.episodes=4", "record.heldout=2", "updates=1"]
     latents.main.__wrapped__(config(*SMALL, *grid, *members, small, f"out={tmp_path}", name="latents"))
