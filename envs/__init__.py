@@ -18,12 +18,11 @@ register_environments()
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    exports = importlib.import_module(".exports", __name__)
-    if name not in exports.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(exports, name)
+    if name == "__all__" or not name.startswith("__"):  # others are asked for by tools, which need no TorchRL
+        exports = importlib.import_module(".exports", __name__)
+        if name in ("__all__", *exports.__all__):
+            return getattr(exports, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

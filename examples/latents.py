@@ -2,11 +2,13 @@
 
 python examples/latents.py tasks=[reacher] members=[r2dreamer,dreamer] shrinks=[1,paper] seeds=[0]
 python examples/latents.py tasks=[reacher] shrinks=[1,1/2,1/3,1/4,1/6] seeds=[0,1]
+python examples/latents.py suite=dmc_distracting tasks=[reacher_easy] members=[r2dreamer,dreamer,dreamerpro]
 python examples/latents.py checkpoint=runs/dmc_subtle-reacher/seed0
 
 A readout is a ridge regression to what the simulator knows (a target's place), scored by R2 on held-out episodes; a constant
-scores 0. A script plays, so that no policy matters, and with frozen physics a size changes only what is seen. Beside the
-members stand an untrained model, raw pixels, and the other facts, which show what one fact gives away about another.
+scores 0. A script plays, so that no policy matters. Sizes (with frozen physics) and distractions change only what is seen, and
+held-out episodes have backgrounds of their own. Beside the members stand an untrained model, raw pixels, and the other
+facts, which show what one fact gives away about another.
 The same command goes on where it was stopped: recordings, trained models and scores that exist are not made again.
 """
 
@@ -30,10 +32,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.dreamer import Agent
+from r2dreamer.envs.base.errors import unknown_task
 from r2dreamer.envs.control.subtle import OFFICIAL
+from r2dreamer.envs.suites.registry import suites
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.readout.recording import record, recorded
-from r2dreamer.examples.readout.report import write_results
+from r2dreamer.examples.readout.report import rank, said, write_results
 from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model
 from r2dreamer.examples.settings.compose import compose
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
@@ -43,6 +47,7 @@ from r2dreamer.examples.training.origin import commit
 from r2dreamer.examples.training.setup import build
 
 BASELINES, UNTRAINED = "baselines", "untrained"  # stand in a member's place
+HELDOUT = 10_000  # from a seed of training episodes to that of held-out ones
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,13 @@ class Cell:
     """One world model, or the baselines, on one recording."""
 
     task: str
-    shrink: float
+    level: float | str  # a size, or how difficult distractions are
     member: str
     seed: int
 
     @property
     def recording(self) -> str:
-        return f"{self.task}-{self.shrink:.4g}-seed{self.seed}"
+        return f"{self.task}-{said(self.level)}-seed{self.seed}"
 
     @property
     def name(self) -> str:
@@ -65,13 +70,17 @@ class Cell:
 
 def cells(cfg: DictConfig) -> list[Cell]:
     """In the order in which they are made: a seed after the other, a recording's baselines before its members."""
-    if unknown := [task for task in cfg.tasks if task not in OFFICIAL]:
-        raise ValueError(f"tasks: {unknown[0]} is not a task of DMC-Subtle. There are {', '.join(OFFICIAL)}.")
+    known = suites()[cfg.suite].tasks()
+    if unknown := [task for task in cfg.tasks if task not in known]:
+        raise unknown_task(unknown[0], known, f"suite={cfg.suite}")
     size = lambda task, shrink: OFFICIAL[task].shrink if shrink == "paper" else float(Fraction(str(shrink)))
+    levels = lambda task: (
+        cfg.difficulties if cfg.suite == "dmc_distracting" else [size(task, each) for each in cfg.shrinks]
+    )
     return [
-        Cell(task, shrink, member, seed)
+        Cell(task, level, member, seed)
         for seed, task in itertools.product(cfg.seeds, cfg.tasks)
-        for shrink in dict.fromkeys(size(task, each) for each in cfg.shrinks)
+        for level in dict.fromkeys(levels(task))
         for member in (BASELINES, UNTRAINED, *cfg.members)
     ]
 
@@ -79,9 +88,12 @@ def cells(cfg: DictConfig) -> list[Cell]:
 def composed(cell: Cell, overrides: list[str]) -> DictConfig:
     """The trainer's configuration of a cell."""
     algorithm = "none" if cell.member in (BASELINES, UNTRAINED) else cell.member
-    where = [f"env.task={cell.task}", f"env.shrink={cell.shrink}", "env.physics=frozen", f"seed={cell.seed}"]
-    chosen = ["experiment=latents", "env=dmc_subtle", f"algorithm={algorithm}", *where, *overrides]
-    return compose(*chosen)
+    if isinstance(cell.level, float):
+        env = ["env=dmc_subtle", f"env.shrink={cell.level}", "env.physics=frozen"]
+    else:
+        env = ["env=dmc_vision"] if cell.level == "none" else ["env=dmc_distracting", f"env.difficulty={cell.level}"]
+    chosen = ["experiment=latents", *env, f"env.task={cell.task}", f"algorithm={algorithm}", f"seed={cell.seed}"]
+    return compose(*chosen, *overrides)
 
 
 def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent | None = None) -> dict:
@@ -90,14 +102,18 @@ def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent 
     if path.exists():
         return json.loads(path.read_text())
     start, losses, episodes = time.time(), {}, cfg.record.episodes
-    make_environment = hydra.utils.instantiate(run.env.make_evaluation)
-    agent, keys = build(make_environment, run, resolve_device(cfg.device))
+    make, make_evaluation = (hydra.utils.instantiate(run.env[name]) for name in ("make", "make_evaluation"))
+    agent, keys = build(make_evaluation, run, resolve_device(cfg.device))
 
     def play():
-        options = {key: value for key, value in cfg.record.items() if key != "heldout"}
-        options["episodes"] += cfg.record.heldout
-        with closing(make_environment(seed=cell.seed)) as env:
-            return record(env, keys, cell.seed, progress=cfg.progress, **options)
+        options = {key: value for key, value in cfg.record.items() if key not in ("episodes", "heldout")}
+        trained_on = make, cell.seed, episodes
+        scored_on = make_evaluation, HELDOUT + cell.seed, cfg.record.heldout
+        parts = []
+        for made, seed, count in (trained_on, scored_on):
+            with closing(made(seed=seed)) as env:
+                parts.append(record(env, keys, seed, episodes=count, progress=cfg.progress, **options))
+        return torch.cat(parts)
 
     records = recorded(out / "records" / cell.recording, play)
     if cell.member == BASELINES:
@@ -130,7 +146,9 @@ def results_in(out: Path, members: Sequence[str]) -> list[dict]:
     """All results of a directory, also those of other commands: by task, size and member."""
     results = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("[!.]*.json"))]
     place = {member: number for number, member in enumerate(members)}
-    order = lambda result: (result["task"], -result["shrink"], place.get(result["member"], len(place)), result["seed"])
+    order = lambda result: (
+        result["task"], rank(result["level"]), place.get(result["member"], len(place)), result["seed"]
+    )  # fmt: skip
     return sorted(results, key=order)
 
 
@@ -155,17 +173,16 @@ def claim(out: Path, settings: dict) -> None:
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     given = OmegaConf.to_container(cfg)
-    settings = {name: given[name] for name in ("record", "updates", "overrides", "precision")}
+    settings = {name: given[name] for name in ("suite", "record", "updates", "overrides", "precision")}
     if cfg.checkpoint:
         trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run
         out = output_path(cfg.out, trained.directory, "latents")
         claim(out, settings | {"checkpoint": str(trained.path)})
         shrink = run.env.get("shrink") or (OFFICIAL[run.env.task].shrink if run.env.suite == "dmc_subtle" else 1)
+        level = run.env.get("difficulty") or float(Fraction(str(shrink)))
         whose = [(BASELINES, None), (UNTRAINED, None), (run.name, trained.agent)]
-        parts = [
-            (Cell(run.env.task, float(Fraction(str(shrink))), name, run.seed), run, agent) for name, agent in whose
-        ]
+        parts = [(Cell(run.env.task, level, name, run.seed), run, agent) for name, agent in whose]
     else:
         out = Path(cfg.out or "runs/latents")
         claim(out, settings)
@@ -173,8 +190,8 @@ def main(cfg: DictConfig) -> None:
     for number, (cell, run, trained) in enumerate(parts):
         result = ask(cell, run, cfg, out, trained)
         read, scores = next(iter(result["scores"].items()))
-        said = ", ".join(f"{fact} {score['r2']:.2f}" for fact, score in scores.items())
-        print(f"[{number + 1}/{len(parts)}] {cell.name}, {read}: {said} ({result['minutes']} minutes)", flush=True)
+        found = ", ".join(f"{fact} {score['r2']:.2f}" for fact, score in scores.items())
+        print(f"[{number + 1}/{len(parts)}] {cell.name}, {read}: {found} ({result['minutes']} minutes)", flush=True)
         written = write_results(results_in(out, [BASELINES, UNTRAINED, *cfg.members]), out)
     print(*written, sep="\n")
 

@@ -19,7 +19,8 @@ from gymnasium.utils.env_checker import check_env
 from subtle_oracle import STOCK
 from torchrl.envs import Compose, DMControlEnv, TransformedEnv
 
-from r2dreamer.envs import DMCDistracting, DMCSubtle, RenderPixels
+import r2dreamer.envs
+from r2dreamer.envs import DMCDistracting, DMCSubtle, RenderPixels, exports
 from r2dreamer.envs.control.subtle import OFFICIAL
 from r2dreamer.envs.control.suite import TASKS
 
@@ -98,6 +99,14 @@ def test_no_torch_is_imported_on_the_way():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_what_needs_torch_is_imported_when_it_is_asked_for():
+    names = {}
+    exec("from r2dreamer.envs import *", names)
+    assert set(exports.__all__) <= names.keys() and set(exports.__all__) <= set(dir(r2dreamer.envs))
+    with pytest.raises(AttributeError, match="'r2dreamer.envs' has no attribute 'DMCSubtel'"):
+        r2dreamer.envs.DMCSubtel  # noqa: B018
 
 
 @pytest.fixture(scope="module")

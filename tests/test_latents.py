@@ -202,7 +202,7 @@ def test_a_checkpoint_is_asked_the_same(tmp_path):
 
 
 def test_the_table_shows_the_mean_of_seeds_and_their_range():
-    line = lambda seed, r2: {"task": "reacher", "shrink": 1 / 3, "member": "dreamer", "seed": seed,
+    line = lambda seed, r2: {"task": "reacher", "level": 1 / 3, "member": "dreamer", "seed": seed,
                              "scores": {"latents": {"target": {"r2": r2}}}}  # fmt: skip
     assert "| dreamer, latents | 0.50 (0.25 to 0.75) |" in markdown([line(0, 0.25), line(1, 0.75)])
 
@@ -211,4 +211,29 @@ def test_sizes_and_members_make_the_grid():
     cfg = config(*GRID[2:], "tasks=[reacher,cartpole_swingup]", "shrinks=[1,1/2,paper]", name="latents")
     made = latents.cells(cfg)
     assert len(made) == len(set(made)) == 2 * 3 * 4
-    assert sorted({cell.shrink for cell in made if cell.task == "cartpole_swingup"}) == [1 / 20, 1 / 2, 1]
+    assert sorted({cell.level for cell in made if cell.task == "cartpole_swingup"}) == [1 / 20, 1 / 2, 1]
+
+
+def test_distractions_make_the_grid_and_none_of_them_is_the_stock_task():
+    cfg = config("suite=dmc_distracting", "tasks=[reacher_easy]", "members=[dreamer]", "seeds=[3]", name="latents")
+    made = latents.cells(cfg)
+    assert [cell.level for cell in made[2::3]] == ["none", "easy", "hard"]
+    runs = [latents.composed(cell, []) for cell in made[2::3]]
+    assert [run.env.suite for run in runs] == ["dmc_vision", "dmc_distracting", "dmc_distracting"]
+    assert [run.env.get("difficulty") for run in runs] == [None, "easy", "hard"]
+    assert all(run.env.task == "reacher_easy" and run.seed == 3 for run in runs)
+    assert (runs[1].env.make.split, runs[1].env.make_evaluation.split) == ("train", "val")
+    with pytest.raises(ValueError, match="no task 'reacher'.*reacher_easy"):
+        latents.cells(config("suite=dmc_distracting", "tasks=[reacher]", name="latents"))
+
+
+def test_members_are_asked_what_they_know_behind_moving_backgrounds(tmp_path):
+    grid = ["suite=dmc_distracting", "tasks=[reacher_easy]", "difficulties=[easy]", "seeds=[0]"]
+    small = "overrides=[model.belief=16,model.hidden=8,model.classes=4,model.depth=2,model.categoricals=4]"
+    members = ["members=[r2dreamer,dreamer,dreamerpro]", "record.episodes=4", "record.heldout=2", "updates=1"]
+    latents.main.__wrapped__(config(*SMALL, *grid, *members, small, f"out={tmp_path}", name="latents"))
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["member"] for line in lines] == ["baselines", "untrained", "r2dreamer", "dreamer", "dreamerpro"]
+    assert all(line["level"] == "easy" for line in lines)
+    assert all({"finger", "target"} == line["scores"]["latents"].keys() for line in lines[1:])
+    assert "reacher_easy: target, easy" in (tmp_path / "table.md").read_text() and (tmp_path / "latents.png").exists()

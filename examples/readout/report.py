@@ -1,4 +1,4 @@
-"""What was found about latents: one line a cell as JSON, a table, a figure of R2 against size."""
+"""What was found about latents: one line a cell as JSON, a table, a figure of R2 against size or distraction."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ from ..figures.curves import PALETTE, PUBLISHED, new_figure, save_figure
 # What a readout reads: its line and its marker.
 READ = {"latents": ("-", "o"), "embedding": (":", "x"), "pixels": ("--", "s"), "other facts": ("-.", "^")}
 FLOOR = -0.1  # of the figure; a readout that misleads is drawn there
+DIFFICULTIES = ("none", "easy", "medium", "hard")
+
+Level = float | str  # a size, or how difficult distractions are
+
+
+def said(level: Level) -> str:
+    return level if isinstance(level, str) else f"{level:.4g}"
+
+
+def rank(level: Level) -> float:
+    """Smaller for what is easier to see."""
+    return DIFFICULTIES.index(level) if isinstance(level, str) else -level
 
 
 def write_results(results: Sequence[dict], out: Path) -> list[Path]:
@@ -25,29 +37,29 @@ def write_results(results: Sequence[dict], out: Path) -> list[Path]:
 
 
 def gather(results: Sequence[dict]) -> dict[tuple, dict[str, list[float]]]:
-    """R2 of every seed, by (task, fact, shrink), then by what was read: "r2dreamer, latents" or "pixels"."""
+    """R2 of every seed, by (task, fact, level), then by what was read: "r2dreamer, latents" or "pixels"."""
     found: dict[tuple, dict[str, list[float]]] = {}
     for result in results:
         for read, scores in result["scores"].items():
             label = f"{result['member']}, {read}" if read in ("latents", "embedding") else read
             for fact, score in scores.items():
-                place = found.setdefault((result["task"], fact, result["shrink"]), {})
+                place = found.setdefault((result["task"], fact, result["level"]), {})
                 place.setdefault(label, []).append(score["r2"])
     return found
 
 
 def markdown(results: Sequence[dict]) -> str:
-    """A row for each thing read, a column for each fact and size; the mean over seeds, and their range."""
+    """A row for each thing read, a column for each fact and level; the mean over seeds, and their range."""
     found = gather(results)
     labels = dict.fromkeys(label for scores in found.values() for label in scores)
-    heads = [f"{task}: {fact}, {shrink:.3g}" for task, fact, shrink in found]
+    heads = [f"{task}: {fact}, {said(level)}" for task, fact, level in found]
     rows = [["R2 on held-out episodes", *heads], ["---"] + ["---:"] * len(heads)]
     for label in labels:
-        rows.append([label, *(_said(scores.get(label, [])) for scores in found.values())])
+        rows.append([label, *(_mean(scores.get(label, [])) for scores in found.values())])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def _said(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float]) -> str:
     if not values:
         return ""
     spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
@@ -55,7 +67,7 @@ def _said(values: Sequence[float]) -> str:
 
 
 def draw(results: Sequence[dict], out: Path) -> Path | None:
-    """A row of panels for each task, a panel for each fact: R2 against size, a line for each thing read."""
+    """A row of panels for each task, a panel for each fact: R2 against level, a line for each thing read."""
     found = gather(results)
     facts: dict[str, list[str]] = {}
     for task, fact, _ in found:
@@ -79,23 +91,24 @@ def draw(results: Sequence[dict], out: Path) -> Path | None:
     return save_figure(figure, out, legend_title="R2 on held-out episodes, mean over seeds; small marks are seeds")
 
 
-def _panel(axes, by_shrink: dict[float, dict[str, list[float]]], members: Sequence[str]) -> None:
-    for label in dict.fromkeys(label for scores in by_shrink.values() for label in scores):
+def _panel(axes, by_level: dict[Level, dict[str, list[float]]], members: Sequence[str]) -> None:
+    levels = sorted(by_level, key=rank, reverse=True)  # the easiest to see is on the right
+    sizes = not any(isinstance(level, str) for level in levels)
+    places = {level: level if sizes else place for place, level in enumerate(levels)}
+    for label in dict.fromkeys(label for scores in by_level.values() for label in scores):
         member, _, read = label.rpartition(", ")
         color = PALETTE[members.index(member) % len(PALETTE)] if member in members else PUBLISHED
         line, marker = READ[read]
         style = dict(color=color, linestyle=line, marker=marker, markersize=5, linewidth=1.8 if line == "-" else 1.1)
-        points = [(shrink, value) for shrink, scores in sorted(by_shrink.items()) for value in scores.get(label, [])]
-        shrinks = list(dict.fromkeys(shrink for shrink, _ in points))
-        means = [max(FLOOR, np.mean(by_shrink[shrink][label])) for shrink in shrinks]
-        axes.plot(shrinks, means, label=label, **style)
-        axes.plot(*zip(*[(x, max(FLOOR, y)) for x, y in points], strict=True), marker, markersize=3, color=color)
+        shown = {places[level]: by_level[level][label] for level in levels if label in by_level[level]}
+        axes.plot(list(shown), [max(FLOOR, np.mean(values)) for values in shown.values()], label=label, **style)
+        points = [(place, max(FLOOR, value)) for place, values in shown.items() for value in values]
+        axes.plot(*zip(*points, strict=True), marker, markersize=3, color=color)
     axes.axhline(0, color="#4a4a4a", linewidth=0.8)
-    axes.set_xscale("log")
-    shrinks = sorted(by_shrink)
-    axes.set_xticks(shrinks, [f"{shrink:.3g}" for shrink in shrinks], minor=False)
+    axes.set_xscale("log" if sizes else "linear")
+    axes.set_xticks(list(places.values()), [said(level) for level in levels], minor=False)
     axes.minorticks_off()
     axes.set_ylim(FLOOR - 0.03, 1.03)
-    axes.set_xlabel("size, fraction of the stock task's")
+    axes.set_xlabel("size, fraction of the stock task's" if sizes else "difficulty of the distractions")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

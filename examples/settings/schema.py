@@ -95,6 +95,7 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
         "objects": maybe(list_of(text)), "colour": maybe(list_of(whole(0, 255), 3)),
     },
     "latents": {
+        "suite": choice("dmc_subtle", "dmc_distracting"), "difficulties": list_of(choice("none", "easy", "medium", "hard")),
         **dict.fromkeys(("tasks", "members"), list_of(text)), "overrides": any_of(list_of(text), choice([])), "shrinks": list_of(any_of(rate, text)),
         "seeds": list_of(seed), "updates": count, "checkpoint": maybe(text), "trust": _PLAYED["trust"], "record": section, "out": maybe(text),
         **{f"record.{name}": count for name in ("episodes", "heldout", "steps")}, "record.lead": whole(),
