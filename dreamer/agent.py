@@ -53,6 +53,7 @@ class Agent:
         imagination: rollouts in latent space.
         policy: observation -> action; it carries its latents in the TensorDict.
         recipe: what :func:`load_pretrained` built the agent by.
+        more_heads: recipes of heads that were added to it.
     """
 
     observations: ObservationSpace

@@ -16,9 +16,14 @@ class ModelCard:
     """What the card says; of what is left out it says that nobody stated it.
 
     Args:
+        name: the title.
+        task: what the agent was trained on.
         returns: mean and standard deviation of the greedy return over `episodes` episodes.
         seed: of the training.
         frames: environment frames of the training.
+        episodes: of the return.
+        command: that trained it.
+        commit: of this project, that trained it.
         limits: sentences, beside what holds for every agent.
     """
 

@@ -76,8 +76,12 @@ def push_to_hub(
 ) -> str:
     """Uploads a folder that `save_pretrained` or export wrote, and returns the address of the commit.
 
-    repository: "owner/name"; it is made where it is not there yet.
-    revision: a branch, made where it is not there yet. Default: the main one.
+    Args:
+        directory: the folder.
+        repository: "owner/name"; it is made where it is not there yet.
+        revision: a branch, made where it is not there yet. Default: the main one.
+        private: whether a repository that is made is private.
+        message: of the commit.
     """
     hub = _hub("push_to_hub")
     directory = Path(directory)

@@ -26,6 +26,9 @@ def sum_ranks(sums: torch.Tensor) -> torch.Tensor:
     """The sum over ranks of what each has summed over its rows; unchanged in a single process.
 
     Every rank must compute the same loss of it, as with :func:`gather_ranks`.
+
+    Args:
+        sums: of this rank's rows, any shape.
     """
     return _Sum.apply(sums) if ranks() > 1 else sums
 

@@ -255,7 +255,7 @@ def test_a_stored_configuration_calls_our_own_parts_alone(run, tmp_path, monkeyp
         config[last] = payload(marker)
 
     path = edited(run, tmp_path / "foreign", change)
-    with pytest.raises(ValueError, match="is not part of what a saved run may call|train.py saves"):
+    with pytest.raises(ValueError, match="is not part of what a saved run may call|is not written by train.py"):
         load_trained(str(path), CPU, images=False)
     assert not marker.exists()
 

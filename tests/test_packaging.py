@@ -12,6 +12,8 @@ import zipfile
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import r2dreamer
 from r2dreamer.examples.cli import machine
@@ -76,27 +78,28 @@ def test_the_version_is_that_of_the_distribution():
     assert f"\nversion = {r2dreamer.__version__}\n" in (ROOT / "setup.cfg").read_text()
 
 
-MENDS = {"mujoco>=3.8.1,<3.9", "dm_control==1.0.41", "metaworld==3.0.0"}  # of setup.cfg
+MENDS = {"mujoco": ">=3.8.1,<3.9", "dm-control": "==1.0.41", "metaworld": "==3.0.0"}  # of setup.cfg
 
 
 @pytest.mark.parametrize(
     ("versions", "says"),
     [
-        ({"mujoco": "4.0.0", "dm_control": "1.0.50"}, "mujoco 4.0.0 and dm_control 1.0.50 do not work together"),
-        ({"mujoco": "4.0.0"}, "mujoco 4.0.0 and dm_control 1.0.41 do not work together"),
+        ({"mujoco": "4.0.0", "dm-control": "1.0.50"}, "mujoco 4.0.0 and dm-control 1.0.50 do not work together"),
+        ({"mujoco": "4.0.0"}, "mujoco 4.0.0 and dm-control 1.0.41 do not work together"),
         ({"mujoco": "3.17.0"}, "mujoco 3.17.0 and metaworld 3.0.0 do not work together"),
-        ({"mujoco": "3.3.0", "metaworld": "3.1.1"}, "metaworld 3.1.1 and dm_control 1.0.41 do not work together"),
+        ({"mujoco": "3.3.0", "metaworld": "3.1.1"}, "metaworld 3.1.1 and dm-control 1.0.41 do not work together"),
     ],
 )
 def test_the_doctor_knows_which_releases_around_mujoco_clash(monkeypatch, versions, says):
     """Alone, none of the three can be mended: one command names them all, and suits what this package asks for."""
-    installed = {"mujoco": "3.8.1", "dm_control": "1.0.41", "metaworld": "3.0.0", **versions}
+    installed = {"mujoco": "3.8.1", "dm-control": "1.0.41", "metaworld": "3.0.0", **versions}
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed.get(name) or real(name))
     problems = [each for each in machine.packages()[1] if says in each]
     assert len(problems) == 1
     command = shlex.split(problems[0].partition("pip install ")[2])
-    assert {str(Requirement(each)) for each in command} == {str(Requirement(each)) for each in MENDS}
+    asked = {canonicalize_name(each.name): each.specifier for each in map(Requirement, command)}
+    assert asked == {name: SpecifierSet(specifier) for name, specifier in MENDS.items()}
 
 
 def test_the_doctor_finds_nothing_wrong_with_what_it_tells_to_install(monkeypatch):

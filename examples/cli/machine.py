@@ -13,18 +13,19 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from r2dreamer.envs.base.gl import choose_gl
 
 DISTRIBUTION = "torchrl-r2dreamer"
 # Each of these is made for one series of MuJoCo. pip upgrades one of them alone, so the command that mends names all.
-MUJOCO_PACKAGES = ("mujoco", "dm_control", "metaworld")
+MUJOCO_PACKAGES = ("mujoco", "dm-control", "metaworld")
 CLASHES = {
-    ("mujoco>=4", "dm_control<=1.0.50"): "dm_control reads fields of a model that MuJoCo 4 does not have",
-    ("mujoco>=3.9,<4", "dm_control<=1.0.41"): "dm_control reads fields of a model that MuJoCo 3.9 does not have",
-    ("mujoco<3.8", "dm_control>=1.0.41"): "dm_control reads fields of a model that this MuJoCo does not have yet",
+    ("mujoco>=4", "dm-control<=1.0.50"): "dm_control reads fields of a model that MuJoCo 4 does not have",
+    ("mujoco>=3.9,<4", "dm-control<=1.0.41"): "dm_control reads fields of a model that MuJoCo 3.9 does not have",
+    ("mujoco<3.8", "dm-control>=1.0.41"): "dm_control reads fields of a model that this MuJoCo does not have yet",
     ("mujoco>=3.17", "metaworld<3.1"): "Meta-World 3.0 writes its welds in a form that MuJoCo 3.17 refuses",
-    ("metaworld>=3.1", "dm_control>=1.0.41"): "metaworld 3.1 wants MuJoCo 3.3.0, and dm_control a newer one",
+    ("metaworld>=3.1", "dm-control>=1.0.41"): "metaworld 3.1 wants MuJoCo 3.3.0, and dm_control a newer one",
 }
 # Prints what renders and how fast; in a process of its own, because a broken driver ends or hangs the one that asks it.
 ASK_OPENGL = """
@@ -60,7 +61,8 @@ def packages() -> tuple[list[str], list[str]]:
         requirement, named = Requirement(text), ", ".join(sorted({*extras} - {"all", "test"}))
         if "test" in extras and not named:
             continue  # of interest to who works on this package only
-        name, version = requirement.name, installed_version(requirement.name)
+        name = canonicalize_name(requirement.name)  # a build may write dm_control or dm-control
+        version = installed_version(name)
         lines.append(f"{name} {version or 'is not installed'}" + (f" (extra {named})" if named else ""))
         wanted[name] = text
         if version is not None:
