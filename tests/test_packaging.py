@@ -103,7 +103,7 @@ def test_the_doctor_knows_which_releases_around_mujoco_clash(monkeypatch, versio
 
 
 def test_the_doctor_finds_nothing_wrong_with_what_it_tells_to_install(monkeypatch):
-    installed = {"mujoco": "3.8.1", "dm_control": "1.0.41", "metaworld": "3.0.0"}
+    installed = {"mujoco": "3.8.1", "dm-control": "1.0.41", "metaworld": "3.0.0"}
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed.get(name) or real(name))
     assert not [each for each in machine.packages()[1] if any(name in each for name in installed)]
