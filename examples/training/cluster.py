@@ -89,9 +89,8 @@ def make_executor(where: Sequence[str]) -> Any:
     choice = cfg.runtime.choices[CHOICE]
     if choice not in LAUNCHERS:
         raise ValueError(f"{CHOICE}={choice} is not one of {', '.join(LAUNCHERS)}; --jobs N runs N on this machine.")
-    options = {
-        key: value for key, value in OmegaConf.to_container(cfg.launcher, resolve=True).items() if value is not None
-    }
+    launcher: Any = OmegaConf.to_container(cfg.launcher, resolve=True)
+    options = {key: value for key, value in launcher.items() if value is not None}
     if options["nodes"] * options["tasks_per_node"] > 1:
         raise ValueError("A run is one process: leave hydra.launcher.nodes and hydra.launcher.tasks_per_node at 1.")
     cluster = choice.removeprefix("submitit_")

@@ -44,7 +44,7 @@ def plain_config(config: Any, where: str | os.PathLike) -> DictConfig:
                 f"{where}: {key}={value!r} is no text, number or flag, and train.py saves nothing else in a configuration. "
                 "Somebody has edited it."
             )
-    return OmegaConf.create(with_new_names(config))
+    return DictConfig(with_new_names(config))
 
 
 def runnable_config(config: Any, where: str | os.PathLike, trust: Sequence[str] = ()) -> DictConfig:

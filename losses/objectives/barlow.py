@@ -47,7 +47,7 @@ class BarlowTwins(Objective):
         projected, target = two_views(tensordict, keys)
         if self.detach_target:
             target = target.detach()
-        views, total = pool(projected.flatten(0, -2), target.flatten(0, -2))
-        invariance, redundancy = barlow_twins_loss(*views, self.redundancy_weight, total=total)
+        (projected, target), total = pool(projected.flatten(0, -2), target.flatten(0, -2))
+        invariance, redundancy = barlow_twins_loss(projected, target, self.redundancy_weight, total=total)
         terms = {"barlow": self.weight * (invariance + redundancy)}
         return terms, {"barlow_invariance": invariance.detach(), "barlow_redundancy": redundancy.detach()}
