@@ -82,7 +82,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def gone(pids, seconds=60):
+def gone(pids, seconds=120):  # Ray's agents look for their cluster for a minute
     deadline = time.monotonic() + seconds
     while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         if time.monotonic() > deadline:

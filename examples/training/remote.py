@@ -75,8 +75,8 @@ class Remote(Overlapping):
     """`collector=ray`: as `Overlapping`, with the environments of all remote collectors in one batch.
 
     TorchRL's RayCollector makes the remote collectors, calls them and ends them. Weights go through Ray's object store. The
-    RayCollector's own way is a gloo group of fixed members: it waits for a process that has died, none can take its place,
-    and its address is what the trainer's host name resolves to, which may be 127.0.0.1.
+    RayCollector's own way is a gloo group of fixed members: no new process can take the place of a dead one, and its address
+    is what the trainer's host name resolves to, on many machines 127.0.0.1.
 
     Args:
         num_collectors: how many processes share the environments.
