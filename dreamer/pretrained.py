@@ -62,6 +62,12 @@ def pack(
 
 
 def unpack(packed: Mapping[str, Any], trust: Sequence[str] = ()) -> Agent:
+    """The agent of what :func:`pack` gave; the recipe calls what ``recipe.py`` and `trust` list alone.
+
+    Args:
+        packed: from :func:`pack`.
+        trust: as for :func:`load_pretrained`.
+    """
     images = {key: tuple(shape) for key, shape in packed["observations"]["images"].items()}
     observations = ObservationSpace(images, packed["observations"]["vectors"])
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
@@ -105,7 +111,9 @@ def save_pretrained(
     """Writes the agent alone, for :func:`load_pretrained`: `config.yaml`, `model.safetensors` and a model card.
 
     Args:
+        agent: any agent of this package.
         recipe: as for :func:`pack`; None takes the one that the agent was loaded with.
+        directory: the folder to write; what it holds of an agent is replaced.
         card: what the model card says.
         more: further entries of `config.yaml`, plain data.
     """
@@ -134,6 +142,8 @@ def load_pretrained(
     what ``recipe.py`` lists alone.
 
     Args:
+        directory: the run, the checkpoint, the folder, or ``"owner/name"``.
+        device: where the agent goes.
         trust: packages or modules outside of this one whose functions may build the agent, such as heads of your own.
         revision: of a repository on the Hub: a branch, a tag or a commit. Default: the main branch.
         trainable: leave it in training mode and with gradients, to train it on.

@@ -18,6 +18,9 @@ def gather_ranks(rows: torch.Tensor) -> torch.Tensor:
     Every rank must bring equally many rows and compute the same loss of the joined ones. The gradient of this rank's rows
     is then that of the joined batch times the number of ranks: averaged over ranks, as data-parallel training does,
     parameters get the gradient that one process gets from the joined batch.
+
+    Args:
+        rows: [N, E], as many on every rank.
     """
     return _Gather.apply(rows) if ranks() > 1 else rows
 

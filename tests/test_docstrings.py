@@ -8,12 +8,11 @@ import pytest
 from r2dreamer import dreamer, losses
 
 PASSED_ON = {"self", "options", "renamed"}  # of another class, or refused with a message
-ELSEWHERE = {"gather_ranks", "load_pretrained", "save_pretrained"}
 PUBLIC = {
     f"{wing.__name__}.{name}": getattr(wing, name)
     for wing in (dreamer, losses)
     for name in wing.__all__
-    if name not in ELSEWHERE and getattr(wing, name).__module__.startswith("r2dreamer.")
+    if getattr(wing, name).__module__.startswith("r2dreamer.")
 }
 
 
