@@ -62,9 +62,11 @@ def storage(data, folder):
 
 def buffer(data, folder):
     """Written round: the oldest steps are gone, with an episode's beginning, and the cursor stands in the middle."""
-    size = next(size for size in range(100, 120) if not data["is_init"][0, -size])
+    steps = data[0].exclude("collector")
+    steps = steps[: 1 + int((~steps["next", "done"][:, 0]).nonzero()[-1])]  # stopped within an episode
+    size = next(size for size in range(100, 120) if not steps["is_init"][-size])
     made = TensorDictReplayBuffer(storage=LazyMemmapStorage(size), batch_size=1)
-    for part in data[0].exclude("collector").split(8):
+    for part in steps.split(8):
         made.extend(part)
     made.dumps(folder)
 
@@ -89,6 +91,10 @@ def test_no_window_crosses_a_seam_and_all_in_it_belongs_together(record, tmp_pat
         written = set(map(tuple, in_order(replay)["next", "count"].tolist()))
         assert written >= set(map(tuple, data["count"].reshape(-1, 4).tolist())) and len(written) == len(replay)
         assert found.episodes == len(data["collector", "traj_ids"].unique())
+        assert found.records == data.numel() + found.episodes  # with the last observation of each
+        ended, keys = data["next"][data["next", "done"][..., 0]], ("count", "terminated", "truncated")
+        flags = lambda part: {str(row) for row in zip(*(part[key].tolist() for key in keys), strict=True)}
+        assert flags(ended) <= flags(in_order(replay)["next"])
     for _ in range(200):
         batch = replay.sample()
         batch["action"] = batch["action"] / UNIT
