@@ -229,7 +229,8 @@ def test_distractions_make_the_grid_and_none_of_them_is_the_stock_task():
 
 def test_members_are_asked_what_they_know_behind_moving_backgrounds(tmp_path):
     grid = ["suite=dmc_distracting", "tasks=[reacher_easy]", "difficulties=[easy]", "seeds=[0]"]
-    small = "overrides=[model.belief=16,model.hidden=8,model.classes=4,model.depth=2,model.categoricals=4]"
+    sizes = ("belief=16", "hidden=8", "classes=4", "depth=2", "categoricals=4")
+    small = "overrides=[" + ",".join(f"'model.{size}'" for size in sizes) + "]"
     members = ["members=[r2dreamer,dreamer,dreamerpro]", "record.episodes=4", "record.heldout=2", "updates=1"]
     latents.main.__wrapped__(config(*SMALL, *grid, *members, small, f"out={tmp_path}", name="latents"))
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
