@@ -79,11 +79,20 @@ def read_folder(directory: Path, device: torch.device | str = "cpu") -> tuple[di
     return {**{name: config[name] for name in SECTIONS}, "weights": weights, "more_heads": heads}, config
 
 
+class _Plain(yaml.SafeLoader):
+    """Text, numbers, lists and dicts without aliases: an alias can make a cycle, or a small file an endless one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias in line {self.peek_event().start_mark.line + 1}; a saved agent has none")
+        return super().compose_node(parent, index)
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The settings of a saved agent, read as YAML without tags."""
     path = directory / CONFIG
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _Plain)
     except FileNotFoundError:
         raise ValueError(f"{directory} has {WEIGHTS} and no {CONFIG}, which says what agent they are of.") from None
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:

@@ -74,7 +74,7 @@ def ranks() -> int:
 
 def _all_gather(joined: torch.Tensor, rows: torch.Tensor) -> None:
     """Under its name since torch 2.13 or under its older one."""
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(joined, rows)
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(joined, rows)
 
 
 class _Gather(torch.autograd.Function):

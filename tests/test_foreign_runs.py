@@ -260,6 +260,12 @@ def test_a_stored_configuration_calls_our_own_parts_alone(run, tmp_path, monkeyp
     assert not marker.exists()
 
 
+def test_a_run_on_our_own_gymnasium_environments_opens():
+    cfg = config("env=gym", "env.task=r2dreamer.envs:DMCSubtle/reacher-v0")
+    stored = OmegaConf.to_container(cfg, resolve=True)
+    assert runnable_config(stored, "here").env.task == "r2dreamer.envs:DMCSubtle/reacher-v0"
+
+
 @pytest.mark.parametrize("script", [evaluate, saliency, attack])
 def test_every_tool_refuses_and_says_what_to_add(run, tmp_path, script, capsys):
     marker = tmp_path / "ran"

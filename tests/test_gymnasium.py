@@ -203,6 +203,13 @@ def test_a_mistake_is_named_with_its_remedy(name, arguments, error, said):
         gymnasium.make(name, **arguments)
 
 
+def test_any_seed_that_gymnasium_takes_begins_an_episode():
+    env = gymnasium.make("DMCSubtle/reacher-v0", observation="state")
+    first, _ = env.reset(seed=2**32 + 7)
+    assert env.step(env.action_space.sample())[0].shape == first.shape
+    assert np.array_equal(first, env.reset(seed=2**32 + 7)[0])
+
+
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "dm_control", None)
     with pytest.raises(ImportError, match=r"torchrl-r2dreamer\[dmc\]"):

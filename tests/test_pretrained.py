@@ -231,6 +231,7 @@ SPOILT = {
     "other shapes": ("config.yaml", lambda content: content.replace(b"belief: 16", b"belief: 24"), "size mismatch"),
     "no recipe": ("config.yaml", lambda content: content.replace(b"recipe:", b"receipt:"), "it has no recipe"),
     "a list": ("config.yaml", lambda content: b"[1]", "it has no format"),
+    "an alias": ("config.yaml", lambda content: content + b"a: &a [1]\nb: *a\n", "an alias in line"),
     "no YAML": ("config.yaml", lambda content: b"a: [", "config.yaml cannot be read"),
     "another format": ("config.yaml", lambda content: content.replace(b"format: 1", b"format: 2"), "has format 2"),
     "an object of Python": (

@@ -75,7 +75,7 @@ def bounds(env: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def seed(env: Any, number: int) -> None:
     """As TorchRL's DMControlEnv does when it is seeded: the same episodes follow."""
-    env.task._random = np.random.RandomState(number)
+    env.task._random = np.random.RandomState(number % 2**32)
     env.reset()
 
 

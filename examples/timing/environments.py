@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
@@ -48,13 +49,15 @@ def frames_per_second(cfg: DictConfig, count: int) -> dict[str, float]:
         trust_policy=True,
     )
     batches = iter(collector)
-    simulators = AsyncVectorEnv(
-        [functools.partial(bare, factory, seed) for seed in seeds],
-        context="forkserver",
-        autoreset_mode=AutoresetMode.SAME_STEP,  # as ours: no step is a mere reset
-    )
     found = {"collector": [], "bare": []}
-    try:
+    with contextlib.ExitStack() as after:
+        after.callback(collector.shutdown)
+        simulators = AsyncVectorEnv(
+            [functools.partial(bare, factory, seed) for seed in seeds],
+            context="forkserver",
+            autoreset_mode=AutoresetMode.SAME_STEP,  # as ours: no step is a mere reset
+        )
+        after.callback(simulators.close)
         simulators.reset()
         samples = itertools.cycle([simulators.action_space.sample() for _ in range(DRAWN)])
         step = lambda: simulators.step(next(samples))
@@ -64,9 +67,6 @@ def frames_per_second(cfg: DictConfig, count: int) -> dict[str, float]:
             if turn:
                 for name, value in zip(found, rates, strict=True):
                     found[name].append(frames * value)
-    finally:
-        collector.shutdown()
-        simulators.close()
     rates = {name: statistics.median(values) for name, values in found.items()}
     return rates | {"ratio": statistics.median(a / b for a, b in zip(*found.values(), strict=True))}
 

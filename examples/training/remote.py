@@ -103,6 +103,7 @@ class Remote(Overlapping):
         self.address, self.object_store_memory = address, object_store_memory
         self.collector: Any = None
         self.sent, self.in_a_row, self.connected = -1, 0, False
+        self.hung = False  # since the collectors were made
         self.loss: EnvironmentsLost | None = None  # until the collectors are made anew
         self.places: list[tuple[int, str, str]] = []
 
@@ -141,7 +142,7 @@ class Remote(Overlapping):
         from torchrl.collectors.distributed import RayCollector
 
         check_cpus(self.num_collectors, self.num_cpus)
-        self.places, self.sent = [], -1
+        self.places, self.sent, self.hung = [], -1, False
         kind: Any = RemoteCollector  # as TorchRL's annotation has it, a function
         # Made empty, because its constructor waits for its collectors, without end where the cluster is busy.
         self.collector = RayCollector(
@@ -192,6 +193,7 @@ class Remote(Overlapping):
 
     def _finish(self) -> None:
         if self.begun and not wait([self.begun[0]], timeout=self.timeout).done:
+            self.hung = True
             self._kill()
 
     def restart(self, seeds: Sequence[int]) -> None:
@@ -213,8 +215,8 @@ class Remote(Overlapping):
         """What a call returned. An error of a simulator is final; processes that are gone, or hang, can be made anew."""
         import ray.exceptions
 
-        hangs = not wait([future], timeout=self.timeout).done
-        if hangs:
+        if not wait([future], timeout=self.timeout).done:
+            self.hung = True
             self._kill()
         try:
             return future.result()
@@ -226,8 +228,11 @@ class Remote(Overlapping):
             if getattr(error, "actor_init_failed", False):
                 raise WorkerError(f"A remote collector could not be made: {last_line(error)}") from error
             reason = f"{self._named(error)} has ended, or its machine has; running out of memory is the usual cause."
-            if hangs:
+            if self.hung:
                 reason = f"no answer within {self.timeout:g} seconds."
+                if not self.places:  # they were never placed
+                    free, there = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+                    reason = f"they did not start within {self.timeout:g} seconds. {free:g} of the cluster's {there:g} CPUs are free."
             self._lose(f"Remote collectors were lost: {reason}", error)
 
     def _named(self, error: Exception) -> str:

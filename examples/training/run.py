@@ -40,9 +40,11 @@ class Run:
         """Whether a process trains it: that one holds the directory's lock."""
         try:
             with open(self.logdir / ".lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(
+                    lock, fcntl.LOCK_SH | fcntl.LOCK_NB
+                )  # NFS locks what is open for reading by this kind alone
         except FileNotFoundError:
             return False
-        except OSError:
+        except BlockingIOError:
             return True
         return False

@@ -74,7 +74,7 @@ def _check_calls(value: Any, where: str, allowed: Container[str], trust: Sequenc
     if target == "r2dreamer.envs.make_custom":
         check("factory", value.get("factory"))
     module, colon, _ = str(value.get("task")).partition(":")
-    if target == "r2dreamer.envs.make_gym" and colon:  # Gymnasium imports that module
+    if target == "r2dreamer.envs.make_gym" and colon and module != "r2dreamer.envs":  # Gymnasium imports that module
         check("task", f"{module}:")
 
 
