@@ -1,6 +1,8 @@
 """Episodes from elsewhere become records as collected ones do: of another run, of TorchRL's recordings, of Minari."""
 
 import json
+import shutil
+import zlib
 
 import pytest
 
@@ -10,12 +12,14 @@ import numpy as np
 import torch
 from agents import tiny_agent
 from counting import CountingStreams, check_records
-from launcher import CARTPOLE, PENDULUM, lines, train_here
+from launcher import CARTPOLE, PENDULUM, config, lines, train_here
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 
 from r2dreamer.envs import RecordBuilder, make_replay, prefill, recorded_episodes
 from r2dreamer.envs.replay.recorded import recorded_task
+from r2dreamer.examples.training.manifest import read_manifest, write_manifest
+from r2dreamer.examples.training.prefill import run_episodes
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 STREAMS, LENGTH = 3, 6
@@ -274,6 +278,34 @@ def test_runs_of_another_task_and_folders_of_nothing_are_refused(source, tmp_pat
     begun(tmp_path / "own", "total_frames=40")
     with pytest.raises(ValueError, match="goes on with its own"):
         begun(tmp_path / "own", "total_frames=80", f"replay.prefill={source[0]}")
+
+
+def of_two_ranks(source, run):
+    """The directory of a run as two ranks leave it, made of one process's run; and the names of their checkpoints."""
+    names = []
+    for log in (run, run / "ranks" / "1"):
+        shutil.copytree(source / "checkpoints", log / "checkpoints")
+        path = max((log / "checkpoints").glob("step_*"))
+        state, manifest = torch.load(path / "state.pt", weights_only=True), read_manifest(path)
+        torch.save({**{key: state[key] for key in ("count", "config")}, "ranks": 2}, path / "state.pt")
+        data = (path / "state.pt").read_bytes()
+        manifest["files"]["state.pt"] = {"size": len(data), "crc32": zlib.crc32(data)}
+        with (path / "manifest.json").open("wb") as file:
+            write_manifest(file, manifest)
+        names.append(path)
+    return names
+
+
+def test_each_way_to_name_a_run_of_two_ranks_gives_the_records_of_both(source, tmp_path):
+    checkpoint, other = of_two_ranks(source[0], tmp_path / "run")
+    count, cfg = len(source[1].replay), config(*CARTPOLE, "env.num_envs=1")
+    read = lambda path, name: sum(map(len, run_episodes(path, cfg, tmp_path / name, "it")))
+    for number, path in enumerate((tmp_path / "run", checkpoint.parent, checkpoint)):
+        assert read(path, f"scratch{number}") == 2 * count, path
+    shutil.rmtree(other)
+    for number, path in enumerate((tmp_path / "run", checkpoint)):
+        with pytest.raises(ValueError, match="2 ranks saved .* rank 1 has no whole checkpoint of that step"):
+            read(path, f"without{number}")
 
 
 # Minari

@@ -19,6 +19,7 @@ from r2dreamer.envs.replay.recorded import recorded_episodes, recorded_task
 from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
 from .saved_config import plain_config
 from .setup import first_difference
+from .shards import shard, summary
 
 SAME = ("env.suite", "env.task", "env.action_repeat", "env.make")  # else its records are of another task
 
@@ -66,20 +67,32 @@ def prefill_replay(trainer: Any) -> None:
 
 def run_episodes(path: Path, cfg: DictConfig, scratch: Path, where: str) -> Iterator[TensorDict]:
     """The records of a run's newest checkpoint, or of one particular checkpoint, episode by episode; of all its ranks."""
-    for number, directory in enumerate([path, *sorted(path.glob("ranks/*"))]):
-        try:
-            loaded = Checkpoints(directory).load(directory)
-        except CheckpointError as error:
-            raise ValueError(f"{where} holds neither a recording of TorchRL or Minari nor a run: {error}") from error
-        assert loaded is not None  # of a path it would have raised
-        if "config" in loaded.state:
-            difference = first_difference(plain_config(loaded.state["config"], loaded.path), cfg, SAME)
-            if difference:
-                key, theirs, ours = difference
-                raise ValueError(f"{where} was collected with {key}={theirs}, and this run has {key}={ours}.")
+    try:
+        first = Checkpoints(path).load(path)
+    except CheckpointError as error:
+        raise ValueError(f"{where} holds neither a recording of TorchRL or Minari nor a run: {error}") from error
+    assert first is not None  # of a path it would have raised
+    if "config" in first.state:
+        difference = first_difference(plain_config(first.state["config"], first.path), cfg, SAME)
+        if difference:
+            key, theirs, ours = difference
+            raise ValueError(f"{where} was collected with {key}={theirs}, and this run has {key}={ours}.")
+    for number, loaded in enumerate([first, *_other_ranks(first, where)]):
         if not loaded.has_replay:
             raise ValueError(f"{loaded.path} has no replay: it was saved with checkpoint.replay=false.")
         yield from _episodes(_restored(loaded, scratch / str(number)))
+
+
+def _other_ranks(first: LoadedCheckpoint, where: str) -> list[LoadedCheckpoint]:
+    """Of the same step. They lie in the run's directory, wherever in it `where` points."""
+    count, path = first.state.get("ranks", 1), first.path.resolve()
+    found = [shard(Checkpoints(path), summary(first) | {"path": path}, rank) for rank in range(1, count)]
+    if lacking := [str(rank) for rank, loaded in enumerate(found, 1) if loaded is None]:
+        raise ValueError(
+            f"{where}: {count} ranks saved {path.name}, and rank {', '.join(lacking)} has no whole checkpoint of that step in "
+            f"{path.parent.parent / 'ranks'}. Give the directory of a run that has the checkpoints of all its ranks."
+        )
+    return [loaded for loaded in found if loaded is not None]
 
 
 def _restored(loaded: LoadedCheckpoint, scratch: Path) -> RecordReplay:
