@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,8 @@ from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 from r2dreamer.envs import RecordBuilder, make_replay, prefill, recorded_episodes
 from r2dreamer.envs.replay.recorded import recorded_task
 from r2dreamer.examples.training.manifest import read_manifest, write_manifest
-from r2dreamer.examples.training.prefill import run_episodes
+from r2dreamer.examples.training.prefill import prefill_replay, run_episodes, same_task
+from r2dreamer.examples.training.shards import NoMetrics
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 STREAMS, LENGTH = 3, 6
@@ -308,7 +310,51 @@ def test_each_way_to_name_a_run_of_two_ranks_gives_the_records_of_both(source, t
             read(path, f"without{number}")
 
 
+class SecondOfTwo:
+    """What `Ranks` gives the second of two ranks, where the first finds what `others` says."""
+
+    rank, count, first, others = 1, 2, False, (9, 1, 0)
+    any = staticmethod(bool)
+
+    def gather(self, value):
+        return [self.others, value]
+
+
+def test_a_rank_without_a_share_goes_on_and_none_at_all_is_refused(tmp_path):
+    spoilt(lambda data: None)[:3].memmap(tmp_path / "recorded")  # one episode for two ranks
+    agent = SimpleNamespace(
+        observations=SimpleNamespace(images=["pixels"], vectors=["count"]),
+        actions=SimpleNamespace(discrete=False),
+        example_record=example,
+    )
+    cfg = config(*PENDULUM, f"replay.prefill={tmp_path / 'recorded'}")
+    trainer = SimpleNamespace(cfg=cfg, ranks=SecondOfTwo(), replay=make_replay(600, 2, 5, LENGTH), count={})
+    trainer.agent, trainer.logdir, trainer.frames, trainer.metrics = agent, tmp_path, 0, NoMetrics()
+    prefill_replay(trainer)
+    assert trainer.count["prefilled"] == 9 and not len(trainer.replay)
+    trainer.ranks.others = (0, 0, 1)
+    with pytest.raises(ValueError, match=r"no episode from its beginning on \(1 without\)"):
+        prefill_replay(trainer)
+
+
 # Minari
+
+
+@pytest.mark.parametrize(
+    "recorded, wanted, same",
+    [
+        ("CartPole-v1", "CartPole-v1", True),
+        ("CartPole-v1", "CartPole", True),
+        ("CartPole-v0", "CartPole", False),
+        ("CartPole-v0", "CartPole-v1", False),
+        ("Far/Away-v3", "no_such_module:Far/Away-v3", True),
+        ("Far/Away-v3", "no_such_module:Far/Away", True),
+        ("Far/Away-v3", "no_such_module:Far/Home-v3", False),
+        ("Far/Away-v3", "no_such_module:Away-v3", False),
+    ],
+)
+def test_a_recorded_task_is_that_which_the_wanted_name_makes(recorded, wanted, same):
+    assert same_task(recorded, wanted) == same
 
 
 def minari_data(folder, task, episodes=4, **options):

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from r2dreamer.envs.replay.buffer import RecordReplay, make_replay
-from r2dreamer.envs.replay.prefill import Prefilled, prefill
+from r2dreamer.envs.replay.prefill import Prefilled, prefill, refuse_none
 from r2dreamer.envs.replay.recorded import recorded_episodes, recorded_task
 
 from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
@@ -41,7 +41,7 @@ def prefill_replay(trainer: Any) -> None:
     if not path.is_dir():
         raise ValueError(f"{where} is no folder: give a run's, one that TorchRL recorded, or a Minari data set's.")
     task = recorded_task(path)
-    if task is not None and cfg.env.suite == "gym" and task != cfg.env.task:
+    if task is not None and cfg.env.suite == "gym" and not same_task(task, cfg.env.task):
         raise ValueError(f"{where} was recorded with {task}, and this run has env.task={cfg.env.task}.")
     names = [*trainer.agent.observations.images, *trainer.agent.observations.vectors]
     with tempfile.TemporaryDirectory(dir=trainer.logdir, prefix=".prefill-") as scratch:
@@ -50,9 +50,11 @@ def prefill_replay(trainer: Any) -> None:
             episodes = run_episodes(path, cfg, Path(scratch), where)
         own = itertools.islice(episodes, ranks.rank, None, ranks.count)
         discrete = trainer.agent.actions.discrete
-        found = prefill(replay, own, trainer.agent.example_record(), discrete=discrete, where=where)
+        record = trainer.agent.example_record()
+        found = prefill(replay, own, record, discrete=discrete, where=where, share=True)
     parts = ranks.gather((found.records, found.episodes, found.left_out))
     found = Prefilled(*(sum(values) for values in zip(*parts, strict=True)))
+    refuse_none(found, where)
     count["prefilled"] = found.records
     if cfg.replay.prefill_counts and not trainer.saved:
         trainer.ratio.reset(cfg.warmup_steps - found.records)
@@ -63,6 +65,17 @@ def prefill_replay(trainer: Any) -> None:
     if cfg.progress and ranks.first:
         lost = f"; {found.left_out} without a beginning left out" if found.left_out else ""
         print(f"Prefilled with {found.records:,} records of {found.episodes:,} episodes from {path}{lost}")
+
+
+def same_task(recorded: str, wanted: str) -> bool:
+    """Whether Gymnasium makes the recorded task from the wanted name, which may begin with a module and lack a version."""
+    from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id  # noqa: PLC0415
+
+    space, name, version = parse_env_id(wanted.rpartition(":")[2])
+    if version is None:
+        version = find_highest_version(space, name)  # None where its module is not imported: any will do
+    theirs = parse_env_id(recorded)
+    return get_env_id(*theirs) == get_env_id(space, name, theirs[2] if version is None else version)
 
 
 def run_episodes(path: Path, cfg: DictConfig, scratch: Path, where: str) -> Iterator[TensorDict]:
