@@ -15,6 +15,7 @@ from agents import tiny_agent
 from counting import CountingStreams, check_records
 from launcher import CARTPOLE, PENDULUM, config, lines, train_here
 from tensordict import TensorDict
+from torchrl.collectors.utils import split_trajectories
 from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 
 from r2dreamer.envs import RecordBuilder, make_replay, prefill, recorded_episodes
@@ -66,6 +67,34 @@ def storage(data, folder):
     made.dumps(folder)
 
 
+def padded(data, folder):
+    """A row for each trajectory, as long as the longest, with zeros after its end."""
+    split_trajectories(data, trajectory_key=("collector", "traj_ids")).memmap(folder)
+
+
+def padded_alone(data, folder):
+    split = split_trajectories(data, trajectory_key=("collector", "traj_ids"))
+    split["mask"] = split["collector", "mask"]
+    split.exclude("collector").memmap(folder)
+
+
+def batches(data, folder):
+    """Rows, in a buffer that has place for more."""
+    filled(data.exclude("collector"), folder, 10)
+
+
+def grid(data, folder):
+    """Time first and environments second, with place for more steps."""
+    filled(data.exclude("collector"), folder, 10_000, ndim=2)
+
+
+def filled(data, folder, size, ndim=1, steps=None):
+    made = TensorDictReplayBuffer(storage=LazyMemmapStorage(size, ndim=ndim), batch_size=1)
+    for part in data.split(steps or data.shape[-1], -1):
+        made.extend(part)
+    made.dumps(folder)
+
+
 def buffer(data, folder):
     """Written round: the oldest steps are gone, with an episode's beginning, and the cursor stands in the middle."""
     steps = data[0].exclude("collector")
@@ -84,7 +113,7 @@ def in_order(replay):
     return replay.read_slots(torch.cat(slots))
 
 
-@pytest.mark.parametrize("record", [rows, turns, chunks, storage, buffer])
+@pytest.mark.parametrize("record", [rows, turns, chunks, storage, padded, padded_alone, batches, grid, buffer])
 def test_no_window_crosses_a_seam_and_all_in_it_belongs_together(record, tmp_path):
     torch.manual_seed(0)
     data = collected(batches=20) if record is buffer else collected()
@@ -109,6 +138,44 @@ def test_no_window_crosses_a_seam_and_all_in_it_belongs_together(record, tmp_pat
         follows = (count[:, 1:] - count[:, :-1] == torch.tensor([0, 0, 1, 1])).all(-1)
         assert torch.equal(follows, ~first[:, 1:])  # the next of its episode, or the first of another
         assert torch.equal(batch["next", "done"][:, :-1, 0], first[:, 1:])
+
+
+@pytest.mark.parametrize("times", ["once", "round"])
+@pytest.mark.parametrize("kind", ["one", "turns", "chunks", "grid"])
+def test_a_full_ring_without_is_init_has_overwritten_what_came_before_its_oldest_steps(kind, times, tmp_path):
+    data = collected(batches=20 if times == "round" else 5).exclude("is_init")
+    stream, _, step, now = data["count"].unbind(-1)
+    data["collector", "traj_ids"] = (
+        now - step
+    ) * STREAMS + stream  # in the order of their beginnings, as collectors count
+    if kind == "one":
+        flat = data[0].exclude("collector")
+    elif kind == "turns":
+        flat = data.transpose(0, 1).reshape(-1)
+    else:
+        flat = torch.cat([part.reshape(-1) for part in data.split(5, 1)])
+    if kind == "grid":
+        filled(data.exclude("collector"), tmp_path / "it", 40 * STREAMS, ndim=2, steps=8)
+    else:
+        filled(flat, tmp_path / "it", 40 if kind == "one" else 40 * STREAMS, steps=8)
+    episodes = list(recorded_episodes(tmp_path / "it", KEYS))
+    assert sum(map(len, episodes)) == 40 * (1 if kind == "one" else STREAMS)
+    begins = [bool(each["is_init"][0]) for each in episodes]
+    assert all(int(each["count"][0, 2]) == 0 for each, whole in zip(episodes, begins, strict=True) if whole)
+    assert all(begins) == (times == "once") and begins.count(False) <= 2 * STREAMS
+    assert begins.count(True) > STREAMS
+
+
+def test_a_storage_that_does_not_tell_its_order_is_refused(tmp_path):
+    data = collected(batches=5).exclude("collector", "is_init")
+    for name, part, size, ndim in (("full", data[0], 40, 1), ("rows", data.transpose(0, 1)[:12], 120, 2)):
+        made = LazyMemmapStorage(size, ndim=ndim)
+        made.set(range(len(part)), part)
+        (tmp_path / name).mkdir()
+        made.dumps(tmp_path / name)
+    for name, says in {"full": "does not say where its oldest step is", "rows": "36 rows or steps"}.items():
+        with pytest.raises(ValueError, match=says):
+            list(recorded_episodes(tmp_path / name, KEYS))
 
 
 def test_a_recording_without_flags_of_its_own_ends_where_it_was_stopped(tmp_path):
@@ -211,6 +278,36 @@ def test_a_damaged_or_hostile_recording_is_refused(tmp_path):
         with pytest.raises(ValueError, match=says):
             list(recorded_episodes(tmp_path / name, KEYS))
     assert recorded_episodes(tmp_path, KEYS) is None
+
+
+def outside(folder, name):
+    """A file in the recording is a link to one outside of it."""
+    (folder / name).rename(folder.parent / "elsewhere")
+    (folder / name).symlink_to(folder.parent / "elsewhere")
+
+
+def renamed(folder, name):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {name: meta["action"]}))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda folder: renamed(folder, ".."), r"'\.\.' is no name of a file"),
+        (lambda folder: renamed(folder, "."), r"'\.' is no name of a file"),
+        (lambda folder: renamed(folder, "../action"), "no name of a file"),
+        (lambda folder: outside(folder, "action.memmap"), "action.memmap is a link to .*elsewhere, outside"),
+        (lambda folder: outside(folder, "next"), "meta.json is a link to .*elsewhere/meta.json, outside"),
+    ],
+)
+def test_nothing_outside_of_a_recording_is_read(change, says, tmp_path):
+    collected()[0].memmap(tmp_path / "it")
+    (tmp_path / "by_link").symlink_to(tmp_path / "it")  # the user's own link to the whole is followed
+    assert list(recorded_episodes(tmp_path / "by_link", KEYS))
+    change(tmp_path / "it")
+    with pytest.raises(ValueError, match=says):
+        list(recorded_episodes(tmp_path / "it", KEYS))
 
 
 # Runs
@@ -413,3 +510,17 @@ def test_an_action_range_of_minari_that_is_not_ours_is_refused(tmp_path):
     meta.write_text(json.dumps({key: value for key, value in told.items() if key != "action_space"}))
     with pytest.raises(ValueError, match="does not say its spaces"):
         list(recorded_episodes(tmp_path, ["observation"]))
+
+
+def test_a_data_set_of_minari_that_takes_data_from_other_files_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="the extra minari is not installed")
+    for name in ("linked", "hdf5"):
+        minari_data(tmp_path / name, "CartPole-v1", episodes=1)
+        assert len(list(recorded_episodes(tmp_path / name, ["speed"]))) == 1
+    outside(tmp_path / "linked", "main_data.hdf5")
+    with h5py.File(tmp_path / "hdf5" / "main_data.hdf5", "a") as file:
+        del file["episode_0"]["rewards"]
+        file["episode_0"]["rewards"] = h5py.ExternalLink(tmp_path / "elsewhere", "/episode_0/rewards")
+    for name, says in {"linked": "is a link to .*elsewhere, outside", "hdf5": "takes 'episode_0/rewards' from"}.items():
+        with pytest.raises(ValueError, match=says):
+            list(recorded_episodes(tmp_path / name, ["speed"]))
