@@ -1,6 +1,9 @@
 """Episodes from elsewhere become records as collected ones do: of another run, of TorchRL's recordings, of Minari."""
 
 import json
+import shutil
+import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,12 +13,16 @@ import numpy as np
 import torch
 from agents import tiny_agent
 from counting import CountingStreams, check_records
-from launcher import CARTPOLE, PENDULUM, lines, train_here
+from launcher import CARTPOLE, PENDULUM, config, lines, train_here
 from tensordict import TensorDict
+from torchrl.collectors.utils import split_trajectories
 from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 
 from r2dreamer.envs import RecordBuilder, make_replay, prefill, recorded_episodes
 from r2dreamer.envs.replay.recorded import recorded_task
+from r2dreamer.examples.training.manifest import read_manifest, write_manifest
+from r2dreamer.examples.training.prefill import prefill_replay, run_episodes, same_task
+from r2dreamer.examples.training.shards import NoMetrics
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 STREAMS, LENGTH = 3, 6
@@ -60,6 +67,34 @@ def storage(data, folder):
     made.dumps(folder)
 
 
+def padded(data, folder):
+    """A row for each trajectory, as long as the longest, with zeros after its end."""
+    split_trajectories(data, trajectory_key=("collector", "traj_ids")).memmap(folder)
+
+
+def padded_alone(data, folder):
+    split = split_trajectories(data, trajectory_key=("collector", "traj_ids"))
+    split["mask"] = split["collector", "mask"]
+    split.exclude("collector").memmap(folder)
+
+
+def batches(data, folder):
+    """Rows, in a buffer that has place for more."""
+    filled(data.exclude("collector"), folder, 10)
+
+
+def grid(data, folder):
+    """Time first and environments second, with place for more steps."""
+    filled(data.exclude("collector"), folder, 10_000, ndim=2)
+
+
+def filled(data, folder, size, ndim=1, steps=None):
+    made = TensorDictReplayBuffer(storage=LazyMemmapStorage(size, ndim=ndim), batch_size=1)
+    for part in data.split(steps or data.shape[-1], -1):
+        made.extend(part)
+    made.dumps(folder)
+
+
 def buffer(data, folder):
     """Written round: the oldest steps are gone, with an episode's beginning, and the cursor stands in the middle."""
     steps = data[0].exclude("collector")
@@ -78,7 +113,7 @@ def in_order(replay):
     return replay.read_slots(torch.cat(slots))
 
 
-@pytest.mark.parametrize("record", [rows, turns, chunks, storage, buffer])
+@pytest.mark.parametrize("record", [rows, turns, chunks, storage, padded, padded_alone, batches, grid, buffer])
 def test_no_window_crosses_a_seam_and_all_in_it_belongs_together(record, tmp_path):
     torch.manual_seed(0)
     data = collected(batches=20) if record is buffer else collected()
@@ -103,6 +138,44 @@ def test_no_window_crosses_a_seam_and_all_in_it_belongs_together(record, tmp_pat
         follows = (count[:, 1:] - count[:, :-1] == torch.tensor([0, 0, 1, 1])).all(-1)
         assert torch.equal(follows, ~first[:, 1:])  # the next of its episode, or the first of another
         assert torch.equal(batch["next", "done"][:, :-1, 0], first[:, 1:])
+
+
+@pytest.mark.parametrize("times", ["once", "round"])
+@pytest.mark.parametrize("kind", ["one", "turns", "chunks", "grid"])
+def test_a_full_ring_without_is_init_has_overwritten_what_came_before_its_oldest_steps(kind, times, tmp_path):
+    data = collected(batches=20 if times == "round" else 5).exclude("is_init")
+    stream, _, step, now = data["count"].unbind(-1)
+    data["collector", "traj_ids"] = (
+        now - step
+    ) * STREAMS + stream  # in the order of their beginnings, as collectors count
+    if kind == "one":
+        flat = data[0].exclude("collector")
+    elif kind == "turns":
+        flat = data.transpose(0, 1).reshape(-1)
+    else:
+        flat = torch.cat([part.reshape(-1) for part in data.split(5, 1)])
+    if kind == "grid":
+        filled(data.exclude("collector"), tmp_path / "it", 40 * STREAMS, ndim=2, steps=8)
+    else:
+        filled(flat, tmp_path / "it", 40 if kind == "one" else 40 * STREAMS, steps=8)
+    episodes = list(recorded_episodes(tmp_path / "it", KEYS))
+    assert sum(map(len, episodes)) == 40 * (1 if kind == "one" else STREAMS)
+    begins = [bool(each["is_init"][0]) for each in episodes]
+    assert all(int(each["count"][0, 2]) == 0 for each, whole in zip(episodes, begins, strict=True) if whole)
+    assert all(begins) == (times == "once") and begins.count(False) <= 2 * STREAMS
+    assert begins.count(True) > STREAMS
+
+
+def test_a_storage_that_does_not_tell_its_order_is_refused(tmp_path):
+    data = collected(batches=5).exclude("collector", "is_init")
+    for name, part, size, ndim in (("full", data[0], 40, 1), ("rows", data.transpose(0, 1)[:12], 120, 2)):
+        made = LazyMemmapStorage(size, ndim=ndim)
+        made.set(range(len(part)), part)
+        (tmp_path / name).mkdir()
+        made.dumps(tmp_path / name)
+    for name, says in {"full": "does not say where its oldest step is", "rows": "36 rows or steps"}.items():
+        with pytest.raises(ValueError, match=says):
+            list(recorded_episodes(tmp_path / name, KEYS))
 
 
 def test_a_recording_without_flags_of_its_own_ends_where_it_was_stopped(tmp_path):
@@ -207,6 +280,36 @@ def test_a_damaged_or_hostile_recording_is_refused(tmp_path):
     assert recorded_episodes(tmp_path, KEYS) is None
 
 
+def outside(folder, name):
+    """A file in the recording is a link to one outside of it."""
+    (folder / name).rename(folder.parent / "elsewhere")
+    (folder / name).symlink_to(folder.parent / "elsewhere")
+
+
+def renamed(folder, name):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {name: meta["action"]}))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda folder: renamed(folder, ".."), r"'\.\.' is no name of a file"),
+        (lambda folder: renamed(folder, "."), r"'\.' is no name of a file"),
+        (lambda folder: renamed(folder, "../action"), "no name of a file"),
+        (lambda folder: outside(folder, "action.memmap"), "action.memmap is a link to .*elsewhere, outside"),
+        (lambda folder: outside(folder, "next"), "meta.json is a link to .*elsewhere/meta.json, outside"),
+    ],
+)
+def test_nothing_outside_of_a_recording_is_read(change, says, tmp_path):
+    collected()[0].memmap(tmp_path / "it")
+    (tmp_path / "by_link").symlink_to(tmp_path / "it")  # the user's own link to the whole is followed
+    assert list(recorded_episodes(tmp_path / "by_link", KEYS))
+    change(tmp_path / "it")
+    with pytest.raises(ValueError, match=says):
+        list(recorded_episodes(tmp_path / "it", KEYS))
+
+
 # Runs
 
 
@@ -276,7 +379,79 @@ def test_runs_of_another_task_and_folders_of_nothing_are_refused(source, tmp_pat
         begun(tmp_path / "own", "total_frames=80", f"replay.prefill={source[0]}")
 
 
+def of_two_ranks(source, run):
+    """The directory of a run as two ranks leave it, made of one process's run; and the names of their checkpoints."""
+    names = []
+    for log in (run, run / "ranks" / "1"):
+        shutil.copytree(source / "checkpoints", log / "checkpoints")
+        path = max((log / "checkpoints").glob("step_*"))
+        state, manifest = torch.load(path / "state.pt", weights_only=True), read_manifest(path)
+        torch.save({**{key: state[key] for key in ("count", "config")}, "ranks": 2}, path / "state.pt")
+        data = (path / "state.pt").read_bytes()
+        manifest["files"]["state.pt"] = {"size": len(data), "crc32": zlib.crc32(data)}
+        with (path / "manifest.json").open("wb") as file:
+            write_manifest(file, manifest)
+        names.append(path)
+    return names
+
+
+def test_each_way_to_name_a_run_of_two_ranks_gives_the_records_of_both(source, tmp_path):
+    checkpoint, other = of_two_ranks(source[0], tmp_path / "run")
+    count, cfg = len(source[1].replay), config(*CARTPOLE, "env.num_envs=1")
+    read = lambda path, name: sum(map(len, run_episodes(path, cfg, tmp_path / name, "it")))
+    for number, path in enumerate((tmp_path / "run", checkpoint.parent, checkpoint)):
+        assert read(path, f"scratch{number}") == 2 * count, path
+    shutil.rmtree(other)
+    for number, path in enumerate((tmp_path / "run", checkpoint)):
+        with pytest.raises(ValueError, match="2 ranks saved .* rank 1 has no whole checkpoint of that step"):
+            read(path, f"without{number}")
+
+
+class SecondOfTwo:
+    """What `Ranks` gives the second of two ranks, where the first finds what `others` says."""
+
+    rank, count, first, others = 1, 2, False, (9, 1, 0)
+    any = staticmethod(bool)
+
+    def gather(self, value):
+        return [self.others, value]
+
+
+def test_a_rank_without_a_share_goes_on_and_none_at_all_is_refused(tmp_path):
+    spoilt(lambda data: None)[:3].memmap(tmp_path / "recorded")  # one episode for two ranks
+    agent = SimpleNamespace(
+        observations=SimpleNamespace(images=["pixels"], vectors=["count"]),
+        actions=SimpleNamespace(discrete=False),
+        example_record=example,
+    )
+    cfg = config(*PENDULUM, f"replay.prefill={tmp_path / 'recorded'}")
+    trainer = SimpleNamespace(cfg=cfg, ranks=SecondOfTwo(), replay=make_replay(600, 2, 5, LENGTH), count={})
+    trainer.agent, trainer.logdir, trainer.frames, trainer.metrics = agent, tmp_path, 0, NoMetrics()
+    prefill_replay(trainer)
+    assert trainer.count["prefilled"] == 9 and not len(trainer.replay)
+    trainer.ranks.others = (0, 0, 1)
+    with pytest.raises(ValueError, match=r"no episode from its beginning on \(1 without\)"):
+        prefill_replay(trainer)
+
+
 # Minari
+
+
+@pytest.mark.parametrize(
+    "recorded, wanted, same",
+    [
+        ("CartPole-v1", "CartPole-v1", True),
+        ("CartPole-v1", "CartPole", True),
+        ("CartPole-v0", "CartPole", False),
+        ("CartPole-v0", "CartPole-v1", False),
+        ("Far/Away-v3", "no_such_module:Far/Away-v3", True),
+        ("Far/Away-v3", "no_such_module:Far/Away", True),
+        ("Far/Away-v3", "no_such_module:Far/Home-v3", False),
+        ("Far/Away-v3", "no_such_module:Away-v3", False),
+    ],
+)
+def test_a_recorded_task_is_that_which_the_wanted_name_makes(recorded, wanted, same):
+    assert same_task(recorded, wanted) == same
 
 
 def minari_data(folder, task, episodes=4, **options):
@@ -335,3 +510,17 @@ def test_an_action_range_of_minari_that_is_not_ours_is_refused(tmp_path):
     meta.write_text(json.dumps({key: value for key, value in told.items() if key != "action_space"}))
     with pytest.raises(ValueError, match="does not say its spaces"):
         list(recorded_episodes(tmp_path, ["observation"]))
+
+
+def test_a_data_set_of_minari_that_takes_data_from_other_files_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="the extra minari is not installed")
+    for name in ("linked", "hdf5"):
+        minari_data(tmp_path / name, "CartPole-v1", episodes=1)
+        assert len(list(recorded_episodes(tmp_path / name, ["speed"]))) == 1
+    outside(tmp_path / "linked", "main_data.hdf5")
+    with h5py.File(tmp_path / "hdf5" / "main_data.hdf5", "a") as file:
+        del file["episode_0"]["rewards"]
+        file["episode_0"]["rewards"] = h5py.ExternalLink(tmp_path / "elsewhere", "/episode_0/rewards")
+    for name, says in {"linked": "is a link to .*elsewhere, outside", "hdf5": "takes 'episode_0/rewards' from"}.items():
+        with pytest.raises(ValueError, match=says):
+            list(recorded_episodes(tmp_path / name, ["speed"]))

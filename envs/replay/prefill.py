@@ -24,7 +24,13 @@ class Prefilled:
 
 
 def prefill(
-    replay: RecordReplay, episodes: Iterable[TensorDictBase], example: TensorDictBase, *, discrete: bool, where: str
+    replay: RecordReplay,
+    episodes: Iterable[TensorDictBase],
+    example: TensorDictBase,
+    *,
+    discrete: bool,
+    where: str,
+    share: bool = False,
 ) -> Prefilled:
     """Appends each episode to the stream that holds the fewest records.
 
@@ -37,6 +43,7 @@ def prefill(
         example: one record ``[]``, which tells keys, shapes and dtypes: `agent.example_record()`.
         discrete: whether actions are one-hot; else they lie in [-1, 1].
         where: what messages begin with.
+        share: these are some of all episodes, which may be none: `refuse_none` the sum.
     """
     latents = replay.latents_in(example)
     nxt = cast(TensorDictBase, example["next"])
@@ -60,11 +67,16 @@ def prefill(
         replay.extend(records)
         found.records += len(records)
         found.episodes += 1
+    if not share:
+        refuse_none(found, where)
+    return found
+
+
+def refuse_none(found: Prefilled, where: str) -> None:
     if not found.episodes:
         raise ValueError(
             f"{where} holds no episode from its beginning on ({found.left_out} without): nothing can be used."
         )
-    return found
 
 
 def _checked(records: TensorDictBase, example: TensorDictBase, discrete: bool, where: str) -> TensorDict:

@@ -13,12 +13,13 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from r2dreamer.envs.replay.buffer import RecordReplay, make_replay
-from r2dreamer.envs.replay.prefill import Prefilled, prefill
+from r2dreamer.envs.replay.prefill import Prefilled, prefill, refuse_none
 from r2dreamer.envs.replay.recorded import recorded_episodes, recorded_task
 
 from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
 from .saved_config import plain_config
 from .setup import first_difference
+from .shards import shard, summary
 
 SAME = ("env.suite", "env.task", "env.action_repeat", "env.make")  # else its records are of another task
 
@@ -40,7 +41,7 @@ def prefill_replay(trainer: Any) -> None:
     if not path.is_dir():
         raise ValueError(f"{where} is no folder: give a run's, one that TorchRL recorded, or a Minari data set's.")
     task = recorded_task(path)
-    if task is not None and cfg.env.suite == "gym" and task != cfg.env.task:
+    if task is not None and cfg.env.suite == "gym" and not same_task(task, cfg.env.task):
         raise ValueError(f"{where} was recorded with {task}, and this run has env.task={cfg.env.task}.")
     names = [*trainer.agent.observations.images, *trainer.agent.observations.vectors]
     with tempfile.TemporaryDirectory(dir=trainer.logdir, prefix=".prefill-") as scratch:
@@ -49,9 +50,11 @@ def prefill_replay(trainer: Any) -> None:
             episodes = run_episodes(path, cfg, Path(scratch), where)
         own = itertools.islice(episodes, ranks.rank, None, ranks.count)
         discrete = trainer.agent.actions.discrete
-        found = prefill(replay, own, trainer.agent.example_record(), discrete=discrete, where=where)
+        record = trainer.agent.example_record()
+        found = prefill(replay, own, record, discrete=discrete, where=where, share=True)
     parts = ranks.gather((found.records, found.episodes, found.left_out))
     found = Prefilled(*(sum(values) for values in zip(*parts, strict=True)))
+    refuse_none(found, where)
     count["prefilled"] = found.records
     if cfg.replay.prefill_counts and not trainer.saved:
         trainer.ratio.reset(cfg.warmup_steps - found.records)
@@ -64,22 +67,45 @@ def prefill_replay(trainer: Any) -> None:
         print(f"Prefilled with {found.records:,} records of {found.episodes:,} episodes from {path}{lost}")
 
 
+def same_task(recorded: str, wanted: str) -> bool:
+    """Whether Gymnasium makes the recorded task from the wanted name, which may begin with a module and lack a version."""
+    from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id  # noqa: PLC0415
+
+    space, name, version = parse_env_id(wanted.rpartition(":")[2])
+    if version is None:
+        version = find_highest_version(space, name)  # None where its module is not imported: any will do
+    theirs = parse_env_id(recorded)
+    return get_env_id(*theirs) == get_env_id(space, name, theirs[2] if version is None else version)
+
+
 def run_episodes(path: Path, cfg: DictConfig, scratch: Path, where: str) -> Iterator[TensorDict]:
     """The records of a run's newest checkpoint, or of one particular checkpoint, episode by episode; of all its ranks."""
-    for number, directory in enumerate([path, *sorted(path.glob("ranks/*"))]):
-        try:
-            loaded = Checkpoints(directory).load(directory)
-        except CheckpointError as error:
-            raise ValueError(f"{where} holds neither a recording of TorchRL or Minari nor a run: {error}") from error
-        assert loaded is not None  # of a path it would have raised
-        if "config" in loaded.state:
-            difference = first_difference(plain_config(loaded.state["config"], loaded.path), cfg, SAME)
-            if difference:
-                key, theirs, ours = difference
-                raise ValueError(f"{where} was collected with {key}={theirs}, and this run has {key}={ours}.")
+    try:
+        first = Checkpoints(path).load(path)
+    except CheckpointError as error:
+        raise ValueError(f"{where} holds neither a recording of TorchRL or Minari nor a run: {error}") from error
+    assert first is not None  # of a path it would have raised
+    if "config" in first.state:
+        difference = first_difference(plain_config(first.state["config"], first.path), cfg, SAME)
+        if difference:
+            key, theirs, ours = difference
+            raise ValueError(f"{where} was collected with {key}={theirs}, and this run has {key}={ours}.")
+    for number, loaded in enumerate([first, *_other_ranks(first, where)]):
         if not loaded.has_replay:
             raise ValueError(f"{loaded.path} has no replay: it was saved with checkpoint.replay=false.")
         yield from _episodes(_restored(loaded, scratch / str(number)))
+
+
+def _other_ranks(first: LoadedCheckpoint, where: str) -> list[LoadedCheckpoint]:
+    """Of the same step. They lie in the run's directory, wherever in it `where` points."""
+    count, path = first.state.get("ranks", 1), first.path.resolve()
+    found = [shard(Checkpoints(path), summary(first) | {"path": path}, rank) for rank in range(1, count)]
+    if lacking := [str(rank) for rank, loaded in enumerate(found, 1) if loaded is None]:
+        raise ValueError(
+            f"{where}: {count} ranks saved {path.name}, and rank {', '.join(lacking)} has no whole checkpoint of that step in "
+            f"{path.parent.parent / 'ranks'}. Give the directory of a run that has the checkpoints of all its ranks."
+        )
+    return [loaded for loaded in found if loaded is not None]
 
 
 def _restored(loaded: LoadedCheckpoint, scratch: Path) -> RecordReplay:

@@ -35,13 +35,13 @@ def open_together(cfg: DictConfig, ranks: Ranks) -> tuple[Path, TextIO | None, C
         checkpoints = own_checkpoints(cfg, ranks)
     while True:
         # The first rank's checkpoint, without tensors: enough to find this rank's.
-        found = ranks.from_first(None if saved is None else _summary(saved))
+        found = ranks.from_first(None if saved is None else summary(saved))
         if found is None:
             return logdir, lock, checkpoints, None
         if found["ranks"] != ranks.count:
             break
         if not ranks.first:
-            saved = _shard(checkpoints, found, ranks.rank)
+            saved = shard(checkpoints, found, ranks.rank)
         ranks.meet()  # a large replay is read to be checked
         lacking = [rank for rank, whole in enumerate(ranks.gather(saved is not None)) if not whole]
         if not lacking:
@@ -113,7 +113,7 @@ def save_together(trainer: Any) -> None:
         raise CheckpointError(failure)
 
 
-def _summary(saved: LoadedCheckpoint) -> dict[str, Any]:
+def summary(saved: LoadedCheckpoint) -> dict[str, Any]:
     return {
         "path": saved.path,
         "step": saved.step,
@@ -123,7 +123,7 @@ def _summary(saved: LoadedCheckpoint) -> dict[str, Any]:
     }
 
 
-def _shard(checkpoints: Checkpoints, found: dict[str, Any], rank: int) -> LoadedCheckpoint | None:
+def shard(checkpoints: Checkpoints, found: dict[str, Any], rank: int) -> LoadedCheckpoint | None:
     """This rank's checkpoint of that step, if it is whole."""
     directory = found["path"].parent.parent / "ranks" / str(rank) / "checkpoints"
     for path, manifest in reversed(survey(directory).readable.items()):
