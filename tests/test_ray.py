@@ -258,11 +258,10 @@ def test_too_few_cpus_are_refused(ray, cluster, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trouble", "expected"), [("raise", "the simulator broke"), ("kill", "That was loss 3")])
-def test_a_simulator_that_cannot_go_on_ends_the_run_with_a_checkpoint(server, cluster, tmp_path, trouble, expected):
-    more = [f"env.task=counted:Counted-{trouble}-v0", f"collector.address={cluster.address}", "logdir=log"]
+def test_a_simulator_that_cannot_go_on_ends_the_run_with_a_checkpoint(server, cluster, tmp_path):
+    more = ["env.task=counted:Counted-raise-v0", f"collector.address={cluster.address}", "logdir=log"]
     run = server.run(tmp_path, *COUNTED, *more)
-    assert run.status == 1 and expected in " ".join(run.stderr.split()) and "Traceback" not in run.stderr
+    assert run.status == 1 and "the simulator broke" in " ".join(run.stderr.split()) and "Traceback" not in run.stderr
     assert Checkpoints(tmp_path / "log" / "checkpoints").load() is not None
 
 
@@ -347,7 +346,8 @@ def test_the_commands_of_the_guide_train_on_the_cluster_they_start(ray, tmp_path
     script = script.replace("ray start", f"ray start --object-store-memory={STORE} --num-cpus=1")
     script = script.replace("examples/train.py", str(EXAMPLES / "train.py")).replace("ray stop", "")
     folder = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(TESTS)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # Ray sets some itself
+    environment = clean | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(TESTS)}
     try:
         done = subprocess.run(
             ["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600

@@ -26,7 +26,8 @@ from r2dreamer.envs.vector.workers import sighup_ignored
 
 from .collecting import CLOSE_TIMEOUT, EnvironmentsLost, MakeEnvironments, Overlapping, copy_weights
 
-LOSSES = 3  # in a row, without a batch between them: then it is not chance
+LOSSES = 3  # that follow each other end the run
+RARE = 100  # batches after a loss: the next one does not follow it
 
 
 class RemoteCollector(VectorCollector):
@@ -102,7 +103,7 @@ class Remote(Overlapping):
         self.num_collectors, self.num_cpus, self.update_interval = num_collectors, num_cpus, update_interval
         self.address, self.object_store_memory = address, object_store_memory
         self.collector: Any = None
-        self.sent, self.in_a_row, self.connected = -1, 0, False
+        self.sent, self.in_a_row, self.since, self.connected = -1, 0, 0, False
         self.hung = False  # since the collectors were made
         self.loss: EnvironmentsLost | None = None  # until the collectors are made anew
         self.places: list[tuple[int, str, str]] = []
@@ -188,7 +189,7 @@ class Remote(Overlapping):
         if self.loss is not None:
             raise self.loss
         batch = super()._take(updates)
-        self.in_a_row = 0
+        self.since += 1
         return batch
 
     def _finish(self) -> None:
@@ -246,9 +247,10 @@ class Remote(Overlapping):
     def _lose(self, text: str, error: Exception) -> NoReturn:
         self._kill()
         self.begun = None
-        self.losses, self.in_a_row = self.losses + 1, self.in_a_row + 1
+        self.in_a_row = 1 if self.since >= RARE else self.in_a_row + 1
+        self.losses, self.since = self.losses + 1, 0
         if self.in_a_row >= LOSSES:
-            raise WorkerError(f"{text} That was loss {self.in_a_row} without a batch between.") from error
+            raise WorkerError(f"{text} That was loss {self.in_a_row}, with few batches between.") from error
         self.loss = EnvironmentsLost(text)
         raise self.loss from error
 
