@@ -1,5 +1,7 @@
 """Environments that number their observations, so that one that is lost or given twice shows; "Sleepy" takes 20 ms a step."""
 
+import os
+import signal
 import time
 
 import gymnasium
@@ -31,10 +33,13 @@ class Counted(gymnasium.Env):
         time.sleep(self.sleeps)
         self.left -= 1
         if self.trouble and self.count > 9:
-            raise ArithmeticError("the simulator broke")
+            if self.trouble == "raise":
+                raise ArithmeticError("the simulator broke")
+            os.kill(os.getpid(), signal.SIGKILL)
         return self._observe(), float(self.count), False, self.left == 0, {}
 
 
 gymnasium.register("Counted-v0", Counted)
 gymnasium.register("Sleepy-v0", Counted, kwargs={"sleeps": 0.02})
-gymnasium.register("Counted-raise-v0", Counted, kwargs={"trouble": True})
+for trouble in ("raise", "kill"):
+    gymnasium.register(f"Counted-{trouble}-v0", Counted, kwargs={"trouble": trouble})

@@ -258,10 +258,11 @@ def test_too_few_cpus_are_refused(ray, cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_simulator_that_cannot_go_on_ends_the_run_with_a_checkpoint(server, cluster, tmp_path):
-    more = ["env.task=counted:Counted-raise-v0", f"collector.address={cluster.address}", "logdir=log"]
+@pytest.mark.parametrize(("trouble", "expected"), [("raise", "the simulator broke"), ("kill", "That was loss 3")])
+def test_a_simulator_that_cannot_go_on_ends_the_run_with_a_checkpoint(server, cluster, tmp_path, trouble, expected):
+    more = [f"env.task=counted:Counted-{trouble}-v0", f"collector.address={cluster.address}", "logdir=log"]
     run = server.run(tmp_path, *COUNTED, *more)
-    assert run.status == 1 and "the simulator broke" in " ".join(run.stderr.split()) and "Traceback" not in run.stderr
+    assert run.status == 1 and expected in " ".join(run.stderr.split()) and "Traceback" not in run.stderr
     assert Checkpoints(tmp_path / "log" / "checkpoints").load() is not None
 
 

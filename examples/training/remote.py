@@ -255,10 +255,9 @@ class Remote(Overlapping):
         raise self.loss from error
 
     def _kill(self) -> None:
-        import ray
-
-        for actor in self.collector.remote_collectors:
-            ray.kill(actor)
+        # Also forgets them: one that a RayCollector still knew as the program ends would make its `__del__` join a cluster
+        # again, without end.
+        self.collector.stop_remote_collectors()
 
     def close(self) -> None:
         if self.collector is not None:
