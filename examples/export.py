@@ -3,6 +3,7 @@
 python examples/export.py runs/quickstart/seed0 my_agent
 python examples/evaluate.py checkpoint=my_agent
 python examples/export.py runs/quickstart/seed0 my_agent --push owner/name     # to the Hugging Face Hub, with the extra hub
+python examples/export.py runs/quickstart/seed0 my_agent --play                # without the objective's heads: smaller
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from r2dreamer.examples.training.checkpoint import CheckpointError, Checkpoints,
 from r2dreamer.examples.training.metrics import read_metrics
 from r2dreamer.examples.training.saved_config import UNUSED, plain_config
 
+PLAYS = "It has no heads of the objective: it acts and imagines, and is not for training on."
 HALVED = "Its weights are in half precision; the return is of the run, whose weights were not."
 
 
@@ -56,10 +59,18 @@ def describe(loaded: LoadedCheckpoint, name: str) -> ModelCard:
     )
 
 
-def export(run: Path, out: Path, name: str | None = None) -> Path:
+def without_heads(agent: dict[str, Any]) -> dict[str, Any]:
+    """What acts and imagines alone."""
+    heads = agent["recipe"].get("heads") or {"projection": None}  # as build_agent has it
+    weights = {part: value for part, value in agent["weights"].items() if part not in heads}
+    return {**agent, "recipe": {**agent["recipe"], "heads": {}}, "weights": weights, "more_heads": {}}
+
+
+def export(run: Path, out: Path, name: str | None = None, *, play: bool = False) -> Path:
     """Writes what a run's newest checkpoint, or one particular checkpoint, knows of its agent to a directory of its own.
 
     name: in place of the run's.
+    play: leaves out the heads of the objective.
     """
     if out.exists():
         raise ValueError(f"{out} is there already: remove it, or give another directory.")
@@ -70,10 +81,12 @@ def export(run: Path, out: Path, name: str | None = None) -> Path:
     config: Any = OmegaConf.to_container(plain_config(loaded.state["config"], loaded.path))
     config = {key: value for key, value in config.items() if key not in UNUSED}
     card = describe(loaded, name or config["name"])
+    agent = halved(loaded.state["agent"])
+    if play:
+        agent, card = without_heads(agent), replace(card, limits=[*card.limits, PLAYS])
     config["name"] = card.name
     config["logdir"] = f"runs/{card.name}/seed{config['seed']}"  # where it was trained says nothing elsewhere
     config["replay"]["place"]["directory"] = f"{config['logdir']}/replay"
-    agent = halved(loaded.state["agent"])
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         whole = Path(folder) / "agent"
@@ -89,11 +102,14 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="a new directory")
     parser.add_argument("--name", help="the agent's name, in place of the run's")
+    parser.add_argument(
+        "--play", action="store_true", help="leaves out the objective's heads, which only training needs"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="uploads the directory to the Hugging Face Hub, too")
     parser.add_argument("--private", action="store_true", help="of a repository that --push makes")
     arguments = parser.parse_args()
     try:
-        out = export(arguments.run, arguments.out, arguments.name)
+        out = export(arguments.run, arguments.out, arguments.name, play=arguments.play)
         size = sum(file.stat().st_size for file in out.iterdir())
         print(f"{out}: {size / 1e6:.1f} MB")
         if arguments.push:

@@ -90,6 +90,14 @@ def test_an_exported_agent_plays_as_its_run_does_and_holds_nothing_else(server, 
         export(trained, out)
 
 
+def test_an_agent_exported_to_play_has_no_heads_of_the_objective_and_acts_alike(server, trained, tmp_path):
+    whole, player = export(trained, tmp_path / "whole"), export(trained, tmp_path / "player", play=True)
+    assert load_pretrained(whole).heads and not load_pretrained(player).heads
+    assert (player / "model.safetensors").stat().st_size < (whole / "model.safetensors").stat().st_size
+    played = [server.run(tmp_path, f"checkpoint={path}", "video=false", script="evaluate") for path in (whole, player)]
+    assert returns(played[0].stdout) == returns(played[1].stdout) != []
+
+
 def test_an_agent_without_its_run_is_not_evaluated(trained, tmp_path):
     save_pretrained(load_pretrained(trained), None, tmp_path / "alone")
     with pytest.raises(ValueError, match="alone holds an agent and not the environment"):

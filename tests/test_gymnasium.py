@@ -197,7 +197,7 @@ def test_several_at_once_are_each_as_if_it_were_alone(mode, reacher):
         ("DMCDistracting/reacher_easy-v0", {"split": "test"}, ValueError, "must be one of train, val"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*render_mode")
+@pytest.mark.filterwarnings("ignore:.*render_mode")  # Gymnasium warns of an unknown one before our error says so
 def test_a_mistake_is_named_with_its_remedy(name, arguments, error, said):
     with pytest.raises(error, match=said):
         gymnasium.make(name, **arguments)

@@ -25,7 +25,7 @@ BOUNDS = {
 def test_every_shipped_agent_has_a_bound_and_all_are_small():
     assert {path.name for path in AGENTS.iterdir() if path.is_dir()} == set(BOUNDS)
     sizes = [sum(file.stat().st_size for file in (AGENTS / name).glob("*.*")) for name in BOUNDS]
-    assert max(sizes) < 3 * 2**20 and sum(sizes) < 20e6
+    assert max(sizes) < 3e6 and sum(sizes) < 20e6
 
 
 @pytest.mark.parametrize(
