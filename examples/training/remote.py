@@ -63,6 +63,12 @@ class RemoteCollector(VectorCollector):
         torch.manual_seed(seeds[0])
         super().restart(seeds)
 
+    def collect(self, weights: list[np.ndarray] | None) -> TensorDict:
+        """The next batch, with these weights if there are any."""
+        if weights is not None:
+            self.load_weights(weights)
+        return self.next()
+
     def weights(self) -> list[np.ndarray]:
         """Copies of what it acts with, in the order of `weights_of`."""
         return [value.copy() for value in weights_of(self.acting)]
@@ -180,9 +186,8 @@ class Remote(Overlapping):
     def _collect(self, weights: list[np.ndarray] | None) -> TensorDict:
         import ray
 
-        if weights is not None:
-            self.collector.map_fn("load_weights", [(ray.put(weights),)] * self.num_collectors)
-        batch: Any = torch.cat(self.collector.map_fn("next"), 0)
+        arguments = None if weights is None else ray.put(weights)
+        batch: Any = torch.cat(self.collector.map_fn("collect", [(arguments,)] * self.num_collectors), 0)
         return batch
 
     def _take(self, updates: int) -> TensorDict:
