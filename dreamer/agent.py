@@ -19,7 +19,7 @@ from torch import nn
 from torchrl.envs.transforms import TensorDictPrimer
 
 from .fast import TRICKS, speed_up
-from .networks.encoders import Encoder, ObservationEncoder
+from .networks.encoders import Encoder, ObservationEncoder, VectorEncoder
 from .networks.heads import FeatureMLP, TwoHotMLP, actor_head, latent_head, projection_head
 from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior, check_core
 from .rssm.imagination import Imagination
@@ -140,6 +140,7 @@ def build_agent(
     image_encoder: Callable[[tuple[int, int, int]], Encoder] | None = None,
     core: Callable[[int, int, int, int], nn.Module] | None = None,
     vector_layers: int = 3,
+    vector_frequencies: Sequence[float] | None = None,
     reward_layers: int = 1,
     continue_layers: int | None = 1,
     actor_layers: int = 3,
@@ -167,6 +168,7 @@ def build_agent(
         core: builds, from (state, action, belief, hidden) sizes, a module (state, belief, action) -> belief in the
             place of :class:`BlockGRU`.
         vector_layers: layers of the vector encoder.
+        vector_frequencies: of sines and cosines of a vector's entries, which the encoder then reads as well.
         reward_layers: hidden layers of the reward head.
         continue_layers: hidden layers of the continue head. None makes no such head: imagined episodes never end.
         actor_layers: hidden layers of the actor.
@@ -198,8 +200,8 @@ def build_agent(
         depth=depth,
         units=units,
         multipliers=tuple(encoder_multipliers),
-        vector_layers=vector_layers,
         make_image=image_encoder,
+        make_vector=partial(VectorEncoder, units=units, layers=vector_layers, frequencies=vector_frequencies or ()),
     )
     latent = CategoricalLatent(categoricals, classes, unimix)
     cell = (core or partial(BlockGRU, num_blocks=blocks))(latent.size, actions.size, belief, hidden)

@@ -1,5 +1,6 @@
 """The networks: sizes to the number, the sequence pass against single steps, routes of information and gradients."""
 
+import math
 import pathlib
 
 import pytest
@@ -19,8 +20,10 @@ from r2dreamer.dreamer import (
     Linear,
     ObservationSpace,
     RSSMRollout,
+    VectorEncoder,
     build_agent,
 )
+from r2dreamer.dreamer.classic.networks import ELUVectorEncoder
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 SIZES = {"12M": 11.84e6, "25M": 26.5e6, "50M": 47.1e6, "100M": 105.6e6, "200M": 187.6e6}
@@ -336,3 +339,13 @@ def test_rooms_of_the_model_import_downwards():
         for file in (root / room).glob("*.py"):
             imports = [line for line in file.read_text().splitlines() if line.startswith(("import ", "from "))]
             assert not [line for line in imports for name in above if line.startswith(f"from ..{name}")], file
+
+
+def test_frequencies_add_sines_and_cosines_of_the_symlog_of_a_vector():
+    vectors = torch.tensor([[0.0, 3.0]]), torch.tensor([[-1.0]])
+    symlog = torch.tensor([[0.0, math.log(4), -math.log(2)]])
+    expected = torch.cat([symlog, (2 * symlog).sin(), (2 * symlog).cos(), (8 * symlog).sin(), (8 * symlog).cos()], -1)
+    for make in (VectorEncoder, ELUVectorEncoder):
+        encoder = make(3, units=4, layers=1, frequencies=(2, 8))
+        assert torch.allclose(encoder(*vectors), encoder.layers(expected), atol=1e-6)
+        assert torch.equal(make(3, units=4, layers=0)(*vectors), symlog)

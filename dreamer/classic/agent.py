@@ -33,6 +33,7 @@ def build_classic_agent(
     value_layers: int,
     units: int | None = None,
     continue_layers: int | None = None,
+    vector_frequencies: Sequence[float] | None = None,
     latent: Callable[[int, int], Latent],
     cell: Callable[[int, int], nn.Module],
     squashed_actions: bool,
@@ -56,6 +57,7 @@ def build_classic_agent(
         value_layers: hidden layers of the critic.
         units: width of the heads' layers. Default: ``hidden``.
         continue_layers: None makes no continue head: every step is discounted alike, ends of episodes included.
+        vector_frequencies: as in ``build_agent``.
         latent: of (categoricals, classes), the distribution of z_t; a Gaussian has as many dimensions as their product.
         cell: of (input size, belief size), the recurrent cell.
         squashed_actions: tanh of a Normal (V1), or a Normal that the environment clips.
@@ -70,7 +72,7 @@ def build_classic_agent(
         depth=depth,
         units=units,
         make_image=partial(ConvEncoder, depth=depth),
-        make_vector=partial(ELUVectorEncoder, units=units, layers=vector_layers),
+        make_vector=partial(ELUVectorEncoder, units=units, layers=vector_layers, frequencies=vector_frequencies or ()),
     )
     z = latent(categoricals, classes)
     core = GRUCore(z.size, actions.size, belief, hidden, cell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,9 @@ from torch import nn
 from torch.nn import GRUCell  # noqa: F401 - named in a config, as NormGRUCell is
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import TanhNormal
-from torchrl.modules.functional import symlog
 
 from ..networks.distributions import BoundedNormal, OneHotAction
+from ..networks.encoders import vector_features
 from ..networks.heads import ActorNetwork, NormalParameters, OneHotParameters, probabilistic_head
 from ..networks.layers import Linear, bounded, elu_mlp, init_convolution
 
@@ -53,12 +54,14 @@ class ELUVectorEncoder(nn.Module):
 
     compiles = ("forward",)
 
-    def __init__(self, in_features: int, units: int, layers: int):
+    def __init__(self, in_features: int, units: int, layers: int, frequencies: Sequence[float] = ()):
         super().__init__()
-        self.layers, self.out_features = elu_mlp(in_features, units, layers), units
+        self.frequencies = tuple(frequencies)
+        self.layers = elu_mlp(in_features * (1 + 2 * len(self.frequencies)), units, layers)
+        self.out_features = units
 
     def forward(self, *vectors: torch.Tensor) -> torch.Tensor:
-        return self.layers(symlog(torch.cat(vectors, -1).float()))
+        return self.layers(vector_features(vectors, self.frequencies))
 
 
 class ConvDecoder(nn.Module):

@@ -144,6 +144,13 @@ class StridedEncoder(nn.Module):
         return value.reshape(*images[0].shape[:-3], self.out_features)
 
 
+def vector_features(vectors: Sequence[torch.Tensor], frequencies: Sequence[float]) -> torch.Tensor:
+    """symlog of concatenated vectors, and beside it its sine and cosine at each frequency."""
+    value = symlog(torch.cat(tuple(vectors), -1).float())
+    waves = [wave(frequency * value) for frequency in frequencies for wave in (torch.sin, torch.cos)]
+    return torch.cat([value, *waves], -1) if waves else value
+
+
 class VectorEncoder(nn.Module):
     """symlog, then ``layers`` normed linears: vectors [..., n] concatenated, to [..., units].
 
@@ -151,18 +158,19 @@ class VectorEncoder(nn.Module):
         in_features: n, of all vectors together.
         units: width of the layers.
         layers: number of them.
+        frequencies: each adds sine and cosine of the entries, so that few updates can learn a threshold. The paper has none.
     """
 
     compiles = ("forward",)
 
-    def __init__(self, in_features: int, units: int, layers: int = 3):
+    def __init__(self, in_features: int, units: int, layers: int = 3, frequencies: Sequence[float] = ()):
         super().__init__()
-        self.layers = mlp(in_features, units, layers)
+        self.frequencies = tuple(frequencies)
+        self.layers = mlp(in_features * (1 + 2 * len(self.frequencies)), units, layers)
         self.out_features = units
 
     def forward(self, *vectors: torch.Tensor) -> torch.Tensor:
-        value = vectors[0] if len(vectors) == 1 else torch.cat(vectors, -1)
-        return self.layers(symlog(value.float()))
+        return self.layers(vector_features(vectors, self.frequencies))
 
 
 class Encoder(Protocol):

@@ -130,6 +130,7 @@ ARGUMENTS = {
     # of networks
     **dict.fromkeys(("belief", "hidden", "classes", "depth", "categoricals", "blocks", "num_bins"), count),
     "units": maybe(count), "encoder_multipliers": list_of(count), "image_encoder": maybe(section), "core": maybe(section), "channels": list_of(count), "kernels": list_of(count), "strides": list_of(count), "continue_layers": maybe(whole()),
+    "vector_frequencies": maybe(list_of(number(above=0))),
     **dict.fromkeys(("vector_layers", "reward_layers", "actor_layers", "value_layers", "layers", "pad"), whole()),
     "unimix": fraction, "min_std": weight, "squashed_actions": flag, "noise": weight,
     **dict.fromkeys(("heads", "latent", "cell", "decoder"), section),
