@@ -297,11 +297,7 @@ def assemble(
         predictions.append(latent_head(continue_, ["continue_pred"], prefix=after))
     world_model = TensorDictSequential([encoder, rollout, *heads.values(), *predictions])
     estimator = RSSMStateEstimator(
-        prior,
-        posterior,
-        state_size=sizes.state,
-        belief_size=sizes.belief,
-        action_size=actions.size,
+        prior, posterior, state_size=sizes.state, belief_size=sizes.belief, action_size=actions.size
     )
     after_actor = [] if exploration is None else [exploration]
     policy = TensorDictSequential([encoder.at_root(), estimator, actor, *after_actor])

@@ -41,11 +41,7 @@ def construct(recipe: Any, trust: Sequence[str] = ()) -> Any:
 
 
 def check_target(
-    target: Any,
-    allowed: Container[str],
-    trust: Sequence[str],
-    where: str = "_target_",
-    remedy: str = "trust=[{!r}]",
+    target: Any, allowed: Container[str], trust: Sequence[str], where: str = "_target_", remedy: str = "trust=[{!r}]"
 ) -> None:
     """Refuses ``"module.name"`` or ``"module:name"`` that is neither ``allowed`` nor lies in a trusted module.
 

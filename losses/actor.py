@@ -19,16 +19,7 @@ from torchrl.modules.distributions.utils import has_analytic_entropy, rsample_an
 from .continuation import UntrainedHead, check_logit, check_probability, continue_name
 from .functional import imagination_weight, lambda_return
 from .ranks import gather_ranks
-from .wiring import (
-    NEXT,
-    DreamerLoss,
-    check_scalar,
-    entry,
-    read_key,
-    require_instances,
-    require_modules,
-    unregistered,
-)
+from .wiring import NEXT, DreamerLoss, check_scalar, entry, read_key, require_instances, require_modules, unregistered
 
 DISCOUNT = 1 - 1 / 333
 LATENTS = "the world model (its posterior latents, at the root)"

@@ -58,12 +58,7 @@ class ScalarPrediction(nn.Module):
         self.likelihood = TwoHotLikelihood(num_bins) if self.reads_logits else scalar
 
     def forward(
-        self,
-        tensordict: TensorDictBase,
-        keys: Any,
-        value: str,
-        targets: torch.Tensor,
-        prefix: tuple[str, ...] = (),
+        self, tensordict: TensorDictBase, keys: Any, value: str, targets: torch.Tensor, prefix: tuple[str, ...] = ()
     ) -> torch.Tensor:
         """The loss of the accepted key ``value``, whose logits are ``<value>_logits``, against targets [..., n]."""
         name = f"{value}_logits" if self.reads_logits else value

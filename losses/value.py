@@ -129,10 +129,7 @@ class DreamerValueLoss(DreamerLoss):
 
     def _read_head(self) -> None:
         self.prediction = ScalarPrediction(
-            list(self.value_model.out_keys),
-            self.tensor_keys.value_logits,
-            self.num_value_bins,
-            self.scalar_likelihood,
+            list(self.value_model.out_keys), self.tensor_keys.value_logits, self.num_value_bins, self.scalar_likelihood
         )
 
     def set_keys(self, **kwargs) -> None:

@@ -52,8 +52,7 @@ def follows(agent, steps):
 
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize(
-    "devices",
-    [{}, {"policy_device": "cpu"}, {"policy_device": "cpu", "storing_device": "cpu", "env_device": "cpu"}],
+    "devices", [{}, {"policy_device": "cpu"}, {"policy_device": "cpu", "storing_device": "cpu", "env_device": "cpu"}]
 )
 def test_every_belief_follows_from_the_step_before(parallel, devices):
     """Batched environments may return only their own entries, and with a policy_device TorchRL's collector copies only

@@ -90,9 +90,7 @@ RECIPES = {
     "save_pretrained": lambda folder, marker: mine(
         {"_target_": f"{OWN}save_pretrained", "agent": whole(folder), "recipe": None, "directory": str(marker)}
     ),
-    "another head's recipe": lambda folder, marker: {
-        "more_heads": {"mine": {"recipe": touch(marker), "weights": {}}},
-    },
+    "another head's recipe": lambda folder, marker: {"more_heads": {"mine": {"recipe": touch(marker), "weights": {}}}},
     "attributes of a module": lambda folder, marker: mine(touch_by_attributes(marker)),
     "the outermost call": lambda folder, marker: {"recipe": touch(marker)},
     "a list in a tuple": lambda folder, marker: {"recipe": BUILD | {"belief": ([touch(marker)],)}},

@@ -149,9 +149,7 @@ def test_a_full_disk_is_told_and_the_next_checkpoint_tries_again(tmp_path, monke
     fill_the_disk(monkeypatch, 2)
     at_warning = []
     monkeypatch.setattr(
-        train,
-        "warn",
-        lambda text: at_warning.append((text, Checkpoints(tmp_path / "checkpoints").load().step)),
+        train, "warn", lambda text: at_warning.append((text, Checkpoints(tmp_path / "checkpoints").load().step))
     )
     train_here(tmp_path, *CARTPOLE)
     (message, previous), *more = at_warning

@@ -246,8 +246,7 @@ def test_the_benchmark_says_whom_it_cannot_compare(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "environment",
-    ["env=gym env.task=CartPole-v1", "env=dmc_vision env.task=reacher_easy", "env=probe env.task=ending"],
+    "environment", ["env=gym env.task=CartPole-v1", "env=dmc_vision env.task=reacher_easy", "env=probe env.task=ending"]
 )
 def test_the_benchmark_steps_the_same_simulators_with_and_without_torchrl(server, tmp_path, environment):
     short = ["measure=[environment]", "counts=[2]", "seconds=0.1", "rounds=1"]

@@ -13,12 +13,7 @@ from tensordict.nn import (
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.model_based import DreamerEnv
 from torchrl.modules import MLP, RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3, TanhNormal, WorldModelWrapper
-from torchrl.objectives import (
-    DreamerV3ActorLoss,
-    DreamerV3Loss,
-    DreamerV3ValueLoss,
-    SoftUpdate,
-)
+from torchrl.objectives import DreamerV3ActorLoss, DreamerV3Loss, DreamerV3ValueLoss, SoftUpdate
 from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3Optimizer
 
 from r2dreamer.dreamer import ProjectionHead
@@ -67,9 +62,7 @@ def torchrl_parts():
         ),
     )
     value = TensorDictModule(
-        MLP(in_features=12, out_features=1, num_cells=8, depth=1),
-        in_keys=["state", "belief"],
-        out_keys=["state_value"],
+        MLP(in_features=12, out_features=1, num_cells=8, depth=1), in_keys=["state", "belief"], out_keys=["state_value"]
     )
     return world_model, env, actor, value
 

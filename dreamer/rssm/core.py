@@ -183,12 +183,7 @@ class RSSMPosterior(nn.Module):
 
     @namesake
     def __init__(
-        self,
-        belief_size: int,
-        embedding_size: int,
-        latent: Latent,
-        hidden: int,
-        norm: nn.Module | None = None,
+        self, belief_size: int, embedding_size: int, latent: Latent, hidden: int, norm: nn.Module | None = None
     ):
         super().__init__()
         self.latent = latent

@@ -180,11 +180,7 @@ def build(
 
 
 def check_fits(
-    cfg: DictConfig,
-    observations: ObservationSpace,
-    actions: ActionSpace,
-    device: torch.device,
-    precision: torch.dtype,
+    cfg: DictConfig, observations: ObservationSpace, actions: ActionSpace, device: torch.device, precision: torch.dtype
 ) -> str:
     """What an update takes, in a line; refuses a model or a batch that cannot fit, before one is made."""
     with torch.device("meta"):  # has shapes and no memory

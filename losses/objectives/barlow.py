@@ -34,11 +34,7 @@ class BarlowTwins(Objective):
     reads = TWO_VIEWS
 
     def __init__(
-        self,
-        weight: float = 0.05,
-        redundancy_weight: float = 5e-4,
-        detach_target: bool = True,
-        factor: float = 1.0,
+        self, weight: float = 0.05, redundancy_weight: float = 5e-4, detach_target: bool = True, factor: float = 1.0
     ):
         super().__init__(weight, factor)
         self.redundancy_weight, self.detach_target = redundancy_weight, detach_target
