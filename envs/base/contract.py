@@ -39,23 +39,20 @@ class FiniteCheck(Transform):
         self.keys = list(keys)
         self.steps = 0
 
-    def _check(self, tensordict: TensorDictBase, name: str) -> None:
-        value = tensordict.get(name, None)
-        if value is not None and not torch.isfinite(value.float()).all():
-            raise not_finite(name, value.numpy(force=True), self.steps, self.task)
+    def _checked(self, tensordict: TensorDictBase) -> TensorDictBase:
+        for name in (*self.keys, "reward"):
+            value = tensordict.get(name, None)
+            if value is not None and not torch.isfinite(value.float()).all():
+                raise not_finite(name, value.numpy(force=True), self.steps, self.task)
+        return tensordict
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         self.steps += 1
-        for name in self.keys:
-            self._check(next_tensordict, name)
-        self._check(next_tensordict, "reward")
-        return next_tensordict
+        return self._checked(next_tensordict)
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         self.steps = 0
-        for name in self.keys:
-            self._check(tensordict_reset, name)
-        return tensordict_reset
+        return self._checked(tensordict_reset)
 
 
 class ContractEnv(TransformedEnv):
@@ -104,12 +101,8 @@ def apply_contract(env: EnvBase, task: Any, seed: int, *transforms: Transform) -
         env.task = str(task)
     else:
         # Not what stands below "metrics": nobody learns from it, and a suite can have dozens.
-        entries = env.observation_spec.items(True, True)
-        checks = [
-            FiniteCheck(
-                str(task), [key for key, spec in entries if isinstance(key, str) and spec.dtype.is_floating_point]
-            )
-        ]
+        named = [(key, spec) for key, spec in env.observation_spec.items(True, True) if isinstance(key, str)]
+        checks = [FiniteCheck(str(task), [key for key, spec in named if spec.dtype.is_floating_point])]
     env = ContractEnv(env, Compose([*transforms, *starts, *checks]), task)
     # static_seed: without it TorchRL draws the seed of a next environment, which nobody here wants.
     env.set_seed(seed, static_seed=True)
