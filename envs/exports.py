@@ -24,7 +24,7 @@ from .transforms.patch import AdversarialPatch
 from .transforms.rendering import RenderPixels
 from .transforms.subtle import DMCSubtle
 from .vector.collector import VectorCollector
-from .vector.environment import VectorEnv, count_workers, env_seeds, make_vector_env, reseed
+from .vector.environment import VectorEnv, count_workers, env_seeds, make_vector_env
 
 __all__ = [
     "AdversarialPatch",
@@ -60,5 +60,4 @@ __all__ = [
     "make_probe",
     "make_replay",
     "make_vector_env",
-    "reseed",
 ]

@@ -15,10 +15,10 @@ import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which impo
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torchrl.envs import Compose, EnvBase, TransformedEnv
+from torchrl.envs import Compose, TransformedEnv
 from tqdm import tqdm
 
-from r2dreamer.envs import AdversarialPatch, env_seeds, make_vector_env, reseed
+from r2dreamer.envs import AdversarialPatch, VectorEnv, env_seeds, make_vector_env
 from r2dreamer.examples.attacks.gallery import contact_sheet, draw_patch, draw_search, side_by_side
 from r2dreamer.examples.attacks.report import BELIEFS, compare, markdown, percent_drop, verdict
 from r2dreamer.examples.attacks.search import Search, Windows, collect_episodes, measure, optimize
@@ -110,10 +110,10 @@ class Attack:
 
 
 def play(
-    environments: EnvBase, trained: Trained, patch: AdversarialPatch | None, seeds: list[int], *, key: str, seed: int
+    environments: VectorEnv, trained: Trained, patch: AdversarialPatch | None, seeds: list[int], *, key: str, seed: int
 ) -> EvaluationResult:
     """One episode from each seed, with mode actions and the same draws inside the policy, whatever the patch."""
-    reseed(environments, seeds)
+    environments.reseed(seeds)
     transform = Compose()  # the undisturbed condition takes the same way through TorchRL
     if patch is not None:
         transform = patch.clone()

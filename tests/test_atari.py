@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torchrl.envs.utils import check_env_specs
 
-from r2dreamer.envs import check_environment, make_vector_env, reseed
+from r2dreamer.envs import check_environment, make_vector_env
 from r2dreamer.envs.replay.records import RecordBuilder
 from r2dreamer.envs.suites.atari import make_atari
 from r2dreamer.envs.suites.atari_scores import SCORES, HumanNormalizedScore
@@ -285,7 +285,7 @@ def test_workers_play_what_one_process_plays_also_after_reseeding():
     parallel = make_vector_env(factory, [1, 2], parallel=True)
     assert same(trajectory(serial), trajectory(parallel))
     for env in (serial, parallel):
-        reseed(env, [6, 7])
+        env.reseed([6, 7])
     assert same(trajectory(serial), trajectory(parallel))
     parallel.close()
 

@@ -10,7 +10,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import ParallelEnv, StepCounter, TransformedEnv
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
-from r2dreamer.envs import VectorCollector, make_gym, make_vector_env, reseed
+from r2dreamer.envs import VectorCollector, make_gym, make_vector_env
 from r2dreamer.envs.base.check import RESERVED
 from r2dreamer.envs.replay.buffer import make_replay
 from r2dreamer.envs.replay.records import RecordBuilder
@@ -98,7 +98,7 @@ def test_a_collector_that_was_reset_gives_what_a_new_one_does():
         stream = iter(collector)
         for _ in range(resets):
             next(stream)
-        reseed(environment, SEEDS)
+        environment.reseed(SEEDS)
         collector.reset()
         torch.manual_seed(1)
         batches.append(next(stream))

@@ -12,7 +12,7 @@ import pytest
 from torchrl.envs import DMControlEnv, GymEnv, GymWrapper, InitTracker, TransformedEnv
 from toys import FACTORIES
 
-from r2dreamer.envs import check_environment, env_seeds, make_dmc, make_gym, make_probe, make_vector_env, reseed
+from r2dreamer.envs import check_environment, env_seeds, make_dmc, make_gym, make_probe, make_vector_env
 from r2dreamer.envs.base import gl
 
 
@@ -85,7 +85,7 @@ def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match="split='test'"):
         env_seeds(0, 1, "test")
     with pytest.raises(ValueError, match="3 seeds for 1 environments"):
-        reseed(make_vector_env(FACTORIES["gym state"], [1], parallel=False), [1, 2, 3])
+        make_vector_env(FACTORIES["gym state"], [1], parallel=False).reseed([1, 2, 3])
     with pytest.raises(ValueError, match="seeds is empty"):
         make_vector_env(FACTORIES["gym state"], [], parallel=False)
 

@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from torchrl.envs.utils import check_env_specs
 
-from r2dreamer.envs import check_environment, make_dmc, make_vector_env, reseed
+from r2dreamer.envs import check_environment, make_dmc, make_vector_env
 from r2dreamer.envs.suites.metaworld import UPSIDE_DOWN, _build, make_metaworld
 
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (2, 2, 4)).astype(np.float32)  # two episodes of two steps
@@ -203,7 +203,7 @@ def test_environments_of_one_process_show_what_each_shows_in_its_own():
     for seeds in ([1, 2], [6, 7]):
         rollouts = []
         for env in (serial, parallel):
-            reseed(env, seeds)
+            env.reseed(seeds)
             torch.manual_seed(0)
             rollouts.append(env.rollout(2))
         assert same(*rollouts)

@@ -19,7 +19,7 @@ from torchrl.envs.utils import check_env_specs
 from torchrl.modules import RandomPolicy
 from toys import FACTORIES, every_factory, same, trajectory
 
-from r2dreamer.envs import WorkerError, count_workers, env_seeds, make_custom, make_gym, make_vector_env, reseed
+from r2dreamer.envs import WorkerError, count_workers, env_seeds, make_custom, make_gym, make_vector_env
 from r2dreamer.envs.base.gl import hanging_gl
 
 
@@ -55,7 +55,7 @@ def test_set_seed_keeps_training_and_evaluation_apart():
 def test_a_reseeded_environment_is_as_good_as_new(factory):
     old = make_vector_env(factory, [1, 2], parallel=False)
     trajectory(old, 3)
-    reseed(old, [8, 9])
+    old.reseed([8, 9])
     new = make_vector_env(factory, [8, 9], parallel=False)
     assert new.batch_size == (2,)
     assert same(trajectory(old), trajectory(new))
@@ -66,7 +66,7 @@ def test_it_gives_what_the_environments_give_alone(factory):
     """TorchRL's SerialEnv, which steps each environment by itself, is the oracle; episodes end and begin on the way."""
     vector = make_vector_env(factory, [1, 2, 3], parallel=False)
     check_env_specs(vector)
-    reseed(vector, [1, 2, 3])
+    vector.reseed([1, 2, 3])
     alone = SerialEnv(3, factory, create_env_kwargs=[{"seed": seed} for seed in (1, 2, 3)])
     for steps in (12, 3):  # the second rollout resets what the first one left in mid-episode
         one, other = trajectory(vector, steps), trajectory(alone, steps)
@@ -84,7 +84,7 @@ def test_workers_give_what_one_process_gives_also_after_reseeding(name, workers)
     assert len(parallel.pool.workers) == expected
     assert same(trajectory(serial), trajectory(parallel))
     for env in (serial, parallel):
-        reseed(env, [6, 7, 9])
+        env.reseed([6, 7, 9])
     assert same(trajectory(serial), trajectory(parallel))
     processes = [worker.process for worker in parallel.pool.workers]
     parallel.close()
@@ -203,7 +203,7 @@ def test_one_failing_worker_among_healthy_ones_is_the_one_named():
     env = make_vector_env(FACTORIES["gym state"], [4, 5, 6], parallel=3)
     os.kill(env.pool.workers[2].process.pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match="environment 2 .*seed 6"):
-        reseed(env, [1, 2, 3])
+        env.reseed([1, 2, 3])
 
 
 def builds_only_here(task, parent, trouble, seed):

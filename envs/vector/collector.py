@@ -12,7 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
-from .environment import VectorEnv, reseed
+from .environment import VectorEnv
 
 SUPPORTED = ("frames_per_batch", "total_frames", "policy_device", "exploration_type", "postproc", "trust_policy")
 
@@ -53,7 +53,7 @@ class VectorCollector(Collector):
 
     def restart(self, seeds: Sequence[int]) -> None:
         """New episodes everywhere, from one seed for each environment."""
-        reseed(self.env, seeds)
+        self.env.reseed(seeds)
         self.reset()
 
     @torch.no_grad()

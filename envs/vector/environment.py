@@ -82,14 +82,6 @@ def count_workers(parallel: bool | int | str, environments: int) -> int:
     return min(parallel, environments)
 
 
-def reseed(env: VectorEnv, seeds: Sequence[int]) -> None:
-    """Seeds a running vector environment: its next reset gives what a new one with these seeds would."""
-    seeds = [int(seed) for seed in seeds]
-    if len(seeds) != env.batch_size[0]:
-        raise ValueError(f"{len(seeds)} seeds for {env.batch_size[0]} environments: give one seed for each.")
-    env.reseed(seeds)
-
-
 class VectorEnv(EnvBase):
     """N environments [N], stepped without TensorDicts of their own; what they return lies in one set of arrays.
 
@@ -131,9 +123,8 @@ class VectorEnv(EnvBase):
         tensordict.set("next", after)
         root = tensordict.exclude("next")  # with whatever a policy carries from step to step
         self.auto_reset.zero_()
-        return tensordict, self._fill(
-            root, self.current, {flag: torch.zeros_like(self.flags[flag]) for flag in self.flags}
-        )
+        flags = {flag: torch.zeros_like(value) for flag, value in self.flags.items()}
+        return tensordict, self._fill(root, self.current, flags)
 
     def step_arrays(self, action: torch.Tensor) -> None:
         """Steps all environments without a TensorDict; the next call overwrites what it wrote.
@@ -186,6 +177,10 @@ class VectorEnv(EnvBase):
         self.reseed([drawn[split_of(old)][number] for number, old in enumerate(self.seeds)])
 
     def reseed(self, seeds: Sequence[int]) -> None:
+        """The next reset gives what a new vector environment with these seeds would."""
+        seeds = [int(seed) for seed in seeds]
+        if len(seeds) != len(self.seeds):
+            raise ValueError(f"{len(seeds)} seeds for {len(self.seeds)} environments: give one seed for each.")
         self.pool.seed(dict(enumerate(seeds)))
         self.seeds = seeds
         self.auto_reset.zero_()

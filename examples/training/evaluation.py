@@ -19,7 +19,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent
-from r2dreamer.envs import VectorEnv, make_gym, make_vector_env, reseed
+from r2dreamer.envs import VectorEnv, make_gym, make_vector_env
 
 from .episodes import Episode, Scores, reported, summarise
 
@@ -206,7 +206,7 @@ def evaluate_seeds(
         max_steps: where an episode is cut off, with a warning; None plays on until it ends.
         make_environment: films the episode where the observations hold no image; None leaves such a film out.
     """
-    reseed(environments, seeds)
+    environments.reseed(seeds)
     actions = []  # of the first environment
     keep = lambda module, inputs, acted: actions.append(acted["action"][0].cpu().clone())
     hook = agent.policy.register_forward_hook(keep)
