@@ -117,9 +117,8 @@ def one_rank(out):
     )
     for member in MEMBERS:
         reduced.clear()
-        ranks.sent = 0
         _, parameters, metrics, size = trained(member, ranks)
-        results[member] = parameters, metrics, size, ranks.sent, list(reduced)
+        results[member] = parameters, metrics, size, sorted(reduced)
     torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -152,9 +151,9 @@ def test_five_updates_on_halves_of_a_batch_equal_those_of_one_process_on_all_of_
 @pytest.mark.parametrize("member", MEMBERS)
 def test_an_update_sends_its_gradients_once_in_one_piece(halves, member):
     for results in halves:
-        _, _, size, sent, reduced = results[member]
-        assert 0.9 * size < sent / UPDATES <= size
-        assert sorted(reduced)[-UPDATES:] == [sent / UPDATES] * UPDATES
+        _, _, size, reduced = results[member]  # bytes of each all-reduce, sorted
+        assert len(set(reduced[-UPDATES:])) == 1 and 0.9 * size < reduced[-1] <= size
+        assert all(each < 0.9 * size for each in reduced[:-UPDATES])
 
 
 # Runs

@@ -41,11 +41,10 @@ class Ranks:
 
     Attributes:
         count, rank, first: how many there are, which one this is, and whether it is the one that writes and prints.
-        sent: bytes of gradients that this rank has handed over.
     """
 
     def __init__(self, device: str = "cpu", timeout: float = 120.0, count: int = 1, rank: int = 0):
-        self.count, self.rank, self.first, self.sent = count, rank, rank == 0, 0
+        self.count, self.rank, self.first = count, rank, rank == 0
         if count == 1:
             self.device = resolve_device(device)
             return
@@ -155,7 +154,6 @@ class Ranks:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        self.sent += flat.nbytes
         pieces = flat.div_(self.count).split([gradient.numel() for gradient in gradients])
         for gradient, piece in zip(gradients, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
