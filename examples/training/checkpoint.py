@@ -69,15 +69,14 @@ class LoadedCheckpoint:
         journal.restore(replay, [Segment(**segment) for segment in saved["segments"]], saved["rings"])
         return True
 
-    def restore_rng(self) -> bool:
-        """Restores the process's random generators; False if they were left out of this checkpoint."""
+    def restore_rng(self) -> None:
+        """Restores the process's random generators; of what goes on with another number of ranks there are none."""
         if "rng.pt" not in self._manifest["files"]:
-            return False
+            return
         state = _load_tensors(self.path / "rng.pt")
         if len(state.get("torch_cuda", [])) != torch.cuda.device_count():
             state.pop("torch_cuda", None)
         GlobalRNGState().load_state_dict(state)
-        return True
 
     def next_older(self, error: Exception, *, replay: bool = False) -> "LoadedCheckpoint":
         """The checkpoint to take in place of this one, which cannot be restored; CheckpointError where none is left.
@@ -110,13 +109,12 @@ class Checkpoints:
         self._rejected: dict[Path, tuple] = {}  # what could not be restored: why, and why its replay could not be
         self._spared: set[str] | None = None  # segments that a checkpoint of another format may need
 
-    def save(self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None, rng: bool = True) -> Path:
-        """Saves a checkpoint; on failure raises CheckpointError, older ones whole and no change forgotten.
+    def save(self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None) -> Path:
+        """Saves state and random generators; on failure raises CheckpointError, older ones whole and no change forgotten.
 
         Args:
             state: names to state dicts: nested dicts, lists and tuples of tensors, numbers, strings, None.
             replay: what changed in it since the last save is added to the journal; None leaves it out.
-            rng: whether to save the process's random generators.
         """
         check_plain(state)
         known = self._manifests()
@@ -130,7 +128,7 @@ class Checkpoints:
             self._clean(known)
             temporary.mkdir(parents=True)
             segments = self.journal.append(replay) if replay is not None else []
-            contents = {"state.pt": dict(state)} | ({"rng.pt": GlobalRNGState().state_dict()} if rng else {})
+            contents = {"state.pt": dict(state), "rng.pt": GlobalRNGState().state_dict()}
             files = {name: _save_tensors(temporary / name, content) for name, content in contents.items()}
             saved = None
             if replay is not None:
