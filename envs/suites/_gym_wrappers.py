@@ -57,11 +57,11 @@ class ActionRepeat(gymnasium.Wrapper):
 
 
 class Rendered(gymnasium.ObservationWrapper):
-    """The rendered image is the observation."""
+    """The rendered image is the observation. As Gymnasium's AddRenderObservation, which resets without a seed."""
 
     def __init__(self, env: Any):
         super().__init__(env)
-        env.reset(seed=0)
+        env.reset(seed=0)  # MuJoCo's tracking camera remembers where it began
         shape = env.render().shape
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
 

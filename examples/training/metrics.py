@@ -334,19 +334,15 @@ class WandbLogger:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.run = self.wandb.init(id=self.run_id, resume="allow", **self.init)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._log(step, dict(values))
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        if step > self.sent:
+            self.run.log(dict(values), step=step)
+            replace_text(self.state_file, json.dumps({"id": self.run_id, "step": step}))
 
     def video(self, step: int, name: str, frames, fps: int) -> None:
         gif = encode_gif(frames, fps)
         if gif is not None:
-            self._log(step, {name: self.wandb.Video(io.BytesIO(gif), format="gif")})
-
-    def _log(self, step: int, values: dict) -> None:
-        if step <= self.sent:
-            return
-        self.run.log(values, step=step)
-        replace_text(self.state_file, json.dumps({"id": self.run_id, "step": step}))
+            self.scalars(step, {name: self.wandb.Video(io.BytesIO(gif), format="gif")})
 
     def flush(self) -> None:
         """W&B has no way to ask for it."""
