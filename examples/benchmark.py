@@ -93,10 +93,6 @@ def alternate(
     ]
 
 
-def median_seconds(step: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> dict[str, float]:
-    return alternate([step], device, warmup, repeats)[0]
-
-
 def ratios(seconds: dict[str, float]) -> dict[str, float]:
     """Of each later update over each earlier one: other over ours, TorchRL's over ours and over the other."""
     names = {"update": "ours", "other_update": "other", "torchrl_update": "torchrl"}
@@ -147,7 +143,7 @@ def measure_replay(cfg: DictConfig, agent: Agent, device: torch.device, repeats:
     def step() -> None:
         replay.write_back(replay.sample(device=device), *latents)
 
-    seconds = median_seconds(step, device, warmup=3, repeats=repeats)["median_s"]
+    seconds = alternate([step], device, warmup=3, repeats=repeats)[0]["median_s"]
     return {"median_s": seconds, "steps_per_s": cfg.batch_size * cfg.batch_length / seconds}
 
 
@@ -221,7 +217,7 @@ def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
         root = agent.example_record()["next"].select(*seen).expand(streams).clone().to(device)
         root["is_init"] = torch.zeros(streams, 1, dtype=torch.bool, device=device)
         with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-            result["acting"] = median_seconds(lambda: agent.policy(root), device, 3, 4 * repeats)
+            (result["acting"],) = alternate([lambda: agent.policy(root)], device, 3, 4 * repeats)
     if "replay" in cfg.measure:
         result["replay"] = measure_replay(cfg, agent, device, 4 * repeats)
     return result

@@ -24,11 +24,12 @@ def side_by_side(films: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([part for film in films for part in (film, gap)][:-1], 2)
 
 
-def contact_sheet(films: Mapping[str, np.ndarray], path: Path, columns: int = 6) -> Path | None:
+def contact_sheet(films: Mapping[str, np.ndarray], path: Path) -> None:
     """A row of frames, evenly spread over each film; one condition a row."""
+    columns = 6
     figure = new_figure(columns * 1.1 + 1.2, len(films) * 1.15)
     if figure is None:
-        return None
+        return
     axes = figure.subplots(len(films), columns, squeeze=False)
     for row, (name, film) in zip(axes, films.items(), strict=True):
         for axis, index in zip(row, np.linspace(0, len(film) - 1, columns).round().astype(int), strict=True):
@@ -37,7 +38,6 @@ def contact_sheet(films: Mapping[str, np.ndarray], path: Path, columns: int = 6)
             axis.set_yticks([])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     figure.savefig(path, dpi=80)
-    return path
 
 
 def draw_patch(patch: AdversarialPatch, path: Path) -> None:
@@ -53,9 +53,8 @@ def draw_patch(patch: AdversarialPatch, path: Path) -> None:
     figure = new_figure(2.2 * len(pictures), 2.4)
     if figure is None:
         return
-    for axis, (name, picture) in zip(
-        figure.subplots(1, len(pictures), squeeze=False)[0], pictures.items(), strict=True
-    ):
+    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for axis, (name, picture) in zip(axes, pictures.items(), strict=True):
         axis.imshow(picture, interpolation="nearest", cmap="magma")
         axis.set_title(name, fontsize=9)
         axis.axis("off")

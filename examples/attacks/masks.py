@@ -11,7 +11,6 @@ from torchrl.envs import EnvBase, TransformedEnv
 from r2dreamer.envs.control.subtle import OFFICIAL
 from r2dreamer.envs.suites.dmc import Control
 
-KINDS = ("geom", "site", "tendon")
 Mask = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -62,11 +61,11 @@ def _find(model, objects: Sequence[str]) -> tuple[list[int], set[str]]:
     types = {"geom": mujoco.mjtObj.mjOBJ_GEOM, "site": mujoco.mjtObj.mjOBJ_SITE, "tendon": mujoco.mjtObj.mjOBJ_TENDON}
     means = lambda name: name is not None and any(name == each or name.startswith(f"{each}_") for each in objects)
     wanted, known = [], set()
-    for kind in KINDS:
+    for kind, number in types.items():
         for index in range(getattr(model, f"n{kind}")):
             name = model.id2name(index, kind)
             body = model.id2name(getattr(model, f"{kind}_bodyid")[index], "body") if kind != "tendon" else None
             known |= {name, body} - {None, ""}
             if means(name) or body in objects:
-                wanted.append(index * 1000 + int(types[kind]))
+                wanted.append(index * 1000 + int(number))
     return wanted, known

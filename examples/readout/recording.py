@@ -13,10 +13,9 @@ from torchrl.envs.utils import step_mdp
 from tqdm import tqdm
 
 from r2dreamer.envs.base.errors import require_positive
+from r2dreamer.envs.replay.records import FLAG_KEYS
 
 from .facts import facts
-
-FLAGS = ("done", "terminated", "truncated")
 
 
 def record(
@@ -56,7 +55,7 @@ def _row(env: EnvBase, keys: list[str], steps: int, lead: int, keep: float) -> T
         if first or step == lead:  # what came before a row's first record is not told
             first, arrived, reward = True, torch.zeros_like(action).float(), torch.zeros(1)
         if step >= lead:
-            after = {key: now[key] for key in (*keys, *FLAGS)} | {"reward": reward}
+            after = {key: now[key] for key in (*keys, *FLAG_KEYS)} | {"reward": reward}
             entries = {"action": arrived, "is_init": torch.tensor([first]), "next": after, "facts": facts(env)}
             records.append(TensorDict(entries).clone())
         if now["done"].any():

@@ -39,10 +39,8 @@ class Run:
     def running(self) -> bool:
         """Whether a process trains it: that one holds the directory's lock."""
         try:
-            with open(self.logdir / ".lock") as lock:
-                fcntl.flock(
-                    lock, fcntl.LOCK_SH | fcntl.LOCK_NB
-                )  # NFS locks what is open for reading by this kind alone
+            with open(self.logdir / ".lock") as lock:  # for reading: NFS gives that the shared kind alone
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
         except BlockingIOError:
