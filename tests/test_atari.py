@@ -2,7 +2,6 @@
 
 import functools
 import importlib.resources
-import sys
 
 import ale_py
 import hydra
@@ -332,12 +331,6 @@ def test_a_game_for_two_players_is_refused_instead_of_ending_the_process():
 def test_mistakes_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         make_atari("pong", seed=0, **{name: value})
-
-
-def test_a_missing_extra_is_answered_with_the_pip_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ale_py", None)  # what makes Python say it cannot be imported
-    with pytest.raises(ImportError, match=r'pip install "torchrl-r2dreamer\[atari\]"'):
-        make_atari("pong", seed=0)
 
 
 def test_the_config_builds_environment_and_score():

@@ -228,9 +228,3 @@ def test_bad_arguments_are_named(arguments, said):
 
 def test_the_smallest_image_shows_the_world():
     assert make_crafter("reward", seed=0, image_size=18).reset()["pixels"].float().std() > 20
-
-
-def test_a_missing_extra_is_answered_with_the_pip_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "crafter", None)  # what makes Python say it cannot be imported
-    with pytest.raises(ImportError, match=r'pip install "torchrl-r2dreamer\[crafter\]"'):
-        make_crafter("reward", seed=0)

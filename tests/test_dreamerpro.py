@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import torch
 from agents import BATCH, TIME, tiny_agent, tiny_records
-from launcher import CARTPOLE, config, train_here
-from test_resume import fifty_updates
+from launcher import CARTPOLE, train_here
+from test_resume import gone_on
 from torch import nn
 
 from r2dreamer.dreamer import RandomShift
-from r2dreamer.examples import train
-from r2dreamer.examples.training.checkpoint import Checkpoints
 from r2dreamer.examples.training.learner import parameter_counts
 from r2dreamer.losses import DreamerPro, R2DreamerWorldModelLoss, sinkhorn
 
@@ -198,11 +196,4 @@ def test_a_run_trains_saves_its_slow_networks_and_goes_on_bit_for_bit(tmp_path):
     assert counts == trainer.agent.parameter_counts() | {"objective": 50 * 32 + projections}
     slow, fast = (next(iter(each.parameters())) for each in (objective.slow_encoder, trainer.agent.encoder))
     assert not torch.equal(slow, fast)
-    Checkpoints(tmp_path / "checkpoints").load().restore_rng()
-    expected = fifty_updates(trainer)
-    restored = train.Trainer(config(*few, "total_frames=200", f"logdir={tmp_path}"))
-    restored.saved.restore_replay(restored.replay)
-    restored.saved.restore_rng()
-    found = fifty_updates(restored)
-    restored.close()
-    assert expected.isfinite().all() and torch.equal(found, expected)
+    gone_on(trainer, *few)

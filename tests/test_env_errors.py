@@ -12,7 +12,18 @@ import pytest
 from torchrl.envs import DMControlEnv, GymEnv, GymWrapper, InitTracker, TransformedEnv
 from toys import FACTORIES
 
-from r2dreamer.envs import check_environment, env_seeds, make_dmc, make_gym, make_probe, make_vector_env
+from r2dreamer.envs import (
+    check_environment,
+    env_seeds,
+    make_atari,
+    make_crafter,
+    make_dmc,
+    make_gym,
+    make_memory_maze,
+    make_metaworld,
+    make_probe,
+    make_vector_env,
+)
 from r2dreamer.envs.base import gl
 
 
@@ -129,11 +140,25 @@ def test_the_validator_lets_an_error_in_the_environments_own_code_through(error)
         check_environment(env)
 
 
-@pytest.mark.parametrize(("module", "extra"), [("gymnasium", "gym"), ("dm_control", "dmc")])
-def test_a_missing_extra_is_answered_with_the_pip_line(monkeypatch, module, extra):
+@pytest.mark.parametrize(
+    ("module", "extra", "make"),
+    [
+        ("gymnasium", "gym", lambda: make_gym("CartPole-v1", seed=0)),
+        ("dm_control", "dmc", lambda: make_dmc("walker_walk", seed=0, from_pixels=False)),
+        ("dm_control", "dmc", lambda: gymnasium.make("DMCSubtle/reacher-v0")),
+        ("ale_py", "atari", lambda: make_atari("pong", seed=0)),
+        ("crafter", "crafter", lambda: make_crafter("reward", seed=0)),
+        ("metaworld", "metaworld", lambda: make_metaworld("reach", seed=0)),
+        ("memory_maze", "memory_maze", lambda: make_memory_maze("9x9", seed=0)),
+        ("dm_control", "memory_maze", lambda: make_memory_maze("9x9", seed=0)),
+    ],
+)
+def test_a_missing_extra_is_answered_with_the_pip_line(monkeypatch, module, extra, make):
     monkeypatch.setitem(sys.modules, module, None)  # what makes Python say it cannot be imported
+    for part in ("tasks", "mujoco"):
+        monkeypatch.delitem(sys.modules, f"{module}.{part}", raising=False)
     with pytest.raises(ImportError, match=rf'pip install "torchrl-r2dreamer\[{extra}\]"'):
-        make_gym("CartPole-v1", seed=0) if extra == "gym" else make_dmc("walker_walk", seed=0, from_pixels=False)
+        make()
 
 
 def test_a_missing_renderer_is_answered_with_variable_and_package(monkeypatch):

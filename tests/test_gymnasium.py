@@ -210,12 +210,6 @@ def test_any_seed_that_gymnasium_takes_begins_an_episode():
     assert np.array_equal(first, env.reset(seed=2**32 + 7)[0])
 
 
-def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dm_control", None)
-    with pytest.raises(ImportError, match=r"torchrl-r2dreamer\[dmc\]"):
-        gymnasium.make("DMCSubtle/reacher-v0")
-
-
 def test_the_code_of_the_guide_runs(sb3):
     guide = Path(__file__).parent.parent / "examples" / "guides" / "gymnasium.md"
     names = {}

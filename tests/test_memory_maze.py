@@ -159,14 +159,6 @@ def test_bad_arguments_are_named(arguments, said):
         make_memory_maze(**{"task": "9x9", "seed": 0, **arguments})
 
 
-@pytest.mark.parametrize("module", ["memory_maze", "dm_control"])
-def test_a_missing_extra_is_answered_with_the_pip_line(monkeypatch, module):
-    monkeypatch.setitem(sys.modules, module, None)  # what makes Python say it cannot be imported
-    monkeypatch.delitem(sys.modules, f"{module}.{'tasks' if module == 'memory_maze' else 'mujoco'}")
-    with pytest.raises(ImportError, match=r'pip install "torchrl-r2dreamer\[memory_maze\]"'):
-        make_memory_maze("9x9", seed=0)
-
-
 def test_a_missing_renderer_is_explained_and_the_choice_left_to_whoever_has_a_display():
     environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"} | {"DISPLAY": ":77"}
     command = """

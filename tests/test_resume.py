@@ -106,16 +106,12 @@ def fifty_updates(trainer):
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_restored_learner_makes_the_same_fifty_updates_bit_for_bit(tmp_path, exact):
-    overrides = [*CARTPOLE, f"checkpoint.exact={exact}", "total_frames=100", "eval.every=100"]
-    trainer = train_here(tmp_path, *overrides)
-    saved_at = trainer.frames
-    trainer.save = None  # the run has saved at its end; nothing has happened since
-    Checkpoints(tmp_path / "checkpoints").load().restore_rng()
+def gone_on(trainer, *overrides):
+    """The run that resumes a finished one, after it has made the same fifty updates, bit for bit."""
+    saved_at = trainer.frames  # the run has saved at its end; nothing has happened since
+    Checkpoints(trainer.logdir / "checkpoints").load().restore_rng()
     expected = fifty_updates(trainer)
-
-    restored = train.Trainer(config(*overrides, "total_frames=200", f"logdir={tmp_path}"))
+    restored = train.Trainer(config(*overrides, "total_frames=200", f"logdir={trainer.logdir}"))
     assert restored.frames == saved_at
     restored.saved.restore_replay(restored.replay)  # a resumed run ends the episodes it cannot continue
     restored.saved.restore_rng()
@@ -123,6 +119,13 @@ def test_the_restored_learner_makes_the_same_fifty_updates_bit_for_bit(tmp_path,
     restored.close()
     assert expected.isfinite().all() and not torch.equal(expected[0], expected[1])
     assert torch.equal(found, expected)
+    return restored
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_restored_learner_makes_the_same_fifty_updates_bit_for_bit(tmp_path, exact):
+    overrides = [*CARTPOLE, f"checkpoint.exact={exact}", "total_frames=100", "eval.every=100"]
+    gone_on(train_here(tmp_path, *overrides), *overrides)
 
 
 @pytest.mark.parametrize(("warmup", "length", "begins"), [(40, 5, 40), (4, 30, 62)])  # a window takes longer to fill
