@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
@@ -98,14 +99,11 @@ class Attack:
         cfg, run, results = self.cfg, self.trained.run, {}
         seed = run.seed if cfg.evaluate.seed is None else cfg.evaluate.seed
         seeds = env_seeds(seed, cfg.evaluate.episodes, "eval")
-        environments = make_vector_env(self.trained.make_environment, seeds, parallel=run.env.parallel)
-        try:
+        with closing(make_vector_env(self.trained.make_environment, seeds, parallel=run.env.parallel)) as environments:
             for name, patch in tqdm(patches.items(), desc="evaluate", disable=not cfg.progress):
                 if interrupt.requested:
                     break
                 results[name] = play(environments, self.trained, patch, seeds, key=self.key, seed=seed)
-        finally:
-            environments.close()
         return results
 
 

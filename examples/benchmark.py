@@ -53,10 +53,10 @@ from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.timing.environments import frames_per_second
 from r2dreamer.examples.timing.peers import torchrl_dreamer
 from r2dreamer.examples.timing.traffic import traffic
+from r2dreamer.examples.training import setup
 from r2dreamer.examples.training.devices import resolve_precision
 from r2dreamer.examples.training.learner import Learner, parameter_counts
 from r2dreamer.examples.training.ranks import Ranks
-from r2dreamer.examples.training.setup import check_fits, make_agent
 
 
 def synthetic_records(agent: Agent, batch: int, time_steps: int, device: torch.device) -> TensorDict:
@@ -112,7 +112,7 @@ def member(
 ) -> tuple[Agent, Learner]:
     """A member of the family at the configured size, with the given tricks of ``dreamer.fast``."""
     torch.manual_seed(cfg.seed)
-    agent = make_agent(algorithm, {"fast": fast, **cfg.model}, *spaces(cfg))
+    agent = setup.make_agent(algorithm, {"fast": fast, **cfg.model}, *spaces(cfg))
     for part in agent.parts().values():
         part.to(device)
     return agent, Learner(agent, algorithm, precision, cfg.compile, cfg.capture, ranks)
@@ -151,10 +151,7 @@ def spaces(cfg: DictConfig) -> tuple[ObservationSpace, ActionSpace]:
     """Of the configured environment, or by default a 64x64 image and 6 actions, which need no simulator."""
     if cfg.synthetic:
         return ObservationSpace({"pixels": (3, 64, 64)}, {}), ActionSpace(6, discrete=False)
-    environment = hydra.utils.instantiate(cfg.env.make)(seed=0)
-    found = ObservationSpace.from_spec(environment.observation_spec), ActionSpace.from_spec(environment.action_spec)
-    environment.close()
-    return found
+    return setup.spaces(hydra.utils.instantiate(cfg.env.make), cfg.timeout)
 
 
 def benchmark(total: DictConfig, ranks: Ranks | None = None) -> dict:
@@ -175,7 +172,7 @@ def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
     precision = resolve_precision(cfg.precision, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    check_fits(cfg, *spaces(cfg), device, precision)
+    setup.check_fits(cfg, *spaces(cfg), device, precision)
     agent, learner = member(cfg, cfg.algorithm, device, precision, ranks)
     repeats = cfg.repeats or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 20

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import closing
 
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 
@@ -28,15 +29,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from r2dreamer.dreamer import ActionSpace, ObservationSpace
-from r2dreamer.envs import check_environment, env_seeds, make_vector_env
+from r2dreamer.envs import env_seeds, make_vector_env
 from r2dreamer.envs.replay.buffer import check_memory, free_bytes, record_bytes
 from r2dreamer.envs.suites.registry import suites
 from r2dreamer.examples.cli.machine import opengl, packages, private_bytes, processor
 from r2dreamer.examples.cli.messages import USER_ERRORS, what_is_wrong
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
-from r2dreamer.examples.training.setup import check_fits, make_agent
+from r2dreamer.examples.training.setup import check_fits, make_agent, spaces
 
 
 class Report:
@@ -60,8 +60,7 @@ def measure(cfg: DictConfig, count: int) -> tuple[float, int]:
     """
     factory = hydra.utils.instantiate(cfg.env.make)
     seeds = env_seeds(cfg.seed, count, "eval")
-    environments = make_vector_env(factory, seeds, parallel=True, timeout=cfg.timeout)
-    try:
+    with closing(make_vector_env(factory, seeds, parallel=True, timeout=cfg.timeout)) as environments:
         root = environments.reset()
         for step in range(cfg.steps + 3):
             if step == 3:
@@ -69,8 +68,6 @@ def measure(cfg: DictConfig, count: int) -> tuple[float, int]:
             _, root = environments.step_and_maybe_reset(root.update(environments.rand_action(root)))
         seconds = time.perf_counter() - start
         return cfg.steps * count * cfg.env.action_repeat / seconds, private_bytes(environments.pool.pids()) // count
-    finally:
-        environments.close()
 
 
 def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
@@ -81,11 +78,7 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
         report.line(f"{name}: {single:.0f} frames/s, {1000 * cfg.env.action_repeat / single:.2f} ms a step")
         if not thorough:
             return
-        environment = hydra.utils.instantiate(cfg.env.make)(seed=0)
-        check_environment(environment)
-        observations = ObservationSpace.from_spec(environment.observation_spec)
-        actions = ActionSpace.from_spec(environment.action_spec)
-        environment.close()
+        observations, actions = spaces(hydra.utils.instantiate(cfg.env.make), cfg.timeout)
         report.line(f"images {observations.images}, vectors {observations.vectors}, {actions}")
         count = max(4, cfg.env.num_envs)
         together, each = measure(cfg, count)

@@ -5,6 +5,8 @@ python examples/evaluate.py checkpoint=runs/quickstart/seed0 episodes=20
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
@@ -32,19 +34,9 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(run.threads)
 
     seeds = r2dreamer.envs.env_seeds(seed, episodes, "eval")
-    environments = r2dreamer.envs.make_vector_env(make_environment, seeds, parallel=run.env.parallel)
-    try:
-        result = evaluate_seeds(
-            environments,
-            agent,
-            seeds,
-            seed=seed,
-            record=cfg.video,
-            max_steps=max_steps,
-            make_environment=make_environment,
-        )
-    finally:
-        environments.close()
+    film = {"record": cfg.video, "make_environment": make_environment}
+    with closing(r2dreamer.envs.make_vector_env(make_environment, seeds, parallel=run.env.parallel)) as environments:
+        result = evaluate_seeds(environments, agent, seeds, seed=seed, max_steps=max_steps, **film)
 
     for episode, (score, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
         print(f"episode {episode}: return {score:.6g}, {length} steps")

@@ -124,7 +124,7 @@ def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent 
             losses = fitted(agent, run, cfg, records[:episodes], weights)
         scores = model_scores(trained or agent, records, episodes)
     result = asdict(cell) | {"minutes": round((time.time() - start) / 60, 2), "scores": scores, "losses": losses}
-    result |= origin()
+    result |= {"command": shlex.join(["python", *sys.argv]), "commit": commit()}
     replace_text(path, json.dumps(result))
     return result
 
@@ -150,11 +150,6 @@ def results_in(out: Path, members: Sequence[str]) -> list[dict]:
         result["task"], rank(result["level"]), place.get(result["member"], len(place)), result["seed"]
     )  # fmt: skip
     return sorted(results, key=order)
-
-
-def origin() -> dict[str, str]:
-    """The command and the version that made a result."""
-    return {"command": shlex.join(["python", *sys.argv]), "commit": commit()}
 
 
 def claim(out: Path, settings: dict) -> None:

@@ -7,6 +7,7 @@ python examples/saliency.py checkpoint=DIR occlusion.fill=grey occlusion.window=
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
@@ -36,6 +37,7 @@ def watch(trained: Trained, cfg: DictConfig, key: str, seed: int) -> dict[str, l
         environment = trained.make_environment(seed=each)
         mask = object_mask(environment, run.env.task, cfg.objects, cfg.colour)
         bar = tqdm(total=cfg.max_steps, disable=not cfg.progress)
+        how = {"episodes": 1, "max_steps": cfg.max_steps, "record": True, "pixels_key": key, "seed": seed}
 
         def look(module, inputs, mask=mask, bar=bar):
             (observed,) = inputs
@@ -45,21 +47,8 @@ def watch(trained: Trained, cfg: DictConfig, key: str, seed: int) -> dict[str, l
                 seen["masks"].append(mask(observed[key]))
             bar.update()
 
-        hook = trained.agent.policy.register_forward_pre_hook(look)
-        try:
-            result = evaluate(
-                environment,
-                trained.agent.policy,
-                episodes=1,
-                max_steps=cfg.max_steps,
-                record=True,
-                pixels_key=key,
-                seed=seed,
-            )
-        finally:
-            hook.remove()
-            environment.close()
-            bar.close()
+        with closing(environment), bar, trained.agent.policy.register_forward_pre_hook(look):
+            result = evaluate(environment, trained.agent.policy, **how)
         seen["frames"] += list(result.frames[: result.lengths[0]])  # without the last one, on which nobody acts
         seen["returns"] += result.returns
     return seen

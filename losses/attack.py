@@ -143,7 +143,7 @@ class PlanningAttackLoss(DreamerLoss):
         agent = dict(world_model=world_model, prior_model=prior_model, actor_model=actor_model)
         agent |= dict(reward_model=reward_model, value_model=value_model, continue_model=continue_model)
         unregistered(self, **agent)
-        self._agent = tuple(agent)
+        self._agent = tuple(agent.values())
         self.belief, self.starts, self.actions, self.bootstrap = belief, starts, actions, bootstrap
         self.imagination_horizon, self.discount, self.unimix = imagination_horizon, discount, unimix
         self.reward_two_hot, self.value_two_hot = SymExpTwoHot(num_reward_bins), SymExpTwoHot(num_value_bins)
@@ -158,7 +158,7 @@ class PlanningAttackLoss(DreamerLoss):
         """The loss on records [B, T], averaged over ``views``; default: the patch's own draws."""
         pixels = tensordict.get(("next", self.tensor_keys.pixels))
         draws = self.patch.views(pixels.shape[0], pixels.shape[-2:]) if views is None else views
-        with frozen(*(getattr(self, name) for name in self._agent)), self._repeatable(pixels.device) as seed:
+        with frozen(*self._agent), self._repeatable(pixels.device) as seed:
             clean, clean_logits = self._filter(tensordict, self._leaf(self._floats(pixels)), seed)
             clean, clean_logits = clean.detach(), clean_logits.detach()
             undisturbed = clean.apply(self._leaf)
@@ -193,11 +193,7 @@ class PlanningAttackLoss(DreamerLoss):
     def saliency(self, tensordict: TensorDictBase) -> torch.Tensor:
         """Mean |d return / d pixel| of the agent undisturbed, over the frames and channels of records [B, T]: [H, W]."""
         pixels = tensordict.get(("next", self.tensor_keys.pixels))
-        with (
-            torch.enable_grad(),
-            frozen(*(getattr(self, name) for name in self._agent)),
-            self._repeatable(pixels.device) as seed,
-        ):
+        with torch.enable_grad(), frozen(*self._agent), self._repeatable(pixels.device) as seed:
             image = self._leaf(self._floats(pixels))
             seen, _ = self._filter(tensordict, image, seed)
             returns, _ = self._imagine(seen, seen, seed)

@@ -72,16 +72,12 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _all_gather(joined: torch.Tensor, rows: torch.Tensor) -> None:
-    """Under its name since torch 2.13 or under its older one."""
-    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(joined, rows)
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
         joined = rows.new_empty(ranks() * rows.shape[0], *rows.shape[1:])
-        _all_gather(joined, rows.contiguous())
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(joined, rows.contiguous())
         return joined
 
     @staticmethod

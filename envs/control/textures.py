@@ -65,7 +65,8 @@ def films(folder: str | Path, split: str) -> list[list[Path]]:
     folder = Path(folder)
     divided = all((folder / name).is_dir() for name in NUMBERS)
     top = folder / split if divided else folder
-    found = [_images(each) for each in sorted(path for path in [top, *top.rglob("*")] if path.is_dir())]
+    folders = sorted(path for path in [top, *top.rglob("*")] if path.is_dir())
+    found = [sorted(file for file in each.iterdir() if file.suffix.lower() in SUFFIXES) for each in folders]
     found = [each for each in found if each]
     if not divided and len(found) == 1:
         cut = len(found[0]) - len(found[0]) // 3
@@ -78,7 +79,3 @@ def films(folder: str | Path, split: str) -> list[list[Path]]:
             f"one film ({', '.join(SUFFIXES)}), two films at least, or one folder with three images or more."
         )
     return found
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)

@@ -151,23 +151,19 @@ def _render_on_request(
     model: Any, data: Any, size: int, camera: int | str | None, requests: queue.SimpleQueue, images: queue.SimpleQueue
 ) -> None:
     # The viewer lives in this frame only, so that nobody frees its textures while another context is current.
-    viewer = None
+    viewer: Any = None
     while requests.get():
         try:
             if viewer is None:
-                viewer = _offscreen_viewer(model, data, size)
+                from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
+
+                viewer = OffScreenViewer(model, data, size, size)
             images.put(viewer.render("rgb_array", camera))
         except Exception as error:
             images.put(error)
     if viewer is not None:
         viewer.con.free()  # before its OpenGL context, which it lives in
         viewer.free()
-
-
-def _offscreen_viewer(model: Any, data: Any, size: int) -> Any:
-    from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
-
-    return OffScreenViewer(model, data, size, size)
 
 
 TASKS = """

@@ -283,12 +283,10 @@ class AdversarialPatch(Transform):
         keys = [each for each in (key, ("next", key)) if tensordict.get(each, None) is not None]
         if not keys:
             raise KeyError(f"{self}: neither {key!r} nor ('next', {key!r}) is in {tensordict}.")
-        corners = None
+        pixels = tensordict.get(keys[0])
+        corners = self.corners(pixels.shape[0], pixels.shape[-2:])
         for each in keys:
-            pixels = tensordict.get(each)
-            if corners is None:
-                corners = self.corners(pixels.shape[0], pixels.shape[-2:])
-            tensordict.set(each, self.paste(pixels, corners))
+            tensordict.set(each, self.paste(tensordict.get(each), corners))
         return tensordict
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -54,16 +55,12 @@ def collect_episodes(
     seed: int,
 ) -> list[TensorDict]:
     """One episode from each seed with mode actions, as records: the observation, the action before it, the latents before it."""
-    environments = make_vector_env(make_environment, seeds, parallel=parallel)
     kept = []
     names = [*agent.observations.images, *agent.observations.vectors, "state", "belief", "action", "is_init"]
     keep = lambda module, inputs, acted: kept.append(acted.select(*names).cpu().clone())
-    hook = agent.policy.register_forward_hook(keep)
-    try:
+    environments = make_vector_env(make_environment, seeds, parallel=parallel)
+    with closing(environments), agent.policy.register_forward_hook(keep):
         result = evaluate(environments, agent.policy, episodes=len(seeds), max_steps=max_steps, seed=seed)
-    finally:
-        hook.remove()
-        environments.close()
     steps = torch.stack(kept, 1)  # [N, L]
     return [_records(steps[index, :length]) for index, length in enumerate(result.lengths)]
 

@@ -209,9 +209,8 @@ def evaluate_seeds(
     environments.reseed(seeds)
     actions = []  # of the first environment
     keep = lambda module, inputs, acted: actions.append(acted["action"][0].cpu().clone())
-    hook = agent.policy.register_forward_hook(keep)
     image = next(iter(agent.observations.images), None)
-    try:
+    with agent.policy.register_forward_hook(keep):
         result = evaluate(
             environments,
             agent.policy,
@@ -221,8 +220,6 @@ def evaluate_seeds(
             pixels_key=image or "pixels",
             seed=seed,
         )
-    finally:
-        hook.remove()
     if result.cut_off:
         tqdm.write(
             f"WARNING: {result.cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and "
@@ -244,15 +241,13 @@ def film(make_environment: Callable[..., EnvBase], seed: int, actions: Sequence[
     size = None if getattr(make_environment, "func", None) is make_gym else SIDE
     factory = functools.partial(make_environment, from_pixels=True, image_size=size)
     try:
-        environment = make_vector_env(factory, [seed], parallel=1)  # a renderer may hang, or end its process
-        try:
+        # In a worker: a renderer may hang, or end its process.
+        with contextlib.closing(make_vector_env(factory, [seed], parallel=1)) as environment:
             now = environment.reset()
             frames = [_shrink(now["pixels"][0])]
             for action in actions:
                 now = environment.step(now.set("action", action[None]))["next"]
                 frames.append(_shrink(now["pixels"][0]))
-        finally:
-            environment.close()
     except Exception as error:  # noqa: BLE001 - renderers fail in many ways, and no film is worth a lost run
         print(f"No video: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return None
