@@ -205,18 +205,16 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
-def test_trainings_save_and_leave_when_their_comparison_is_stopped_or_killed(server, tmp_path):
+def test_a_training_saves_and_leaves_when_its_comparison_is_stopped_or_killed(server, tmp_path):
     endless = ["total_frames=1000000", "checkpoint.every=1000000", "replay.capacity=100000", "env.parallel=false"]
-    for number, seeds in ((signal.SIGTERM, (0, 1)), (signal.SIGKILL, (2,))):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         folder = tmp_path / number.name
-        seeded = f"seed={','.join(map(str, seeds))}"
-        comparison = server.start(folder, *CARTPOLE, *endless, seeded, "--jobs", "2", script="compare")
-        logdirs = [folder / "runs/tiny" / f"seed{seed}" for seed in seeds]
-        wait_for(comparison, lambda logdirs=logdirs: all(count_lines(logdir) >= 2 for logdir in logdirs))
-        comparison.send(number)  # its trainings are sessions of their own
+        comparison = server.start(folder, *CARTPOLE, *endless, "seed=0", "--jobs", "2", script="compare")
+        logdir = folder / "runs/tiny/seed0"
+        wait_for(comparison, lambda logdir=logdir: count_lines(logdir) >= 2)
+        comparison.send(number)  # its training is a session of its own
         assert comparison.wait(timeout=120) == (1 if number == signal.SIGTERM else -number), comparison.stderr
-        wait_until(lambda logdirs=logdirs: all("interrupted" in (each / "output.txt").read_text() for each in logdirs))
-        for logdir in logdirs:
-            assert 0 < Checkpoints(logdir / "checkpoints").load().step < 1000000
+        wait_until(lambda logdir=logdir: "interrupted" in (logdir / "output.txt").read_text())
+        assert 0 < Checkpoints(logdir / "checkpoints").load().step < 1000000
         assert ("the same command goes on" in comparison.stderr) == (number == signal.SIGTERM)
         assert "Traceback" not in comparison.stderr
