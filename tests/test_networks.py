@@ -1,7 +1,6 @@
 """The networks: sizes to the number, the sequence pass against single steps, routes of information and gradients."""
 
 import math
-import pathlib
 
 import pytest
 import torch
@@ -320,25 +319,6 @@ def test_two_images_concatenate_on_channels():
     assert agent.encoder.image.convolutions[0].in_channels == 4
     records = tiny_records(agent)
     assert agent.encoder(records)["next", "encoded_latents"].shape == (3, 5, agent.encoder.out_features)
-
-
-def test_no_wing_imports_another():
-    root = pathlib.Path(__file__).parent.parent
-    wings = ("dreamer", "losses", "envs")
-    for wing in wings:
-        for file in (root / wing).rglob("*.py"):
-            imports = [line for line in file.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
-            for other in set(wings) - {wing}:
-                assert not any(f"r2dreamer.{other}" in line or f"..{other}" in line for line in imports), file
-
-
-def test_rooms_of_the_model_import_downwards():
-    """Networks know no recurrence, and nothing that is only maths knows what makes it fast."""
-    root = pathlib.Path(__file__).parents[1] / "dreamer"
-    for room, above in {"networks": ("rssm", "fast", "agent", "classic"), "rssm": ("fast", "agent", "classic")}.items():
-        for file in (root / room).glob("*.py"):
-            imports = [line for line in file.read_text().splitlines() if line.startswith(("import ", "from "))]
-            assert not [line for line in imports for name in above if line.startswith(f"from ..{name}")], file
 
 
 def test_frequencies_add_sines_and_cosines_of_the_symlog_of_a_vector():
