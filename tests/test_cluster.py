@@ -29,6 +29,7 @@ def save(*_):
     (logdir / "checkpoints" / "step_000000001").mkdir(parents=True)
     sys.exit()
 signal.signal(signal.SIGTERM, save)
+(logdir / "pid").write_text(str(os.getpid()))
 started.write_text(before + f"{os.getppid()} ")
 if "wait" in sys.argv and not before:
     time.sleep(60)
@@ -52,11 +53,14 @@ def a_run(tmp_path, name, *more):
 
 
 def signal_once_started(started, number):
-    """Sent to the job, which is the trainer's parent."""
+    """Sent to the job, which is the trainer's parent. A warning goes to all its processes, as Slurm may send it."""
 
     def send():
         while not started.exists() or not started.read_text():
             time.sleep(0.05)
+        if number == signal.SIGUSR2:
+            os.kill(int((started.parent / "pid").read_text()), number)
+            time.sleep(0.5)
         os.kill(int(started.read_text()), number)
 
     threading.Thread(target=send, daemon=True).start()

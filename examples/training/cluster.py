@@ -52,8 +52,9 @@ class Training:
         self.run.logdir.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, PARENT: str(os.getpid())}
         with open(self.run.logdir / "output.txt", "a") as output:
+            streams = {"stdout": output, "stderr": subprocess.STDOUT}
             child = subprocess.Popen(
-                self.command, env=environment, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
+                self.command, env=environment, start_new_session=True, preexec_fn=_ignore_warnings, **streams
             )
             self.child = child.pid
             # Of scancel, and of a preemption without a warning: the training saves and leaves. Slurm decides what follows.
@@ -74,6 +75,12 @@ class Training:
                 os.kill(self.child, signal.SIGTERM)
                 os.waitid(os.P_PID, self.child, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(Training(self.run, self.command))
+
+
+def _ignore_warnings() -> None:
+    """Slurm may warn every process of a job; of a training that would be the end."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_executor(where: Sequence[str]) -> Any:
