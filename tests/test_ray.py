@@ -24,11 +24,12 @@ import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 from torchrl.envs.utils import ExplorationType
 
 from r2dreamer.dreamer import ActionSpace, ObservationSpace, build_agent
-from r2dreamer.envs import env_seeds, make_gym, make_vector_env
+from r2dreamer.envs import WorkerError, env_seeds, make_gym, make_vector_env
 from r2dreamer.examples import train
 from r2dreamer.examples.cli.messages import USER_ERRORS
 from r2dreamer.examples.training.checkpoint import Checkpoints
-from r2dreamer.examples.training.remote import Remote, weights_of
+from r2dreamer.examples.training.collecting import EnvironmentsLost
+from r2dreamer.examples.training.remote import Remote, connect, weights_of
 
 STORE = 100_000_000
 COUNTED = ["env=gym", "env.task=counted:Counted-v0", *TINY, "env.num_envs=4", "env.parallel=false", "collector=ray"]
@@ -299,6 +300,15 @@ def test_two_ranks_have_collectors_of_their_own(server, cluster, tmp_path):
     assert steps(log, "count/updates") == [40, 80, 120, 160, 200]
     last = lines(log, '"count/updates"')[-1]
     assert last["count/updates"] == pytest.approx((200 - 20) * 5 / (4 * 5), abs=4)
+
+
+def test_collectors_whose_machine_is_gone_too_end_the_run_and_both_are_said(cluster):
+    collection = Remote(torch.nn.Linear(1, 1), **SETTINGS | {"num_cpus": 99, "address": cluster.address})
+    collection.connected = connect(cluster.address, STORE)
+    collection.loss = EnvironmentsLost("Remote collectors were lost: number 0 has ended.")
+    with pytest.raises(WorkerError, match="number 0 has ended. .* need 198 CPUs, and the Ray cluster has 2"):
+        collection.restart([0])
+    collection.close()
 
 
 # Speed

@@ -207,8 +207,11 @@ class Remote(Overlapping):
         self.begun = None
         with contextlib.suppress(EnvironmentsLost):  # which the next batch raises
             if self.loss is not None:
-                self.loss = None
-                self._build(seeds)
+                lost, self.loss = self.loss, None
+                try:
+                    self._build(seeds)
+                except ValueError as error:  # the machine that had them is gone, too
+                    raise WorkerError(f"{lost} {error}") from error
             else:
                 self._ask("restart", self._parts(seeds))
 
