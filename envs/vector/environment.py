@@ -41,6 +41,10 @@ def env_seeds(seed: int, count: int, split: str, generation: int = 0) -> list[in
     return [(base + index) * 0x9E3779B1 % 2**30 * 2 + (split == "eval") for index in range(count)]
 
 
+def split_of(seed: int) -> str:
+    return "eval" if seed % 2 else "train"
+
+
 def make_vector_env(
     factory: Callable[..., EnvBase], seeds: Sequence[int], *, parallel: bool | int | str, timeout: float = 120.0
 ) -> VectorEnv:
@@ -120,7 +124,7 @@ class VectorEnv(EnvBase):
         root = tensordict.exclude("next")  # with whatever a policy carries from step to step
         self.auto_reset.zero_()
         flags = {flag: torch.zeros_like(value) for flag, value in self.flags.items()}
-        return tensordict, root.update(self.current | flags)
+        return tensordict, self._fill(root, self.current, flags)
 
     def step_arrays(self, action: torch.Tensor) -> None:
         """Steps all environments without a TensorDict; the next call overwrites what it wrote.
@@ -143,7 +147,8 @@ class VectorEnv(EnvBase):
         flags, observed = copies(self.flags), copies(self.observations)
         if not self.auto_reset.any():
             self.current.update(observed)
-        return TensorDict({}, self.batch_size, "cpu").update(observed | flags | {"reward": self.reward.clone()})
+        after = self._fill(TensorDict({}, self.batch_size, "cpu"), observed, flags)
+        return after.set("reward", self.reward.clone())
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         asked = torch.ones_like(self.auto_reset)
@@ -158,12 +163,18 @@ class VectorEnv(EnvBase):
         self.auto_reset &= ~asked
         flags = {flag: _where(~asked, tensor, torch.zeros_like(tensor)) for flag, tensor in self.flags.items()}
         observed = {key: tensor.clone() for key, tensor in self.current.items()}
-        return TensorDict({}, self.batch_size, "cpu").update(observed | flags)
+        return self._fill(TensorDict({}, self.batch_size, "cpu"), observed, flags)
+
+    @staticmethod
+    def _fill(tensordict: Any, observations: dict, flags: dict) -> Any:
+        for key, value in (observations | flags).items():
+            tensordict.set(key, value)
+        return tensordict
 
     def _set_seed(self, seed: int | None) -> None:
         """Every environment gets a new seed of its own split: training and evaluation stay apart."""
         drawn = {split: env_seeds(seed or 0, len(self.seeds), split) for split in ("train", "eval")}
-        self.reseed([drawn["eval" if old % 2 else "train"][number] for number, old in enumerate(self.seeds)])
+        self.reseed([drawn[split_of(old)][number] for number, old in enumerate(self.seeds)])
 
     def reseed(self, seeds: Sequence[int]) -> None:
         """The next reset gives what a new vector environment with these seeds would."""
