@@ -146,7 +146,8 @@ class StridedEncoder(nn.Module):
 
 def vector_features(vectors: Sequence[torch.Tensor], frequencies: Sequence[float]) -> torch.Tensor:
     """symlog of concatenated vectors, and beside it its sine and cosine at each frequency."""
-    value = symlog(torch.cat(tuple(vectors), -1).float())
+    value = vectors[0] if len(vectors) == 1 else torch.cat(tuple(vectors), -1)
+    value = symlog(value.float())
     waves = [wave(frequency * value) for frequency in frequencies for wave in (torch.sin, torch.cos)]
     return torch.cat([value, *waves], -1) if waves else value
 
