@@ -159,7 +159,7 @@ class VectorEncoder(nn.Module):
         in_features: n, of all vectors together.
         units: width of the layers.
         layers: number of them.
-        frequencies: each adds sine and cosine of the entries, so that few updates can learn a threshold. The paper has none.
+        frequencies: each adds sine and cosine of the entries. The paper has none.
     """
 
     compiles = ("forward",)
