@@ -111,6 +111,7 @@ class Server:
 
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        environment["PYTHONWARNINGS"] = "ignore:pkg_resources is deprecated"  # pygame's, with setuptools before 81
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import launcher; launcher.serve()"],
             env=environment,

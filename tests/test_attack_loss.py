@@ -200,8 +200,9 @@ def test_a_patch_that_changes_no_pixel_changes_nothing_exactly(discrete, setting
     with torch.no_grad():
         assert loss(tiny_records(agent))["return_change"] == 0
     loss.patch.delta.data[:] = 0.5
-    losses = loss(tiny_records(agent))
-    assert losses["kl"] > 0 and losses["action_shift"] > 0 and losses["return_change"] != 0
+    several = [loss(tiny_records(agent)) for _ in range(5)]  # of one batch all sampled actions may stay the same
+    assert all(losses["kl"] > 0 and losses["action_shift"] > 0 for losses in several)
+    assert any(losses["return_change"] != 0 for losses in several)
 
 
 def test_the_generators_go_on_as_if_one_number_had_been_drawn():
@@ -238,7 +239,7 @@ def test_expectation_over_transformation_averages_losses_over_every_shift():
     averaged = patch_of(placement="center")
     averaged.paste = lambda pixels, corners, brightness: images
     torch.manual_seed(0)
-    assert abs(agent_loss(agent, averaged)(records)["loss_return"].item() - returns(every)) > 1e-3
+    assert agent_loss(agent, averaged)(records)["loss_return"].item() != pytest.approx(returns(every), rel=1e-3)
     # And the patch's own draws are of those shifts, each as likely.
     drawn = torch.stack([corners for corners, _ in patch.views(BATCH, (16, 16))]) - centre  # [200, B, 2]
     shifts, counts = drawn.flatten(0, 1).unique(dim=0, return_counts=True)

@@ -118,8 +118,8 @@ def test_torchrls_dreamer_trains_with_our_losses(our_actor, our_value):
     stepper = DreamerV3OptimizationStepper(loss_module, optimizer, target_updater, warmup_steps=1)
     stepper.warmup(data)
     barlow = []
-    for _ in range(20):
+    for _ in range(60):
         metrics = stepper.step(None, data)
         assert all(value.isfinite().all() for value in metrics.values())
         barlow.append(metrics["loss_barlow"].item())
-    assert sum(barlow[-5:]) < sum(barlow[:5])
+    assert sum(barlow[-10:]) < 0.8 * sum(barlow[:10])  # latents are sampled: the loss of one update tells little
