@@ -137,5 +137,6 @@ def submit(runs: Sequence[Run], script: Path, executor: Any) -> Iterator[tuple[R
     for job in as_completed(jobs, poll_frequency=POLL):
         error = job.exception()
         if error is not None:
-            print(f"Job {job.job_id}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            said = str(error).partition("You can check full logs")[0].rstrip("-\n ")  # submitit's, after the traceback
+            print(f"Job {job.job_id}: {said.splitlines()[-1]}", file=sys.stderr)
         yield runs_of[job], runs_of[job].finished
