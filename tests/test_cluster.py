@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,6 +170,25 @@ def test_a_job_has_ended_once_squeue_does_not_list_it(tmp_path, monkeypatch):
     says("7_1\\n")
     assert queue.is_done("7_0", mode="force") and not queue.is_done("7_1", mode="force")
     assert queue.is_done("7_0", mode="force")
+
+
+class Failed:
+    """A job whose Training raised: submitit shows the traceback, then where its files are."""
+
+    job_id = "5_0"
+    done = staticmethod(lambda: True)
+
+    def exception(self):
+        dashes = "-" * 22
+        trace = "Traceback (most recent call last):\n  ...\nValueError: no such disk\n"
+        files = "You can check full logs with 'job.stderr(0)' and 'job.stdout(0)'or at paths:\n  - 5.err\n  - 5.out"
+        return RuntimeError(f"Job (task=0) failed during processing with trace:\n{dashes}\n{trace}\n{dashes}\n{files}")
+
+
+def test_a_job_that_failed_is_named_with_its_error(tmp_path, trainer, capsys):
+    executor = SimpleNamespace(submit_array=lambda calls: [Failed() for _ in calls], folder=tmp_path)
+    (ended,) = cluster.submit([a_run(tmp_path, "x")], trainer, executor)
+    assert not ended[1] and capsys.readouterr().err == "Job 5_0: ValueError: no such disk\n"
 
 
 def test_a_job_leaves_alone_what_has_finished_or_is_trained(tmp_path, trainer):
