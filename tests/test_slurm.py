@@ -119,6 +119,7 @@ def slurm():
             for daemon in reversed(daemons):
                 daemon.terminate()
                 daemon.wait()
+            print((folder / "daemons.log").read_text()[-5000:])  # shown if a test fails
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +149,11 @@ def ended(slurm, tmp_path_factory):
     number = lambda fate: subprocess.check_output(["squeue", "-h", "-n", fate, "-o", "%i"], text=True).strip()
     subprocess.run(["scancel", number("cancelled")], check=True)
     subprocess.run(["scontrol", "requeue", number("requeued")], check=True)
-    os.kill(int(starts("killed")[0]), signal.SIGKILL)
+    for pid in (starts("killed")[0], (folder / "killed" / "pid").read_text()):  # the job and its training
+        os.kill(int(pid), signal.SIGKILL)
     subprocess.run(["sbatch", "-p", "first", "-n", "15", "-o", "/dev/null", "--wrap", "sleep 1"], check=True)
     with contextlib.suppress(AssertionError):  # each test says what it lacks
-        wait_until(lambda: len(results) == len(fates), "the end of all runs", 60)
+        wait_until(lambda: len(results) == len(fates), "the end of all runs", 90)
     saved = lambda fate: (folder / fate / "checkpoints" / "step_000000001").is_dir()
     queued = subprocess.check_output(["squeue", "-h", "-o", "%j"], text=True).split()
     return {
