@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +84,111 @@ def test_a_cancelled_job_lets_its_run_save(tmp_path, trainer):
     signal_once_started(tmp_path / "long" / "started", signal.SIGTERM)
     assert not cluster.Training(run, (sys.executable, str(trainer), *run.overrides))()
     assert (run.logdir / "checkpoints" / "step_000000001").is_dir()
+
+
+# What `scontrol show job --oneliner` of Slurm 22.05 prints after a SIGTERM, shortened.
+SHOWN = "JobId=5 JobName=r2dreamer JobState={} Reason=None Requeue=1 Restarts={} BatchFlag=1 PreemptEligibleTime=2026-11-29T14:42:34 {}"
+PREEMPTED = "PreemptTime=2026-11-29T14:42:39 SuspendTime=None"
+NOT_PREEMPTED = "PreemptTime=None SuspendTime=None"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Inside a job of Slurm, with a stand-in for scontrol; called with what that one shows, gives what it was asked."""
+
+    def of(shown, requeues=True):
+        asked = tmp_path / "asked"
+        asked.touch()
+        scontrol = tmp_path / "bin" / "scontrol"
+        scontrol.parent.mkdir()
+        scontrol.write_text(
+            f"#!/bin/sh\nkill -TERM $$\necho $* >> {asked}\n"  # as Slurm does: to all processes of the job
+            f"case $1 in show) echo '{shown}';; requeue) {'true' if requeues else 'false'};; esac\n"
+        )
+        scontrol.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+        return asked
+
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    return of
+
+
+@pytest.mark.parametrize(
+    ("shown", "restarted", "back", "asks"),
+    [
+        (SHOWN.format("RUNNING", 0, PREEMPTED), 0, True, True),  # preempted, within its grace time
+        (SHOWN.format("COMPLETING", 0, PREEMPTED), 0, True, True),  # preempted by PreemptMode=CANCEL
+        (SHOWN.format("COMPLETING", 1, "SuspendTime=None"), 0, True, False),  # PreemptMode=REQUEUE, scontrol requeue
+        (SHOWN.format("COMPLETING", 0, NOT_PREEMPTED), 0, False, False),  # scancel
+        (SHOWN.format("COMPLETING", 1, NOT_PREEMPTED), 1, False, False),  # scancel of a job that has come back before
+        (SHOWN.format("RUNNING", 0, NOT_PREEMPTED), 0, False, False),  # a training that failed
+        ("", 0, False, False),
+    ],
+)
+def test_slurm_starts_a_job_again_after_a_preemption_or_a_requeue_alone(
+    slurm, monkeypatch, tmp_path, trainer, shown, restarted, back, asks
+):
+    asked = slurm(shown)
+    if restarted:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarted))
+    run = a_run(tmp_path, "long", "wait")
+    signal_once_started(run.logdir / "started", signal.SIGTERM)
+    training = cluster.Training(run, (sys.executable, str(trainer), *run.overrides))
+    if back:
+        with pytest.raises(SystemExit, match="its job comes back"):  # no result: to submitit the job goes on
+            training()
+    else:
+        assert training() is False
+    assert (run.logdir / "checkpoints" / "step_000000001").is_dir()
+    assert asked.read_text().splitlines() == ["show job --oneliner 5", *["requeue 5"] * asks]
+
+
+def test_a_job_that_may_not_be_requeued_ends(slurm, tmp_path, trainer):
+    asked = slurm(SHOWN.format("RUNNING", 0, PREEMPTED), requeues=False)
+    run = a_run(tmp_path, "long", "wait")
+    signal_once_started(run.logdir / "started", signal.SIGTERM)
+    assert cluster.Training(run, (sys.executable, str(trainer), *run.overrides))() is False
+    assert "requeue 5" in asked.read_text()
+
+
+def test_a_job_has_ended_once_squeue_does_not_list_it(tmp_path, monkeypatch):
+    from r2dreamer.examples.training.slurm import Queue
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    squeue = tmp_path / "squeue"
+
+    def says(text, status=0):
+        squeue.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {status}\n")
+        squeue.chmod(0o755)
+
+    queue = Queue()
+    says("7_0\\n7_1\\n8\\n")
+    assert not queue.is_done("7_0", mode="force") and not queue.is_done("7_1", mode="force")
+    says("", status=1)  # Slurm does not answer for a while
+    assert not queue.is_done("7_0", mode="force")
+    says("7_1\\n")
+    assert queue.is_done("7_0", mode="force") and not queue.is_done("7_1", mode="force")
+    assert queue.is_done("7_0", mode="force")
+
+
+class Failed:
+    """A job whose Training raised: submitit shows the traceback, then where its files are."""
+
+    job_id = "5_0"
+    done = staticmethod(lambda: True)
+
+    def exception(self):
+        dashes = "-" * 22
+        trace = "Traceback (most recent call last):\n  ...\nValueError: no such disk\n"
+        files = "You can check full logs with 'job.stderr(0)' and 'job.stdout(0)'or at paths:\n  - 5.err\n  - 5.out"
+        return RuntimeError(f"Job (task=0) failed during processing with trace:\n{dashes}\n{trace}\n{dashes}\n{files}")
+
+
+def test_a_job_that_failed_is_named_with_its_error(tmp_path, trainer, capsys):
+    executor = SimpleNamespace(submit_array=lambda calls: [Failed() for _ in calls], folder=tmp_path)
+    (ended,) = cluster.submit([a_run(tmp_path, "x")], trainer, executor)
+    assert not ended[1] and capsys.readouterr().err == "Job 5_0: ValueError: no such disk\n"
 
 
 def test_a_job_leaves_alone_what_has_finished_or_is_trained(tmp_path, trainer):

@@ -280,6 +280,33 @@ def test_workers_in_a_hanging_step_end_with_their_trainer_and_leave_no_file(tmp_
     assert not list(here.rglob("*r2dreamer*"))
 
 
+TERMINATED = """
+import functools, os, signal, time
+from multiprocessing import forkserver
+from faulty import Faulty
+from r2dreamer.envs import make_custom, make_vector_env
+
+def factory(seed):
+    return make_custom(Faulty, seed=seed)
+
+if __name__ == "__main__":
+    env = make_vector_env(factory, [1, 2], parallel=True)
+    for pid in [*env.pool.pids(), forkserver._forkserver._forkserver_pid]:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.5)
+    print(*env.rollout(5).shape, flush=True)
+"""
+
+
+def test_a_sigterm_to_all_processes_is_for_the_trainer_and_leaves_the_workers(tmp_path):
+    """So Slurm and systemd send it. The script does not close its environments: its end is theirs."""
+    (tmp_path / "terminated.py").write_text(TERMINATED)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(tmp_path / "terminated.py")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["2", "5"] and done.returncode == 0, done.stderr
+
+
 def test_too_little_memory_to_share_is_said_and_no_worker_is_left(monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left")

@@ -48,7 +48,7 @@ def start_fork_server() -> None:
     # being forked. The server therefore does not know of MUJOCO_GL; each worker is told.
     gl = os.environ.pop("MUJOCO_GL", None)
     try:
-        with sighup_ignored():
+        with ignored(signal.SIGHUP, signal.SIGTERM):
             forkserver.ensure_running()
     finally:
         if gl is not None:
@@ -56,16 +56,17 @@ def start_fork_server() -> None:
 
 
 @contextlib.contextmanager
-def sighup_ignored() -> Iterator[None]:
-    """Processes started in here, and theirs, ignore the signal of a closed terminal, which is for the trainer."""
+def ignored(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes started in here, and theirs, ignore these signals: what a closed terminal or Slurm sends is for the trainer."""
     if threading.current_thread() is not threading.main_thread():  # which alone can set signals
         yield
         return
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- in the worker ----------------------------------------------------------------------------------------------------
@@ -127,6 +128,7 @@ def run_worker(task: WorkerTask, channel: Connection, life: Connection) -> None:
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes its workers
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as Slurm sends it to all; programs that a simulator starts heed it
     torch.set_num_threads(1)
 
     def on_turn(number: int) -> None:
@@ -314,6 +316,7 @@ class Worker:
         life, self.life = context.Pipe(duplex=False)
         self.process = context.Process(target=run_worker, args=(task, theirs, life), daemon=True)
         self.process.start()
+        weakref.finalize(self, self.process.kill)  # multiprocessing would end it with SIGTERM, and wait
         theirs.close()  # only then does a worker's end close the pipe here
         life.close()
 

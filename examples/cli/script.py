@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from r2dreamer.envs.base.errors import require_linux
-from r2dreamer.envs.vector.workers import sighup_ignored
+from r2dreamer.envs.vector.workers import ignored
 
 from ..settings.schema import check
 from ..settings.targets import SettingError
@@ -51,7 +51,7 @@ def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Call
             elif os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())  # a _target_ may be a module of the user's
             leave_with_parent()
-            with sighup_ignored():  # Python's own helper process, which TorchRL starts
+            with ignored(signal.SIGHUP):  # Python's own helper process, which TorchRL starts
                 resource_tracker.ensure_running()
             with guarded_output(Interrupt.output_lost), quiet_but_first():
                 compose(main, config_name, cfg)

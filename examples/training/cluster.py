@@ -47,6 +47,8 @@ class Training:
 
     def __call__(self) -> bool:
         """Whether the run has finished. One that another process trains is left alone."""
+        from .slurm import comes_back
+
         if self.run.finished or self.run.running:
             return self.run.finished
         self.run.logdir.mkdir(parents=True, exist_ok=True)
@@ -57,13 +59,18 @@ class Training:
                 self.command, env=environment, start_new_session=True, preexec_fn=_ignore_warnings, **streams
             )
             self.child = child.pid
-            # Of scancel, and of a preemption without a warning: the training saves and leaves. Slurm decides what follows.
+            # Of scancel, a requeue, or a preemption without a warning: the training saves and leaves.
             before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
             try:
                 child.wait()
+                self.child = None
+                signal.signal(
+                    signal.SIGTERM, signal.SIG_IGN
+                )  # Slurm sends it several times, to all processes of the job
+                if not self.run.finished and comes_back():
+                    sys.exit("The run is cut off; its job comes back.")  # without a result: the job has not ended
             finally:
                 signal.signal(signal.SIGTERM, before)
-        self.child = None
         return self.run.finished
 
     def checkpoint(self) -> Any:
@@ -74,6 +81,9 @@ class Training:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has just ended
                 os.kill(self.child, signal.SIGTERM)
                 os.waitid(os.P_PID, self.child, os.WEXITED | os.WNOWAIT)
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # Slurm requeues with it, and submitit's scontrol has to survive that
         return submitit.helpers.DelayedSubmission(Training(self.run, self.command))
 
 
@@ -115,7 +125,11 @@ def make_executor(where: Sequence[str]) -> Any:
 def submit(runs: Sequence[Run], script: Path, executor: Any) -> Iterator[tuple[Run, bool]]:
     """Every run once its job has ended, and whether it has finished. Jobs outlive this process."""
     from submitit.helpers import as_completed
+    from submitit.slurm.slurm import SlurmJob
 
+    from .slurm import Queue
+
+    SlurmJob.watcher = Queue()
     command = (sys.executable, str(script.resolve()))
     jobs = executor.submit_array([Training(run, (*command, *run.overrides, "progress=false")) for run in runs])
     print(f"Submitted {', '.join(job.job_id for job in jobs)}; submitit's files are in {executor.folder}.", flush=True)
@@ -123,5 +137,6 @@ def submit(runs: Sequence[Run], script: Path, executor: Any) -> Iterator[tuple[R
     for job in as_completed(jobs, poll_frequency=POLL):
         error = job.exception()
         if error is not None:
-            print(f"Job {job.job_id}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            said = str(error).partition("You can check full logs")[0].rstrip("-\n ")  # submitit's, after the traceback
+            print(f"Job {job.job_id}: {said.splitlines()[-1]}", file=sys.stderr)
         yield runs_of[job], runs_of[job].finished

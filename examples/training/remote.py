@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import platform
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -22,7 +23,7 @@ from torch import nn
 
 from r2dreamer.envs import VectorCollector, VectorEnv, WorkerError
 from r2dreamer.envs.base.errors import require
-from r2dreamer.envs.vector.workers import sighup_ignored
+from r2dreamer.envs.vector.workers import ignored
 
 from .collecting import CLOSE_TIMEOUT, EnvironmentsLost, MakeEnvironments, Overlapping, copy_weights
 
@@ -311,7 +312,7 @@ def connect(address: str, object_store_memory: int) -> bool:
         elif address != "auto":
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself asks for a minute, then aborts
-        with sighup_ignored():
+        with ignored(signal.SIGHUP):
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
