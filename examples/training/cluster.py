@@ -64,9 +64,8 @@ class Training:
             try:
                 child.wait()
                 self.child = None
-                signal.signal(
-                    signal.SIGTERM, signal.SIG_IGN
-                )  # Slurm sends it several times, to all processes of the job
+                # Slurm sends it several times, to all processes of the job.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 if not self.run.finished and comes_back():
                     sys.exit("The run is cut off; its job comes back.")  # without a result: the job has not ended
             finally:
@@ -81,9 +80,8 @@ class Training:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has just ended
                 os.kill(self.child, signal.SIGTERM)
                 os.waitid(os.P_PID, self.child, os.WEXITED | os.WNOWAIT)
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # Slurm requeues with it, and submitit's scontrol has to survive that
+        # Slurm requeues with it, and submitit's scontrol has to survive that.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return submitit.helpers.DelayedSubmission(Training(self.run, self.command))
 
 
