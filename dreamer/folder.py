@@ -98,7 +98,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
     if isinstance(config, dict) and config.get("format", FORMAT) != FORMAT:
-        raise ValueError(f"{path} has format {config['format']}, and this version reads {FORMAT}: use a newer version.")
+        raise ValueError(
+            f"{path} has format {config['format']}, and this version reads {FORMAT}: use the version that wrote it."
+        )
     for name, kind in {"format": int, **SECTIONS}.items():
         if not isinstance(config, dict) or not isinstance(config.get(name), kind):
             raise ValueError(

@@ -87,11 +87,14 @@ def export(run: Path, out: Path, name: str | None = None, *, play: bool = False)
     config["name"] = card.name
     config["logdir"] = f"runs/{card.name}/seed{config['seed']}"  # where it was trained says nothing elsewhere
     config["replay"]["place"]["directory"] = f"{config['logdir']}/replay"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        whole = Path(folder) / "agent"
-        write_folder(whole, agent, card.text(agent), {"frames": loaded.step, "run": config})
-        whole.rename(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            whole = Path(folder) / "agent"
+            write_folder(whole, agent, card.text(agent), {"frames": loaded.step, "run": config})
+            whole.rename(out)
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror or error}. Give another directory.") from error
     return out
 
 

@@ -137,6 +137,13 @@ class DreamerActorLoss(DreamerLoss):
                     f"gamma={gamma} and discount={discount} are two names of one thing; give discount alone."
                 )
             discount = gamma
+        for name, share in {"discount": discount, "lmbda": lmbda}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share} must be in [0, 1].")
+        if not 0 < return_rate <= 1:
+            raise ValueError(
+                f"return_rate={return_rate} must be in (0, 1]; at 0 the scale of returns stays as it begins."
+            )
         super().__init__()
         if imagination_horizon < 1:
             raise ValueError(f"imagination_horizon must be at least 1, got {imagination_horizon}.")
@@ -190,7 +197,12 @@ class DreamerActorLoss(DreamerLoss):
     def _start(self, tensordict: TensorDictBase) -> TensorDictBase:
         keys = self.tensor_keys
         for name in ("state", "belief"):
-            entry(tensordict, keys, name)
+            shape = entry(tensordict, keys, name).shape
+            if len(shape) != 2:
+                raise ValueError(
+                    f"{name!r} has shape {list(shape)}; expected [N, features], one start of imagination in each row.\n"
+                    "Latents of records [B, T] are given as .flatten(0, 1)."
+                )
         return tensordict.select(keys.state, keys.belief).detach()
 
     @staticmethod

@@ -18,6 +18,7 @@ from torchrl.objectives.common import LossModule
 NEXT = ("next",)
 GUIDE = "examples/guides/migrate_from_torchrl.md"
 ENVIRONMENT = "the environment, by way of the replay,"
+FLAGS = ("done", "terminated", "truncated", "is_init")  # each has a meaning of its own, so none stands for another
 
 
 def read_key(default: NestedKey, writer: str, *, model: str | None = None, prefix: tuple[str, ...] = ()) -> Any:
@@ -31,7 +32,7 @@ def entry(tensordict: TensorDictBase, keys: Any, name: str, prefix: tuple[str, .
     value = tensordict.get(key, None)
     if value is None:
         present = [each for each in tensordict.keys(True, True) if not prefix or each[0] == prefix[0]]
-        claimed = {value for value in vars(keys).values() if isinstance(value, str)}
+        claimed = {*FLAGS, *(value for value in vars(keys).values() if isinstance(value, str))}
         free = [each for each in present if _last(each) not in claimed]
         guess = closest(getattr(keys, name), free) or '"its name"'
         raise ValueError(
@@ -87,9 +88,21 @@ def check_scalar(shape: torch.Size, expected: Iterable[int], name: str) -> None:
         )
 
 
+def check_records(reward: torch.Tensor, name: NestedKey) -> None:
+    """Refuses a batch without time, whose samples would pass for one sequence."""
+    if reward.ndim < 3 or reward.shape[-1] != 1:
+        raise ValueError(
+            f"{name!r} has shape {list(reward.shape)}; expected [B, T, 1]: sequences of T steps, one number for each step.\n"
+            "A reward [B, T] is given as .unsqueeze(-1). Where time is missing, sample sequences: make_replay, or TorchRL's "
+            "SliceSampler and .reshape(-1, T)."
+        )
+
+
 def require_instances(**objects: object) -> None:
-    """Refuses a class in the place of its instance."""
+    """Refuses a class, or a name, in the place of an instance."""
     for name, given in objects.items():
+        if isinstance(given, str):
+            raise ValueError(f"{name}={given!r} is text; pass an instance of the class that you mean.")
         if isinstance(given, type):
             raise ValueError(f"{name}={given.__name__} is a class; pass an instance: {name}={given.__name__}(...).")
 

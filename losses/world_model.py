@@ -26,6 +26,7 @@ from .wiring import (
     NEXT,
     DreamerLoss,
     check_finite,
+    check_records,
     entry,
     listed,
     read_key,
@@ -223,6 +224,7 @@ class R2DreamerWorldModelLoss(DreamerLoss):
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         keys, at = self.tensor_keys, self._next
         reward = entry(tensordict, keys, "reward", NEXT)
+        check_records(reward, at(keys.reward))
         check_finite(reward, "reward")
         self._check_fresh(tensordict)
         # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it.
@@ -277,5 +279,10 @@ def total_loss(losses: TensorDictBase) -> torch.Tensor:
     Returns:
         A scalar.
     """
-    first, *others = (value for key, value in losses.items() if key.startswith("loss_"))
+    terms = [value for key, value in losses.items() if key.startswith("loss_")]
+    if not terms:
+        raise ValueError(
+            f"No entry begins with 'loss_': there is {listed(losses.keys())}. Pass what a loss returned first."
+        )
+    first, *others = terms
     return sum(others, first)

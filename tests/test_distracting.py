@@ -206,6 +206,17 @@ def test_what_does_not_fit_is_refused_with_the_remedy(arguments, said):
         DMCDistracting(**arguments)
 
 
+def test_a_frame_that_is_no_image_and_an_image_too_large_are_named_and_no_renderer_is_blamed(tmp_path, stock):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"\d\.png is a frame of a background and cannot be read as an image"):
+        made(DMCDistracting(frames=tmp_path)).reset()
+    with pytest.raises(ValueError, match="An image of 512x512 is larger than .* 640x480: render at most 480"):
+        TransformedEnv(stock.base_env, RenderPixels(512)).reset()
+    with pytest.raises(ValueError, match=r"size=\(48, 64\) must be a whole number"):
+        RenderPixels((48, 64))
+
+
 def test_one_environment_has_one_set_of_distractions(distracted):
     with pytest.raises(ValueError, match="Build a new environment"):
         TransformedEnv(distracted.base_env, DMCDistracting(difficulty="medium"))

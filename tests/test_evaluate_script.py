@@ -88,6 +88,8 @@ def test_an_exported_agent_plays_as_its_run_does_and_holds_nothing_else(server, 
     assert "logdir" not in card and "commit | not stated" not in card
     with pytest.raises(ValueError, match="exported is there already"):
         export(trained, out)
+    with pytest.raises(OSError, match=r"README.md/mine cannot be written: .* Give another directory"):
+        export(trained, out / "README.md" / "mine")
 
 
 def test_an_agent_exported_to_play_has_no_heads_of_the_objective_and_acts_alike(server, trained, tmp_path):

@@ -72,6 +72,12 @@ def test_updates_are_owed_for_prefilled_records_where_that_is_asked_for(source, 
     assert trainer.count["updates"] == (trainer.count["prefilled"] + 40 - 20) * 5 // 15
 
 
+def test_records_that_the_replay_cannot_hold_are_told(source, tmp_path, capsys):
+    trainer = begun(tmp_path, f"replay.prefill={source[0]}", "replay.capacity=40", "total_frames=24")
+    told = capsys.readouterr().err
+    assert f"replay.capacity=40 holds 40 of the {trainer.count['prefilled']} records" in told
+
+
 def test_runs_of_another_task_and_folders_of_nothing_are_refused(source, tmp_path):
     (tmp_path / "empty").mkdir()
     refused = {
@@ -121,7 +127,7 @@ def test_each_way_to_name_a_run_of_two_ranks_gives_the_records_of_both(source, t
 class SecondOfTwo:
     """What `Ranks` gives the second of two ranks, where the first finds what `others` says."""
 
-    rank, count, first, others = 1, 2, False, (9, 1, 0)
+    rank, count, first, others = 1, 2, False, (9, 9, 1, 0)
     any = staticmethod(bool)
 
     def gather(self, value):
@@ -140,7 +146,7 @@ def test_a_rank_without_a_share_goes_on_and_none_at_all_is_refused(tmp_path):
     trainer.agent, trainer.logdir, trainer.frames, trainer.metrics = agent, tmp_path, 0, NoMetrics()
     prefill_replay(trainer)
     assert trainer.count["prefilled"] == 9 and not len(trainer.replay)
-    trainer.ranks.others = (0, 0, 1)
+    trainer.ranks.others = (0, 0, 0, 1)
     with pytest.raises(ValueError, match=r"no episode from its beginning on \(1 without\)"):
         prefill_replay(trainer)
 

@@ -226,6 +226,10 @@ SPOILT = {
     "another dtype": (lambda data: both(data, "pixels", torch.Tensor.float), r"and torch.float32, .* torch.uint8"),
     "another range": (lambda data: data.set("action", data["action"] / UNIT), r"actions between .* in \[-1, 1\]"),
     "not a number": (lambda data: data["next", "reward"].fill_(float("nan")), "NaN or infinity in .*reward"),
+    "no ends": (
+        lambda data: [data["next"].pop(key) for key in ("done", "terminated", "truncated")],
+        r"holds \d+ episodes and none of .* does not say which of them terminate",
+    ),
     "a gap": (lambda data: data["count"][3:].add_(100), "does not begin with the 'count'"),
     "no beginning": (lambda data: data["is_init"].zero_(), r"no episode from its beginning on \(\d+ without\)"),
 }
@@ -243,6 +247,27 @@ def test_what_differs_from_this_run_is_refused(what, tmp_path):
         episodes = recorded_episodes(tmp_path / "recorded", KEYS)
         prefill(make_replay(600, 2, 5, LENGTH), episodes, example(), discrete=False, where="it")
     assert len(str(refused.value)) < 480
+
+
+def test_an_observation_that_is_not_a_number_is_no_gap(tmp_path):
+    spoilt(lambda data: both(data, "count", lambda value: torch.full(value.shape, torch.nan))).memmap(
+        tmp_path / "recorded"
+    )
+    needed = example()
+    needed["next", "count"] = torch.zeros(4)
+    with pytest.raises(ValueError, match="NaN or infinity in .*count"):
+        episodes = recorded_episodes(tmp_path / "recorded", KEYS)
+        prefill(make_replay(600, 2, 5, LENGTH), episodes, needed, discrete=False, where="it")
+
+
+def test_a_path_without_a_recording_and_choices_that_are_numbers_are_refused(tmp_path):
+    replay = make_replay(60, 1, 2, 2)
+    with pytest.raises(ValueError, match="nowhere is no recording"):
+        prefill(replay, recorded_episodes(tmp_path / "no", KEYS), example(), discrete=True, where="nowhere")
+    episode = example().unsqueeze(0).repeat(4).exclude(("next", "state"), ("next", "belief"))
+    episode["is_init"][0], episode["action"] = True, torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="recorded one-hot"):
+        prefill(replay, [episode], example(), discrete=True, where="it")
 
 
 @pytest.mark.parametrize("choice, fits", [([0.0, 1.0], True), ([0.5, 0.5], False), ([1.0, 1.0], False)])

@@ -216,7 +216,7 @@ def test_a_reward_that_would_broadcast():
     square["next", "reward"] = square["next", "reward"].squeeze(-1)
     scalar, both = our_model(head(nn.Linear(FEATURES, 1), "reward"), without=["reward"])[1], agent.world_model
     for model in (scalar, both):
-        with refused("the target of reward", "[4, 4]", "expected [4, 4, 1]", ".unsqueeze(-1)"):
+        with refused("('next', 'reward') has shape [4, 4]", "expected [B, T, 1]", ".unsqueeze(-1)"):
             R2DreamerWorldModelLoss(model)(square)
 
 
@@ -295,9 +295,9 @@ def latents(agent, count=15):
     )
 
 
-def actor_loss(agent, continue_model, **keys):
+def actor_loss(agent, continue_model, settings=None, **keys):
     parts = agent.actor, agent.value_model, agent.imagination
-    loss = DreamerActorLoss(*parts, continue_model=continue_model, imagination_horizon=3)
+    loss = DreamerActorLoss(*parts, continue_model=continue_model, imagination_horizon=3, **(settings or {}))
     loss.set_keys(**keys)
     return loss
 
@@ -399,6 +399,46 @@ def test_a_continue_head_that_nothing_trains():
             network.requires_grad_(True)
 
 
+@pytest.mark.parametrize("shape", [lambda batch: batch[:, 0], lambda batch: batch.reshape(-1)])
+def test_a_batch_without_time(shape):
+    """Its samples would be unrolled as one sequence."""
+    agent = tiny_agent(images=False)
+    with refused("('next', 'reward') has shape", "expected [B, T, 1]", "SliceSampler"):
+        R2DreamerWorldModelLoss(agent.world_model)(shape(tiny_records(agent)))
+
+
+def test_a_reward_of_two_numbers():
+    agent = tiny_agent(images=False)
+    batch = tiny_records(agent)
+    batch["next", "reward"] = batch["next", "reward"].expand(*batch.shape, 2).clone()
+    with refused("('next', 'reward') has shape", "one number for each step"):
+        R2DreamerWorldModelLoss(agent.world_model)(batch)
+
+
+def test_an_observation_that_is_not_in_the_batch():
+    agent = tiny_agent(images=False)
+    key = agent.encoder.in_keys[0]
+    with refused(f"The encoder reads {key!r}, which is missing", "below 'next'"):
+        R2DreamerWorldModelLoss(agent.world_model)(tiny_records(agent).exclude(key))
+
+
+def test_no_flag_is_proposed_for_another():
+    """A head that learns to continue from truncations would be wrong, and nothing would say so."""
+    agent = tiny_agent(images=False)
+    with refused("terminated is missing", 'set_keys(terminated="its name")'):
+        R2DreamerWorldModelLoss(agent.world_model)(tiny_records(agent).exclude(("next", "terminated")))
+
+
+def test_the_name_of_an_objective_in_its_place():
+    with refused("representation='barlow' is text", "pass an instance"):
+        R2DreamerWorldModelLoss(tiny_agent(images=False).world_model, "barlow")
+
+
+def test_a_sum_of_no_losses():
+    with refused("No entry begins with 'loss_'", "'state'"):
+        total_loss(TensorDict({"state": torch.zeros(3)}))
+
+
 # --- Actor and value ---
 
 
@@ -419,6 +459,19 @@ def test_latents_that_are_not_where_imagination_begins():
     posterior = R2DreamerWorldModelLoss(agent.world_model)(tiny_records(agent))[1]
     with refused("state is missing", "the world model", "set_keys(state="):
         actor_loss(agent, agent.continue_model)(posterior.exclude("state", "belief"))
+
+
+def test_latents_of_records_that_were_not_flattened():
+    agent = tiny_agent(images=False)
+    starts = R2DreamerWorldModelLoss(agent.world_model)(tiny_records(agent))[1]["next"].select("state", "belief")
+    with refused("'state' has shape", "[N, features]", ".flatten(0, 1)"):
+        actor_loss(agent, agent.continue_model)(starts)
+
+
+@pytest.mark.parametrize("wrong", [{"discount": 1.5}, {"gamma": -0.1}, {"lmbda": 2}, {"return_rate": 0}])
+def test_a_share_that_is_none(wrong):
+    with refused("must be in"):
+        actor_loss(tiny_agent(images=False), None, wrong)
 
 
 def test_the_value_loss_before_the_actor_loss():

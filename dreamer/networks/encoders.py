@@ -255,7 +255,13 @@ class ObservationEncoder(TensorDictModuleBase):
         return twin
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        values = [tensordict.get(key) for key in self.in_keys]
+        values = [tensordict.get(key, None) for key in self.in_keys]
+        if lost := [key for key, value in zip(self.in_keys, values, strict=True) if value is None]:
+            raise ValueError(
+                f"The encoder reads {', '.join(map(repr, lost))}, which {'is' if len(lost) == 1 else 'are'} missing. There is "
+                f"{', '.join(sorted(str(key) for key in tensordict.keys(True, True)))}.\n"
+                "Records hold observations below 'next', and a policy reads them at the root; rename yours (RenameTransform)."
+            )
         images, vectors = values[: len(self.image_keys)], values[len(self.image_keys) :]
         parts = []
         if self.image is not None:

@@ -51,9 +51,12 @@ class Film:
 
 @lru_cache(maxsize=2000)  # 100 MB of frames
 def _image(file: Path, size: int) -> np.ndarray:
-    with require("PIL.Image", "plot").open(file) as image:
-        image.draft("RGB", (size, size))
-        return np.array(image.convert("RGB").resize((size, size)))
+    try:
+        with require("PIL.Image", "plot").open(file) as image:
+            image.draft("RGB", (size, size))
+            return np.array(image.convert("RGB").resize((size, size)))
+    except OSError as error:  # also what Pillow says of a file that is no image
+        raise ValueError(f"{file} is a frame of a background and cannot be read as an image ({error}).") from error
 
 
 def films(folder: str | Path, split: str) -> list[list[Path]]:

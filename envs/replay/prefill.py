@@ -25,7 +25,7 @@ class Prefilled:
 
 def prefill(
     replay: RecordReplay,
-    episodes: Iterable[TensorDictBase],
+    episodes: Iterable[TensorDictBase] | None,
     example: TensorDictBase,
     *,
     discrete: bool,
@@ -45,6 +45,10 @@ def prefill(
         where: what messages begin with.
         share: these are some of all episodes, which may be none: `refuse_none` the sum.
     """
+    if episodes is None:
+        raise ValueError(
+            f"{where} is no recording of TorchRL or Minari, or is not there (`recorded_episodes` found none)."
+        )
     latents = replay.latents_in(example)
     nxt = cast(TensorDictBase, example["next"])
     observations = [key for key in nxt.keys(True, True) if key not in ("reward", *FLAG_KEYS)]
@@ -88,9 +92,12 @@ def _checked(records: TensorDictBase, example: TensorDictBase, discrete: bool, w
             raise ValueError(f"{where} lacks {key!r}, which this run needs; it holds {sorted(map(repr, given))}.")
         value = records[key]
         if value.shape[1:] != expected.shape or value.dtype != expected.dtype:
+            why = "it is of another task, or recorded with other settings"
+            if key == "action" and discrete:
+                why += ". Choices are recorded one-hot (categorical_action_encoding=False of TorchRL's environments)"
             raise ValueError(
                 f"{where} has {key!r} of shape {list(value.shape[1:])} and {value.dtype}, and this run needs "
-                f"{list(expected.shape)} and {expected.dtype}: it is of another task, or recorded with other settings."
+                f"{list(expected.shape)} and {expected.dtype}: {why}."
             )
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{where} holds NaN or infinity in {key!r}.")

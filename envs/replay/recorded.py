@@ -20,6 +20,7 @@ from ..base.errors import require
 
 PLAIN = ("<class 'tensordict._td.TensorDict'>", "<class 'tensordict.TensorDict'>")
 MASKS = (("collector", "mask"), "mask")  # that split_trajectories writes: what is no padding
+ENDS = (("next", "terminated"), ("next", "truncated"), ("next", "done"))
 TRAJECTORIES = (("collector", "traj_ids"), "traj_ids")  # keys that TorchRL's collectors number trajectories in
 
 
@@ -77,7 +78,13 @@ def _torchrl_episodes(folder: Path, keys: list[NestedKey]) -> Iterator[TensorDic
         lost = trajectory[:0] if not overwritten else _under_way(trajectory, _ends(row)[2])
         if number is not None and not torch.equal(order, torch.arange(len(row))):
             row, trajectory = row[order], trajectory[order]
-        for start, end, flags in _parts(row, trajectory, lost):
+        parts = list(_parts(row, trajectory, lost))
+        if len(parts) > 1 and not known & set(ENDS):
+            raise ValueError(
+                f"{folder} holds {len(parts)} episodes and none of {_names(ENDS)}: it does not say which of them terminate. "
+                "Record these flags, too."
+            )
+        for start, end, flags in parts:
             episode = cast(TensorDict, row[start:end]).select(*needed).clone()
             _refuse_gaps(episode, keys, folder, start)
             episode["next", "reward"] = episode["next", "reward"].reshape(-1, 1)
@@ -108,8 +115,7 @@ def _column(row: TensorDictBase, key: NestedKey) -> torch.Tensor:
 def _ends(row: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where transitions ``[T]`` are terminated, truncated, done."""
     given = row.keys(True, True)
-    flags = (("next", key) for key in ("terminated", "truncated", "done"))
-    terminated, truncated, done = (_column(row, key).bool() if key in given else None for key in flags)
+    terminated, truncated, done = (_column(row, key).bool() if key in given else None for key in ENDS)
     truncated = torch.zeros(len(row), dtype=torch.bool) if truncated is None else truncated
     if done is None:
         done = truncated if terminated is None else truncated | terminated
@@ -144,7 +150,10 @@ def _parts(
 def _refuse_gaps(episode: TensorDictBase, keys: list[NestedKey], folder: Path, start: int) -> None:
     for key in keys:
         after, before = (cast(Any, part)[key] for part in (episode["next"][:-1], episode[1:]))
-        broken = after.ne(before).unsqueeze(-1).flatten(1).any(-1)
+        differs = after.ne(before)
+        if after.is_floating_point():
+            differs &= ~after.isnan()  # that is no gap; `prefill` says what it is
+        broken = differs.unsqueeze(-1).flatten(1).any(-1)
         if broken.any():
             raise ValueError(
                 f"{folder}: the step after step {start + int(broken.nonzero()[0])} does not begin with the {key!r} that it ended "

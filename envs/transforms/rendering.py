@@ -10,6 +10,7 @@ from torchrl.data import Bounded, Composite
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Transform
 
+from ..base.errors import require_positive
 from ..control.rendering import render_pixels
 
 
@@ -21,6 +22,7 @@ class RenderPixels(Transform):
     """
 
     def __init__(self, size: int = 64, camera: int | str | None = 0):
+        require_positive(size=size)
         super().__init__(out_keys=["pixels"])
         self.size, self.camera = size, camera
 

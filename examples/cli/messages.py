@@ -57,7 +57,9 @@ def without_traceback(text: str) -> str:
 
 def cannot_compose(error: Exception, config_name: str) -> str:
     """Why the command line makes no configuration, and what was probably meant."""
-    text = "\n".join(filter(None, [str(error), str(error.__cause__ or "")]))
+    text, cause = str(error), str(error.__cause__ or "")
+    if " ".join(cause.split()) not in text:
+        text = f"{text}\n{cause}".strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read ({lines[-2] if 'See http' in lines[-1] else lines[-1]}). Say key=value, in quotes if it holds brackets, spaces or ${{...}}."

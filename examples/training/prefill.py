@@ -17,6 +17,7 @@ from r2dreamer.envs.replay.prefill import Prefilled, prefill, refuse_none
 from r2dreamer.envs.replay.recorded import recorded_episodes, recorded_task
 
 from .checkpoint import CheckpointError, Checkpoints, LoadedCheckpoint
+from .files import warn
 from .saved_config import plain_config
 from .setup import first_difference
 from .shards import shard, summary
@@ -52,9 +53,15 @@ def prefill_replay(trainer: Any) -> None:
         discrete = trainer.agent.actions.discrete
         record = trainer.agent.example_record()
         found = prefill(replay, own, record, discrete=discrete, where=where, share=True)
-    parts = ranks.gather((found.records, found.episodes, found.left_out))
-    found = Prefilled(*(sum(values) for values in zip(*parts, strict=True)))
+    parts = ranks.gather((len(replay), found.records, found.episodes, found.left_out))
+    kept, *sums = (sum(values) for values in zip(*parts, strict=True))
+    found = Prefilled(*sums)
     refuse_none(found, where)
+    if kept < found.records and ranks.first:
+        warn(
+            f"replay.capacity={cfg.replay.capacity} holds {kept:,} of the {found.records:,} records of {where}; the oldest of each "
+            "environment's part are overwritten. Raise replay.capacity to keep all."
+        )
     count["prefilled"] = found.records
     if cfg.replay.prefill_counts and not trainer.saved:
         trainer.ratio.reset(cfg.warmup_steps - found.records)
