@@ -116,9 +116,13 @@ def reacher():
     env.close()
 
 
+OF_DM_CONTROL = "Setting the shape on a NumPy array"  # with NumPy 2.5
+
+
 def test_the_checker_of_gymnasium_finds_nothing(reacher):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", OF_DM_CONTROL, DeprecationWarning)
         check_env(reacher.unwrapped)
     state = gymnasium.make("DMCSubtle/reacher-v0", observation="state")
     check_env(state.unwrapped, skip_render_check=True)
@@ -135,6 +139,7 @@ def test_the_checker_of_stable_baselines_finds_nothing(reacher, sb3):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", OF_DM_CONTROL, DeprecationWarning)
         check_env(reacher.unwrapped)
         check_env(gymnasium.make("DMCSubtle/point_mass-v0", observation="state").unwrapped)
 
