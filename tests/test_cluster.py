@@ -161,6 +161,7 @@ def test_a_job_has_ended_once_squeue_does_not_list_it(tmp_path, monkeypatch):
     def says(text, status=0):
         squeue.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {status}\n")
         squeue.chmod(0o755)
+        time.sleep(0.002)  # submitit asks at most once a millisecond
 
     queue = Queue()
     says("7_0\\n7_1\\n8\\n")
