@@ -18,6 +18,7 @@ BOUNDS = {
     "cartpole_swingup": 800,
     "cartpole_swingup_pixels": 450,
     "reacher_easy": 900,
+    "walker_stand_pixels": 750,
     "walker_walk": 400,
 }
 
