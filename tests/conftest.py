@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A test marked `alone` measures time: no other worker runs a test beside it."""
+    """A test marked `alone` measures time or has deadlines: no other worker runs a test beside it."""
     with open(__file__) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         try:

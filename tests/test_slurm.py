@@ -26,6 +26,7 @@ DAEMONS = {
 MISSING = [name for name, path in DAEMONS.items() if path is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here: {', '.join(MISSING)} not found"),
 ]
 
@@ -71,7 +72,7 @@ def free_ports(number):
     return ports
 
 
-def wait_until(condition, what, seconds=60):
+def wait_until(condition, what, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
@@ -111,7 +112,7 @@ def slurm():
                 if not daemons[1:]:
                     wait_until((folder / "munge.socket").exists, "the start of munged")
             idle = lambda: "idle" in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout
-            wait_until(idle, "the start of Slurm", 30)
+            wait_until(idle, "the start of Slurm", 60)
             yield
             subprocess.run(["scancel", "--user", user])
             wait_until(lambda: not queue(), "the end of all jobs")
@@ -153,7 +154,7 @@ def ended(slurm, tmp_path_factory):
         os.kill(int(pid), signal.SIGKILL)
     subprocess.run(["sbatch", "-p", "first", "-n", "15", "-o", "/dev/null", "--wrap", "sleep 1"], check=True)
     with contextlib.suppress(AssertionError):  # each test says what it lacks
-        wait_until(lambda: len(results) == len(fates), "the end of all runs", 90)
+        wait_until(lambda: len(results) == len(fates), "the end of all runs", 180)
     saved = lambda fate: (folder / fate / "checkpoints" / "step_000000001").is_dir()
     queued = subprocess.check_output(["squeue", "-h", "-o", "%j"], text=True).split()
     return {
