@@ -295,6 +295,14 @@ def test_a_batch_without_time(shape):
         R2DreamerWorldModelLoss(agent.world_model)(shape(tiny_records(agent)))
 
 
+def test_a_choice_by_its_index():
+    agent = tiny_agent(images=False, discrete=True)
+    records = tiny_records(agent)
+    records["action"] = records["action"].argmax(-1, keepdim=True)
+    with refused("The action has shape", "expected 2 numbers", "one-hot"):
+        R2DreamerWorldModelLoss(agent.world_model)(records)
+
+
 def test_a_reward_of_two_numbers():
     agent = tiny_agent(images=False)
     batch = tiny_records(agent)

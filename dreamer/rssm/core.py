@@ -62,7 +62,7 @@ class BlockGRU(nn.Module):
         super().__init__()
         if belief_size % num_blocks:
             raise ValueError(f"belief_size={belief_size} must be divisible by num_blocks={num_blocks}.")
-        self.belief_size, self.num_blocks = belief_size, num_blocks
+        self.belief_size, self.action_size, self.num_blocks = belief_size, action_size, num_blocks
         self.belief_in = normed_linear(belief_size, hidden)
         self.state_in = normed_linear(state_size, hidden)
         self.action_in = normed_linear(action_size, hidden)
@@ -72,8 +72,12 @@ class BlockGRU(nn.Module):
 
     def project_action(self, action: torch.Tensor) -> torch.Tensor:
         """The branch of the action [..., A] -> [..., hidden], which no recurrence touches."""
-        action = action.float()
-        return self.action_in(bounded(action))
+        if action.shape[-1] != self.action_size:
+            raise ValueError(
+                f"The action has shape {list(action.shape)}; expected {self.action_size} numbers in its last dimension. "
+                "A choice is one-hot: categorical_action_encoding=False of TorchRL's environments."
+            )
+        return self.action_in(bounded(action.float()))
 
     def advance(self, state: torch.Tensor, belief: torch.Tensor, projected_action: torch.Tensor) -> torch.Tensor:
         shared = torch.cat([self.belief_in(belief), self.state_in(state), projected_action], -1)  # [..., 3*hidden]
