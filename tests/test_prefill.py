@@ -36,7 +36,7 @@ def begun(folder, *overrides):
     return train_here(folder, *CARTPOLE, "eval.every=1000", "env.num_envs=1", *overrides)
 
 
-def test_a_run_begins_with_the_records_of_another_and_resumes_without_doing_it_twice(source, tmp_path):
+def test_a_run_begins_with_the_records_of_another_and_resumes_without_doing_it_twice(source, tmp_path, capsys):
     folder, before = source
     asked = [f"replay.prefill={folder}", "total_frames=40"]
     trainer = begun(tmp_path, *asked)
@@ -55,8 +55,10 @@ def test_a_run_begins_with_the_records_of_another_and_resumes_without_doing_it_t
     resumed = begun(tmp_path, asked[0], "total_frames=80")
     assert len(lines(tmp_path, '"prefill/records"')) == 1
     assert len(resumed.replay) - prefilled >= own + 40 and resumed.count["prefilled"] == prefilled
-    again = begun(tmp_path / "elsewhere", asked[0], f"resume={tmp_path}", "total_frames=120")
+    assert "is not read" not in capsys.readouterr().err
+    again = begun(tmp_path / "elsewhere", "replay.prefill=another", f"resume={tmp_path}", "total_frames=120")
     assert again.count["prefilled"] == prefilled and again.frames == 120
+    assert "replay.prefill=another is not read" in capsys.readouterr().err
 
 
 def test_a_replay_that_was_not_saved_is_prefilled_again(source, tmp_path):

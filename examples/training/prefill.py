@@ -36,6 +36,9 @@ def prefill_replay(trainer: Any) -> None:
                 f"replay.prefill={cfg.replay.prefill} fills the replay of a new run, and the run in logdir={cfg.logdir} goes on "
                 "with its own: leave it out, or begin a new run in another logdir."
             )
+        before = trainer.saved.state["config"]["replay"]["prefill"]
+        if before != cfg.replay.prefill and ranks.first:
+            warn(f"replay.prefill={cfg.replay.prefill} is not read: this run goes on with the records of {before}.")
         return  # the checkpoint has them
     where = f"replay.prefill={cfg.replay.prefill}"
     path = Path(cfg.replay.prefill)
