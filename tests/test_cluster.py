@@ -153,7 +153,7 @@ def test_a_job_that_may_not_be_requeued_ends(slurm, tmp_path, trainer):
 
 
 def test_a_job_has_ended_once_squeue_does_not_list_it(tmp_path, monkeypatch):
-    from r2dreamer.examples.training.slurm import Queue
+    from r2dreamer.examples.training.slurm import make_watcher
 
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     squeue = tmp_path / "squeue"
@@ -163,7 +163,7 @@ def test_a_job_has_ended_once_squeue_does_not_list_it(tmp_path, monkeypatch):
         squeue.chmod(0o755)
         time.sleep(0.002)  # submitit asks at most once a millisecond
 
-    queue = Queue()
+    queue = make_watcher()
     says("7_0\\n7_1\\n8\\n")
     assert not queue.is_done("7_0", mode="force") and not queue.is_done("7_1", mode="force")
     says("", status=1)  # Slurm does not answer for a while

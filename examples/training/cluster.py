@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from ..cli.children import PARENT
 from .run import Run
+from .slurm import comes_back, make_watcher
 
 CHOICE = "hydra/launcher"
 OPTIONS = ("hydra.launcher.", "hydra.sweep.")
@@ -47,8 +48,6 @@ class Training:
 
     def __call__(self) -> bool:
         """Whether the run has finished. One that another process trains is left alone."""
-        from .slurm import comes_back
-
         if self.run.finished or self.run.running:
             return self.run.finished
         self.run.logdir.mkdir(parents=True, exist_ok=True)
@@ -125,9 +124,7 @@ def submit(runs: Sequence[Run], script: Path, executor: Any) -> Iterator[tuple[R
     from submitit.helpers import as_completed
     from submitit.slurm.slurm import SlurmJob
 
-    from .slurm import Queue
-
-    SlurmJob.watcher = Queue()
+    SlurmJob.watcher = make_watcher()
     command = (sys.executable, str(script.resolve()))
     jobs = executor.submit_array([Training(run, (*command, *run.overrides, "progress=false")) for run in runs])
     print(f"Submitted {', '.join(job.job_id for job in jobs)}; submitit's files are in {executor.folder}.", flush=True)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-
-import submitit
-from submitit.slurm.slurm import SlurmInfoWatcher
+from typing import Any
 
 
-class Queue(SlurmInfoWatcher):
-    """Which jobs have ended, from squeue.
+def make_watcher() -> Any:
+    """Tells submitit which jobs have ended, from squeue.
 
     Submitit's own watcher asks sacct. That fails without accounting, and the wait for a killed job would not end.
     """
+    from submitit.slurm.slurm import SlurmInfoWatcher
 
-    def _make_command(self) -> list[str] | None:
-        command = ["squeue", f"--user={os.getuid()}", "--array", "--noheader", "--format=%i"]
-        return command if self._registered - self._finished else None
+    class Queue(SlurmInfoWatcher):
+        def _make_command(self) -> list[str] | None:
+            command = ["squeue", f"--user={os.getuid()}", "--array", "--noheader", "--format=%i"]
+            return command if self._registered - self._finished else None
 
-    def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        listed = set((string if isinstance(string, str) else string.decode()).split())
-        return {job: {"State": "RUNNING" if job in listed else "ENDED"} for job in self._registered}
+        def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
+            listed = set((string if isinstance(string, str) else string.decode()).split())
+            return {job: {"State": "RUNNING" if job in listed else "ENDED"} for job in self._registered}
+
+    return Queue()
 
 
 def comes_back() -> bool:
@@ -32,6 +34,8 @@ def comes_back() -> bool:
     """
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         return False
+    import submitit
+
     job = submitit.JobEnvironment().job_id
     shown = dict(re.findall(r"(\w+)=(\S+)", _scontrol("show", "job", "--oneliner", job) or ""))
     if int(shown.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
