@@ -41,10 +41,6 @@ def env_seeds(seed: int, count: int, split: str, generation: int = 0) -> list[in
     return [(base + index) * 0x9E3779B1 % 2**30 * 2 + (split == "eval") for index in range(count)]
 
 
-def split_of(seed: int) -> str:
-    return "eval" if seed % 2 else "train"
-
-
 def make_vector_env(
     factory: Callable[..., EnvBase], seeds: Sequence[int], *, parallel: bool | int | str, timeout: float = 120.0
 ) -> VectorEnv:
@@ -174,7 +170,7 @@ class VectorEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         """Every environment gets a new seed of its own split: training and evaluation stay apart."""
         drawn = {split: env_seeds(seed or 0, len(self.seeds), split) for split in ("train", "eval")}
-        self.reseed([drawn[split_of(old)][number] for number, old in enumerate(self.seeds)])
+        self.reseed([drawn["eval" if old % 2 else "train"][number] for number, old in enumerate(self.seeds)])
 
     def reseed(self, seeds: Sequence[int]) -> None:
         """The next reset gives what a new vector environment with these seeds would."""
