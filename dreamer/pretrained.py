@@ -77,15 +77,26 @@ def unpack(packed: Mapping[str, Any], trust: Sequence[str] = ()) -> Agent:
     if unknown := packed["weights"].keys() - agent.parts().keys():
         raise RuntimeError(f"weights of {', '.join(sorted(unknown))}, which this agent does not have")
     for name, part in agent.parts().items():
-        part.load_state_dict(packed["weights"][name])
+        _load(part, packed["weights"][name], name)
     more_heads = packed.get("more_heads", {})
     for name, head in more_heads.items():
         with torch.random.fork_rng(devices=[]):
             agent.heads[name] = construct({**head["recipe"], "_partial_": True}, trust)(agent.sizes)
-        agent.heads[name].load_state_dict(head["weights"])
+        _load(agent.heads[name], head["weights"], name)
     agent.recipe = dict(packed["recipe"])
     agent.more_heads = {name: dict(head["recipe"]) for name, head in more_heads.items()}
     return agent
+
+
+def _load(part: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> None:
+    """torch would turn integers into weights, and take NaN."""
+    own = part.state_dict()
+    for key, value in weights.items():
+        if key in own and value.is_floating_point() != own[key].is_floating_point():
+            raise RuntimeError(f"{name}.{key} is {value.dtype}, expected {own[key].dtype}")
+        if not value.isfinite().all():
+            raise RuntimeError(f"{name}.{key} holds NaN or Inf; the agent was saved broken")
+    part.load_state_dict(weights)
 
 
 def unpack_folder(directory: Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()) -> Agent:

@@ -140,6 +140,9 @@ class R2DreamerWorldModelLoss(DreamerLoss):
             raise ValueError(
                 f"continue_target_scale={continue_target_scale} must be in (0, 1]; 1 leaves targets alone."
             )
+        for name, weight in {"reward_weight": reward_weight, "continue_weight": continue_weight}.items():
+            if weight < 0:
+                raise ValueError(f"{name}={weight} must not be negative; 0 switches the term off.")
         super().__init__()
         self.convert_to_functional(cast(Any, world_model), "world_model")
         self.representation = BarlowTwins() if representation is None else representation
@@ -229,6 +232,10 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         self._check_fresh(tensordict)
         # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it.
         records = tensordict.select(*tensordict.keys(True, True)).exclude(at(keys.reward))
+        for key in self.world_model.in_keys:
+            value = records.get(key, None)
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                check_finite(value, repr(key))
         with self.world_model_params.to_module(self.world_model):
             posterior = self.world_model(records)
         posterior.set(at(keys.true_reward), reward)

@@ -15,6 +15,7 @@ import yaml
 from agents import tiny_agent, tiny_records
 from launcher import CARTPOLE, train_here
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -273,6 +274,19 @@ def test_a_folder_that_is_not_as_it_was_saved_is_refused_and_executes_nothing(sa
     pickle.loads(pickle.dumps(Pickled()))
     assert Pickled.ran  # so that the payload is one
     Pickled.ran = False
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(lambda value: value.to(torch.int8), "is torch.int8"), (lambda value: value.log(), "NaN or Inf")],
+)
+def test_weights_that_are_no_numbers_to_compute_with_are_refused(saved, tmp_path, spoil, says):
+    folder = shutil.copytree(saved, tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("weight"))
+    save_file(weights | {name: spoil(weights[name] - 1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{re.escape(name)} .*{says}"):
+        load_pretrained(folder)
 
 
 def test_a_folder_without_its_configuration_is_refused(saved, tmp_path):

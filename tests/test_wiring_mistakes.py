@@ -233,6 +233,20 @@ def test_rewards_that_are_not_numbers():
         DreamerValueLoss(agent.value_model).replay_value_loss(replayed)
 
 
+def test_observations_that_are_not_numbers():
+    agent = tiny_agent(images=False)
+    records = tiny_records(agent)
+    records["next", "speed"][1, 2] = torch.inf
+    with refused("'speed')", "NaN or Inf", "environment"):
+        R2DreamerWorldModelLoss(agent.world_model)(records)
+
+
+@pytest.mark.parametrize("name", ["reward_weight", "continue_weight"])
+def test_a_negative_weight(name):
+    with refused(f"{name}=-1", "0 switches"):
+        R2DreamerWorldModelLoss(tiny_agent(images=False).world_model, **{name: -1.0})
+
+
 def test_a_stale_projection_in_the_batch():
     """A head that writes another key leaves the one of an earlier pass to be trained on."""
     agent, model = our_model(head(nn.Linear(FEATURES, 12), "projection"), without=["projection"])
