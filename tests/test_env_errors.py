@@ -91,6 +91,8 @@ def test_sizes_are_positive_whole_numbers(size, value):
 def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match=r"keys=\['cam'\].*camera"):
         make_gym("Toy-v0", seed=0, keys=["cam"])
+    with pytest.raises(ValueError, match="'Toy-twice-v0' observes 'body_height' twice"):
+        make_gym("Toy-twice-v0", seed=0)
     with pytest.raises(ValueError, match="camera=9"):
         make_dmc("walker_walk", seed=0, from_pixels=True, camera=9)
     with pytest.raises(ValueError, match="split='test'"):
@@ -143,7 +145,6 @@ def test_the_validator_lets_an_error_in_the_environments_own_code_through(error)
 @pytest.mark.parametrize(
     ("module", "extra", "make"),
     [
-        ("gymnasium", "gym", lambda: make_gym("CartPole-v1", seed=0)),
         ("dm_control", "dmc", lambda: make_dmc("walker_walk", seed=0, from_pixels=False)),
         ("dm_control", "dmc", lambda: gymnasium.make("DMCSubtle/reacher-v0")),
         ("ale_py", "atari", lambda: make_atari("pong", seed=0)),
