@@ -219,8 +219,12 @@ def test_extend_leaves_the_given_records_as_they_are():
     ("arguments", "message"),
     [
         ({"capacity": 100, "num_streams": 4, "batch_size": 2, "batch_length": 25}, "batch longer.* 26 .*= 25"),
-        ({"capacity": 0, "num_streams": 4, "batch_size": 2, "batch_length": 25}, "capacity must be at least 1, got 0"),
-        ({"capacity": 100, "num_streams": 4, "batch_size": -1, "batch_length": 5}, "batch_size must be"),
+        ({"capacity": 0, "num_streams": 4, "batch_size": 2, "batch_length": 25}, "capacity=0 must be a whole number"),
+        (
+            {"capacity": 1e6, "num_streams": 4, "batch_size": 2, "batch_length": 25},
+            "capacity=1000000.0 must be a whole",
+        ),
+        ({"capacity": 100, "num_streams": 4, "batch_size": -1, "batch_length": 5}, "batch_size=-1 must be"),
         ({"capacity": 100, "num_streams": 1, "batch_size": 1, "batch_length": 5, "storage": "memmap"}, "directory"),
     ],
 )

@@ -24,9 +24,7 @@ def require_linux(what: str, instead: str) -> None:
 def require_positive(**sizes: int | None) -> None:
     """Refuse sizes that are not positive whole numbers; None means "not given" and passes."""
     for name, value in sizes.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 

@@ -52,13 +52,10 @@ class Simulator(EnvBase):
         super().__init__()
         self.metrics = dict.fromkeys(metrics, 0.0)
         self.task, self.step_count = type(self).__name__, 0
-        pixels = lambda shape: Bounded(0, 255, shape, dtype=torch.uint8)
-        self.observation_spec = Composite(
-            {
-                name: pixels(shape) if len(shape) == 3 else Unbounded(torch.Size(shape))
-                for name, shape in observations.items()
-            }
+        spec = lambda shape: (
+            Bounded(0, 255, shape, dtype=torch.uint8) if len(shape) == 3 else Unbounded(torch.Size(shape))
         )
+        self.observation_spec = Composite({name: spec(shape) for name, shape in observations.items()})
         kind = lambda shape: np.dtype(np.uint8 if len(shape) == 3 else np.float32)
         self.layout = [(name, tuple(shape), kind(shape)) for name, shape in observations.items()]
         if self.metrics:

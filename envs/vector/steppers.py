@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Composite
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import step_mdp
 
@@ -54,9 +54,8 @@ class SharedArrays:
         fields: dict[str, Any] = {"observations": {}, "first_observations": {}, "flags": {}}
         memory, offset = np.zeros(cls.size_of(layout, count), np.uint8) if memory is None else memory, 0
         for field, (shape, dtype) in layout.items():
-            size = _size(shape, dtype, count)
-            array = memory[offset : offset + size].view(dtype).reshape(count, *shape)
-            offset += -(-size // 64) * 64
+            array = np.ndarray((count, *shape), dtype, memory, offset)
+            offset += _padded(shape, dtype, count)
             if isinstance(field, str):
                 fields[field] = array
             else:
@@ -65,7 +64,7 @@ class SharedArrays:
 
     @staticmethod
     def size_of(layout: Layout, count: int) -> int:
-        return sum(-(-_size(shape, dtype, count) // 64) * 64 for shape, dtype in layout.values())
+        return sum(_padded(shape, dtype, count) for shape, dtype in layout.values())
 
     def row(self, index: int) -> SharedArrays:
         """The rows of one environment, as views."""
@@ -74,8 +73,9 @@ class SharedArrays:
         return SharedArrays(self.action[index], observations, first, self.reward[index], of(self.flags))
 
 
-def _size(shape: tuple[int, ...], dtype: str, count: int) -> int:
-    return np.dtype(dtype).itemsize * int(np.prod((count, *shape)))
+def _padded(shape: tuple[int, ...], dtype: str, count: int) -> int:
+    """The bytes of an array of `count` rows, up to the next multiple of 64."""
+    return -(-np.dtype(dtype).itemsize * math.prod((count, *shape)) // 64) * 64
 
 
 class SimulatorStepper:
@@ -162,12 +162,8 @@ class LocalPool:
                 self.steppers[number] = SimulatorStepper(env)
             else:
                 self.steppers[number] = EnvStepper(env)
-        self.layout, self.specs = self.describe()
-
-    def describe(self) -> tuple[Layout, Composite]:
-        """What one environment reads and writes: the layout of its rows, and its specs."""
         env = next(iter(self.steppers.values())).env
-        return SharedArrays.layout(env), env.specs
+        self.layout, self.specs = SharedArrays.layout(env), env.specs
 
     def allocate(self) -> SharedArrays:
         arrays = SharedArrays.allocate(self.layout, len(self.steppers))
