@@ -17,6 +17,7 @@ from r2dreamer.envs import (
     env_seeds,
     make_atari,
     make_crafter,
+    make_custom,
     make_dmc,
     make_gym,
     make_memory_maze,
@@ -101,6 +102,18 @@ def test_other_mistakes_are_named():
         make_vector_env(FACTORIES["gym state"], [1], parallel=False).reseed([1, 2, 3])
     with pytest.raises(ValueError, match="seeds is empty"):
         make_vector_env(FACTORIES["gym state"], [], parallel=False)
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("json:decoder.NaN.make", "float has no 'make'. It has: as_integer_ratio"),  # an object, not a module or class
+        ("r2dreamer.envs:make_dcm", "r2dreamer.envs has no 'make_dcm'. It has: make_dmc"),  # imported when asked for
+    ],
+)
+def test_a_factory_that_is_not_there_is_answered_with_what_is(factory, said):
+    with pytest.raises(ValueError, match=said):
+        make_custom(factory, seed=0)
 
 
 def test_the_validator_names_what_is_wrong_and_the_remedy():

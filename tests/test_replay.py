@@ -254,6 +254,11 @@ def test_memory_is_predicted_to_the_byte_and_refused_beyond_what_is_free(tmp_pat
     assert "1.2 MB" in check_memory(12_000, 100, "memmap", tmp_path)
     with pytest.raises(MemoryError, match="does not fit"):
         check_memory(12_000, 100, "memmap", tmp_path / "elsewhere")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    line = lambda directory: check_memory(12_000, 100, "memmap", directory, saved_in=tmp_path)
+    assert "grows to 3.6 MB" in line(tmp_path / "elsewhere")  # 1.2 MB, and twice that beside it
+    assert "WARNING" not in line("/dev/shm/elsewhere")  # another disk: only twice that is written here
+    assert "WARNING" not in line(tmp_path)  # a third of it is here already
     with pytest.raises(MemoryError, match=r"smaller replay.capacity .*storage=memmap"):
         check_memory(12_600, 10**12)
 

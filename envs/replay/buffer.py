@@ -255,7 +255,9 @@ def check_memory(
         )
     if saved_in is not None:
         disk, path = free_bytes("memmap", saved_in)
-        needed = (3 if folder else 2) * total
+        needed = 2 * total
+        if folder and _existing(folder).stat().st_dev == _existing(saved_in).stat().st_dev:
+            needed, disk = 3 * total, free
         if needed > disk:
             line += (
                 f". WARNING: with its checkpoints it grows to {_readable(needed)} on {path}, where {_readable(disk)} are "
@@ -275,12 +277,18 @@ def _folder(storage: str, directory: str | os.PathLike | None) -> Path | None:
     return Path(directory)
 
 
+def _existing(path: str | os.PathLike) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def free_bytes(storage: str, directory: str | os.PathLike | None = None) -> tuple[int, str]:
     """How much room is left there, and what the place is called."""
     if folder := _folder(storage, directory):
-        path = folder.absolute()
-        while not path.exists():
-            path = path.parent
+        path = _existing(folder)
         return shutil.disk_usage(path).free, f"disk ({path})"
     if torch.device(storage).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(storage))[0], storage
