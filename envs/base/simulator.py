@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
-from .errors import fits, not_finite, unexpected
+from .errors import as_promised, not_finite
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -100,15 +100,10 @@ class Simulator(EnvBase):
 
     def _checked(self, observation: Mapping[str, np.ndarray], reward: float = 0.0) -> dict[str, np.ndarray]:
         """The observation in the shapes and dtypes of the specs, in which it is stored."""
-        checked = {}
-        for name, shape, dtype in self.layout:
-            value = observation.get(name)
-            value = None if value is None else np.asarray(value)
-            if value is None or not fits(value, shape, dtype):
-                raise unexpected(name, value, shape, dtype, self.step_count, self.task)
-            checked[name] = value.astype(dtype, copy=False)
-            if dtype.kind == "f" and not np.isfinite(checked[name]).all():
-                raise not_finite(name, value, self.step_count, self.task)
+        checked = {
+            name: as_promised(name, observation.get(name), shape, dtype, self.step_count, self.task)
+            for name, shape, dtype in self.layout
+        }
         if not abs(reward) <= LARGEST:  # nor NaN
             raise not_finite("reward", reward, self.step_count, self.task)
         return checked

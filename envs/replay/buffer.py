@@ -220,11 +220,10 @@ def record_bytes(
 ) -> int:
     """Bytes that one record takes in the replay, given one record ``[]`` or a batch of them ``[M]``."""
     latents = {unravel_key(("next", key)) for key in latent_keys}
-    total = 0
-    for key, value in example_record.exclude("stream", "index").items(True, True):
-        itemsize = latent_dtype.itemsize if key in latents else value.element_size()
-        total += value.numel() // example_record.numel() * itemsize
-    return total
+    return sum(
+        value.numel() // example_record.numel() * (latent_dtype.itemsize if key in latents else value.element_size())
+        for key, value in example_record.exclude("stream", "index").items(True, True)
+    )
 
 
 def check_memory(

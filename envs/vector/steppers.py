@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import step_mdp
 
 from ..base.contract import ContractEnv, name_task_in_errors
-from ..base.errors import fits, not_finite, unexpected
+from ..base.errors import as_promised
 
 FLAGS = ("done", "terminated", "truncated")
 Layout = dict[Any, tuple[tuple[int, ...], str]]  # field, or (field, key) -> shape and dtype of one row
@@ -125,16 +125,11 @@ class EnvStepper:
 
     def _write(self, tensors: TensorDictBase, row: dict[Any, np.ndarray]) -> None:
         """Checks and stores: an assignment would broadcast a wrong shape and make a large float64 infinite."""
+        task = getattr(self.env, "task", type(self.env).__name__)
         for key, array in row.items():
-            tensor, task = tensors.get(key, None), getattr(self.env, "task", type(self.env).__name__)
+            tensor = tensors.get(key, None)
             value = None if tensor is None else tensor.numpy(force=True)
-            if not fits(value, array.shape, array.dtype):
-                raise unexpected(key, value, array.shape, array.dtype, self.steps, task)
-            with np.errstate(over="ignore"):
-                array[...] = value
-            # What stands below "metrics" is reported, not learned from.
-            if array.dtype.kind == "f" and isinstance(key, str) and not np.isfinite(array).all():
-                raise not_finite(key, value, self.steps, task)
+            array[...] = as_promised(key, value, array.shape, array.dtype, self.steps, task)
 
 
 class LocalPool:
