@@ -92,6 +92,10 @@ def test_sizes_are_positive_whole_numbers(size, value):
 def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match=r"keys=\['cam'\].*camera"):
         make_gym("Toy-v0", seed=0, keys=["cam"])
+    with pytest.raises(ValueError, match=r"holds Text.* at words.*keep other entries with keys=\["):
+        make_gym("Toy-text-v0", seed=0)
+    kept = make_gym("Toy-text-v0", seed=0, keys=["observation_state"]).reset()  # the remedy helps
+    assert kept["observation_state"].tolist() == [0, 0, 1, 0]
     with pytest.raises(ValueError, match="'Toy-twice-v0' observes 'body_height' twice"):
         make_gym("Toy-twice-v0", seed=0)
     with pytest.raises(ValueError, match="camera=9"):

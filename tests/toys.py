@@ -68,6 +68,8 @@ gymnasium.register("Toy-v0", Toy)
 for number, space in enumerate((spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2), spaces.Tuple([]), spaces.Text(3))):
     gymnasium.register(f"Toy-space{number}-v0", Toy, kwargs={"action_space": space})
 TWICE = spaces.Dict({"body": spaces.Dict({"height": spaces.Discrete(2)}), "body_height": spaces.Discrete(2)})
+TEXT = spaces.Dict({"words": spaces.Text(3), "state": spaces.Discrete(4)})
+gymnasium.register("Toy-text-v0", Toy, kwargs={"observation_space": TEXT})
 gymnasium.register("Toy-twice-v0", Toy, kwargs={"observation_space": TWICE})
 gymnasium.register(
     "Toy-box-v0", Toy, kwargs={"action_space": spaces.Box(np.float64([-1, 0]), np.float64([3, 10]), dtype=np.float64)}

@@ -25,6 +25,8 @@ from ..base.images import is_image, to_pixels
 from ..base.simulator import Simulator
 from .registry import register, unknown_task
 
+OBSERVED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
 
 def make_gym(
     task: str,
@@ -76,7 +78,7 @@ class Gym(Simulator):
                 env.reset(seed=0)  # MuJoCo's tracking camera remembers where it began
                 observed = spaces.Box(0, 255, env.render().shape, np.uint8)
         self.leaves: dict[str, tuple[tuple, Any]] = {}
-        for name, path, space in _leaves(observed, task):
+        for name, path, space in _leaves(observed):
             if name in self.leaves:
                 raise ValueError(
                     f"{task!r} observes {name!r} twice, once its observation space is flat: rename one of them."
@@ -88,6 +90,13 @@ class Gym(Simulator):
                     f"keys={list(keys)} of {task!r}: it observes {sorted(self.leaves)}; name some of these."
                 )
             self.leaves = {key: self.leaves[key] for key in keys}
+        for path, space in self.leaves.values():
+            if not isinstance(space, OBSERVED):
+                raise ValueError(
+                    f"The observation space of {task!r} holds {space} at {'/'.join(map(str, path)) or 'its root'}, which is not "
+                    "supported. Supported are Box, Discrete, MultiDiscrete, MultiBinary and (nested) Dict of these; wrap the "
+                    "environment with gymnasium.wrappers.FlattenObservation, or keep other entries with keys=[...]."
+                )
         self.image_size, self.grayscale = image_size, grayscale
         shapes = {name: self._convert(space, space.sample()).shape for name, (_, space) in self.leaves.items()}
         super().__init__(observations=shapes, actions=actions)
@@ -142,20 +151,14 @@ def _actions(space: Any, task: str) -> int | tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _leaves(space: Any, task: str, path: tuple = ()) -> Iterator[tuple[str, tuple, Any]]:
+def _leaves(space: Any, path: tuple = ()) -> Iterator[tuple[str, tuple, Any]]:
     """Yields (name, path, space) of every leaf of a nested dict space."""
     if isinstance(space, spaces.Dict):
         for key, child in space.spaces.items():
-            yield from _leaves(child, task, (*path, key))
-    elif isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            yield from _leaves(child, (*path, key))
+    else:
         name = "_".join(map(str, path)) or ("pixels" if _is_image(space) else "observation")
         yield (f"observation_{name}" if name in RESERVED else name), path, space
-    else:
-        raise ValueError(
-            f"The observation space of {task!r} holds {space} at {'/'.join(path) or 'its root'}, which is not "
-            "supported. Supported are Box, Discrete, MultiDiscrete, MultiBinary and (nested) Dict of these; wrap the "
-            "environment with gymnasium.wrappers.FlattenObservation, or keep other entries with keys=[...]."
-        )
 
 
 def _is_image(space: Any) -> bool:
