@@ -129,9 +129,11 @@ def check_plan(cfg: DictConfig) -> None:
         resolve_device(cfg.replay.place.storage, "replay.place.storage")
     batch = cfg.collect_steps * cfg.env.num_envs * cfg.env.action_repeat  # frames
     if batch > cfg.total_frames:
+        fit = cfg.total_frames * cfg.collect_steps // batch
         raise ValueError(
             f"collect_steps={cfg.collect_steps} of env.num_envs={cfg.env.num_envs} environments are {batch} frames, more than "
-            f"total_frames={cfg.total_frames}. At most collect_steps={cfg.total_frames * cfg.collect_steps // batch} fit."
+            f"total_frames={cfg.total_frames}. "
+            + (f"At most collect_steps={fit} fit." if fit else "Use more frames, or fewer environments.")
         )
     steps = cfg.total_frames // (cfg.env.action_repeat * cfg.env.num_envs)  # of each; an episode has a record more
     if cfg.train_ratio and 2 * steps < cfg.batch_length:
