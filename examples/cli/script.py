@@ -22,7 +22,7 @@ from r2dreamer.envs.vector.workers import ignored
 
 from ..settings.schema import check
 from ..settings.targets import SettingError
-from .children import leave_with_parent
+from .children import leave_with_parent, take_signals
 from .messages import (
     USER_ERRORS,
     cannot_compose,
@@ -149,18 +149,14 @@ class Interrupt:
         self.requested = False
 
     def __enter__(self) -> Interrupt:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup a run outlives its terminal
-            numbers.append(signal.SIGHUP)
-        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
+        self.previous = take_signals(self._handle)
         Interrupt.active = self
         return self
 
     def __exit__(self, kind: object, error: object, *_: object) -> None:
         Interrupt.active = None
-        if (
-            error is not None and launched()
-        ):  # torchrun sends SIGTERM once a rank has failed: the others still say which
+        if error is not None and launched():
+            # torchrun sends it once a rank has failed: the others still say which.
             self.previous[signal.SIGTERM] = signal.SIG_IGN
         for number, handler in self.previous.items():
             signal.signal(number, handler)
