@@ -13,7 +13,6 @@ import errno
 import functools
 import os
 import shutil
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from torchrl.checkpoint import CheckpointError, GlobalRNGState
 
 from r2dreamer.envs.replay.buffer import RecordReplay
 
+from .files import warn
 from .journal import CheckedFile, Journal, Segment, check_segment
 from .manifest import MANIFEST, check_files, copies, name_of, read_manifest, survey, write_manifest
 
@@ -188,7 +188,7 @@ class Checkpoints:
         newest = max((manifest["serial"] for manifest in found.readable.values()), default=0)
         for error in found.foreign.values():
             if error.readable:
-                print(f"WARNING: {error}.", file=sys.stderr)
+                warn(f"{error}.")
             elif error.serial is None or error.serial > newest:
                 raise CheckpointError(
                     f"{error}. It is left as it is: go on with the program that saved it, from an earlier checkpoint with "
@@ -239,7 +239,7 @@ class Checkpoints:
             return None
         # All share the journal's older segments: one of those may have spoilt them all.
         damaged.pop(without_replay)
-        print(f"WARNING: no replay is whole; from {without_replay.name} goes on what was learnt.", file=sys.stderr)
+        warn(f"no replay is whole; from {without_replay.name} goes on what was learnt.")
         state = _load_tensors(without_replay / "state.pt")
         return LoadedCheckpoint(without_replay, manifests[without_replay] | {"replay": None}, self, again, state)
 
@@ -328,4 +328,4 @@ def _sync_directory(path: Path) -> None:
 
 
 def _warn(directory: Path, error: CheckpointError) -> None:
-    print(f"WARNING: checkpoint {directory.name} is damaged: {error}", file=sys.stderr)
+    warn(f"checkpoint {directory.name} is damaged: {error}")
