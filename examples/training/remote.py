@@ -35,13 +35,7 @@ class RemoteCollector(VectorCollector):
     """What TorchRL's RayCollector makes in a process of the cluster: environments, a copy of the policy, and our collector."""
 
     def __init__(
-        self,
-        make: Callable[[], VectorEnv],
-        policy: TensorDictModuleBase,
-        *,
-        seed: int,
-        worker_idx: int,
-        **options: Any,
+        self, make: Callable[[], VectorEnv], policy: TensorDictModuleBase, *, seed: int, worker_idx: int, **options: Any
     ):
         self.number = worker_idx
         torch.manual_seed(seed)  # every process begins with the same generator otherwise, and draws the same actions
