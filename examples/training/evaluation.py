@@ -43,11 +43,6 @@ class EvaluationResult:
         return [episode.length for episode in self.episodes]
 
     @property
-    def cut_off(self) -> int:
-        """How many episodes had not ended after `max_steps`."""
-        return sum(episode.cut_off for episode in self.episodes)
-
-    @property
     def mean(self) -> float:
         return statistics.fmean(self.returns)
 
@@ -213,9 +208,9 @@ def evaluate_seeds(
     how: dict[str, Any] = {"episodes": len(seeds), "max_steps": max_steps, "seed": seed, "record": record}
     with agent.policy.register_forward_hook(keep):
         result = evaluate(environments, agent.policy, pixels_key=image or "pixels", **how)
-    if result.cut_off:
+    if cut_off := sum(episode.cut_off for episode in result.episodes):
         warn(
-            f"{result.cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and were cut "
+            f"{cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and were cut "
             "off. Give the environment a time limit: torchrl.envs.StepCounter(max_steps=...), or env.episode_frames=... "
             "for env=gym. Or set another eval.max_steps."
         )

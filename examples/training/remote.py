@@ -61,16 +61,13 @@ class RemoteCollector(VectorCollector):
     def collect(self, weights: list[np.ndarray] | None) -> TensorDict:
         """The next batch, with these weights if there are any."""
         if weights is not None:
-            self.load_weights(weights)
+            for here, there in zip(weights_of(self.acting), weights, strict=True):
+                here[...] = there
         return self.next()
 
     def weights(self) -> list[np.ndarray]:
         """Copies of what it acts with, in the order of `weights_of`."""
         return [value.copy() for value in weights_of(self.acting)]
-
-    def load_weights(self, weights: list[np.ndarray]) -> None:
-        for here, there in zip(weights_of(self.acting), weights, strict=True):
-            here[...] = there
 
 
 class Remote(Overlapping):
