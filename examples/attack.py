@@ -73,8 +73,9 @@ class Attack:
         if loss.patch.placement == "saliency":
             maps = [loss.saliency(batch.to(self.device)) for batch in self.held_out]
             loss.patch.place_by_saliency(torch.stack(maps).mean(0))
-        found_on = loss, self.windows, self.held_out
-        return optimize(*found_on, self.cfg, precision=self.precision, interrupt=interrupt, title=title)
+        return optimize(
+            loss, self.windows, self.held_out, self.cfg, precision=self.precision, interrupt=interrupt, title=title
+        )
 
     def imagined(self, patch: AdversarialPatch) -> dict[str, dict[str, float]]:
         """What the patch does to the imagined return of the windows held out, scored in either belief."""
