@@ -179,7 +179,8 @@ class Remote(Overlapping):
         import ray
 
         stored = None if weights is None else ray.put(weights)
-        return torch.cat(self.collector.map_fn("collect", [(stored,)] * self.num_collectors), 0)
+        batch: Any = torch.cat(self.collector.map_fn("collect", [(stored,)] * self.num_collectors), 0)
+        return batch
 
     def _take(self, updates: int) -> TensorDict:
         if self.loss is not None:
