@@ -62,7 +62,7 @@ def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Call
 
 
 def compose(main: Callable, config_name: str, cfg: DictConfig | None) -> None:
-    """Hydra's part: the configuration from the command line, then `main`. What is printed until then is held back."""
+    """Hydra's part: the configuration from the command line, then `main`. Errors printed until then are held back."""
     held, stream = io.StringIO(), sys.stderr
     run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
 
