@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .base.gl import check_chosen_gl
-from .control.registration import register_environments
+from .control.environments import register_environments
 
 if TYPE_CHECKING:
     from .exports import *  # noqa: F403

@@ -74,15 +74,7 @@ class Attack:
             maps = [loss.saliency(batch.to(self.device)) for batch in self.held_out]
             loss.patch.place_by_saliency(torch.stack(maps).mean(0))
         return optimize(
-            loss,
-            self.windows,
-            self.held_out,
-            self.cfg.optimize,
-            precision=self.precision,
-            seed=self.cfg.seed,
-            interrupt=interrupt,
-            progress=self.cfg.progress,
-            title=title,
+            loss, self.windows, self.held_out, self.cfg, precision=self.precision, interrupt=interrupt, title=title
         )
 
     def imagined(self, patch: AdversarialPatch) -> dict[str, dict[str, float]]:

@@ -176,7 +176,6 @@ def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
     agent, learner = member(cfg, cfg.algorithm, device, precision, ranks)
     repeats = cfg.repeats or (5 if device.type == "cpu" else 50)
     warmup = 2 if device.type == "cpu" else 20
-    shape = {"B": total.batch_size, "T": cfg.batch_length}
     result = {
         "implementation": "r2dreamer",
         "device": str(device),
@@ -185,7 +184,8 @@ def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
         "captured": isinstance(learner.gradients, CapturedStep),
         "threads": torch.get_num_threads(),
         "parameters": sum(parameter_counts(agent, learner).values()),
-        **shape,
+        "B": total.batch_size,
+        "T": cfg.batch_length,
     }
     if "update" in cfg.measure:
         records = synthetic_records(agent, cfg.batch_size, cfg.batch_length, device)
@@ -209,10 +209,9 @@ def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
         result |= dict(zip(steps, alternate(list(steps.values()), device, warmup, repeats), strict=True))
         result |= ratios({name: result[name]["median_s"] for name in steps})
     if "acting" in cfg.measure:
-        streams = cfg.env.num_envs
         seen = [*agent.observations.images, *agent.observations.vectors, *agent.latent_sizes]
-        root = agent.example_record()["next"].select(*seen).expand(streams).clone().to(device)
-        root["is_init"] = torch.zeros(streams, 1, dtype=torch.bool, device=device)
+        root = agent.example_record()["next"].select(*seen).expand(cfg.env.num_envs).clone().to(device)
+        root["is_init"] = torch.zeros(len(root), 1, dtype=torch.bool, device=device)
         with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
             (result["acting"],) = alternate([lambda: agent.policy(root)], device, 3, 4 * repeats)
     if "replay" in cfg.measure:

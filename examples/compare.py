@@ -162,17 +162,8 @@ def main() -> None:
         columns = ("logdir", "variant", "task")
         directories, variants, tasks = ([getattr(run, column) for run in complete] for column in columns)
         published = {run.task: (run.suite, run.task.removeprefix(f"{run.suite}-")) for run in complete}
-        print(
-            draw_runs(
-                directories,
-                variants,
-                arguments.out,
-                key=arguments.key,
-                bootstrap=True,
-                panels=tasks,
-                published=published,
-            )
-        )
+        how = {"key": arguments.key, "bootstrap": True, "panels": tasks, "published": published}
+        print(draw_runs(directories, variants, arguments.out, **how))
     for run in failed:
         print(f"Not finished: {' '.join(run.overrides)} (in {run.logdir})", file=sys.stderr)
     if complete and not means:

@@ -34,9 +34,9 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(run.threads)
 
     seeds = r2dreamer.envs.env_seeds(seed, episodes, "eval")
-    film = {"record": cfg.video, "make_environment": make_environment}
+    how = {"record": cfg.video, "make_environment": make_environment}
     with closing(r2dreamer.envs.make_vector_env(make_environment, seeds, parallel=run.env.parallel)) as environments:
-        result = evaluate_seeds(environments, agent, seeds, seed=seed, max_steps=max_steps, **film)
+        result = evaluate_seeds(environments, agent, seeds, seed=seed, max_steps=max_steps, **how)
 
     for episode, (score, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
         print(f"episode {episode}: return {score:.6g}, {length} steps")
@@ -44,8 +44,8 @@ def main(cfg: DictConfig) -> None:
         if name not in ("eval/return", "eval/return_std", "eval/length"):
             print(f"{name.removeprefix('eval/')}: {value:.4g}")
     print(f"{run.name} at {trained.step} frames: {result.mean:.6g} +- {result.std:.4g} over {episodes} episodes")
-    if result.frames is not None:
-        print(f"video: {write_video(out, result.frames, fps=30)}")
+    if result.frames is not None and (film := write_video(out, result.frames, fps=30)):
+        print(f"video: {film}")
 
 
 if __name__ == "__main__":

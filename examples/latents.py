@@ -166,22 +166,23 @@ def claim(out: Path, settings: dict) -> None:
 
 @script("latents", foreign=True)
 def main(cfg: DictConfig) -> None:
-    torch.set_num_threads(cfg.threads)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     given = OmegaConf.to_container(cfg)
     settings = {name: given[name] for name in ("suite", "record", "updates", "overrides", "precision")}
     if cfg.checkpoint:
         trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run
         out = output_path(cfg.out, trained.directory, "latents")
-        claim(out, settings | {"checkpoint": str(trained.path)})
+        settings["checkpoint"] = str(trained.path)
         shrink = run.env.get("shrink") or (OFFICIAL[run.env.task].shrink if run.env.suite == "dmc_subtle" else 1)
         level = run.env.get("difficulty") or float(Fraction(str(shrink)))
         whose = [(BASELINES, None), (UNTRAINED, None), (run.name, trained.agent)]
         parts = [(Cell(run.env.task, level, name, run.seed), run, agent) for name, agent in whose]
     else:
         out = Path(cfg.out or "runs/latents")
-        claim(out, settings)
         parts = [(cell, composed(cell, list(cfg.overrides)), None) for cell in cells(cfg)]
+    claim(out, settings)  # last: a mistake above leaves no directory behind
     for number, (cell, run, trained) in enumerate(parts):
         result = ask(cell, run, cfg, out, trained)
         read, scores = next(iter(result["scores"].items()))

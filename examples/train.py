@@ -93,9 +93,8 @@ class Trainer:
             exploration_type=ExplorationType.RANDOM,
         )
         self.evaluation_seeds = ranks.part(env_seeds(cfg.seed, cfg.eval.episodes, "eval"))
-        self.evaluation = None  # of a rank without an episode
-        if self.evaluation_seeds:
-            self.evaluation = make_vector_env(suite["make_evaluation"], self.evaluation_seeds, **workers)
+        evaluation = functools.partial(make_vector_env, suite["make_evaluation"], **workers)
+        self.evaluation = evaluation(self.evaluation_seeds) if self.evaluation_seeds else None  # of a rank without any
         if self.saved:
             restore(self)
         if ranks.first:  # nothing refuses it any more

@@ -93,11 +93,9 @@ def search_for(agent, episodes, patch=None, precision=torch.float32, interrupt=N
         loss,
         Windows(torch.cat(episodes[::2]), 4),
         held_out,
-        OmegaConf.create(SEARCH | settings),
+        OmegaConf.create({"optimize": SEARCH | settings, "seed": 0, "progress": False}),
         precision=precision,
-        seed=0,
         interrupt=Interrupt() if interrupt is None else interrupt,
-        progress=False,
         title="",
     )
     return found, loss, held_out

@@ -98,7 +98,8 @@ def test_nothing_to_draw_or_to_draw_with_is_a_notice(tmp_path, monkeypatch, caps
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw_curve(run, "gym", "x", tmp_path / "curve.png") is None
     assert draw_runs([run], ["x"], tmp_path / "curve.png") is None
-    assert 'pip install "torchrl-r2dreamer[plot]"' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'pip install "torchrl-r2dreamer[plot]"' in said and "learning curve" not in said  # patches are drawn, too
 
 
 def test_the_command_draws_the_seeds_of_a_folder_together(tmp_path, drawn, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from r2dreamer.envs import (
     env_seeds,
     make_atari,
     make_crafter,
+    make_custom,
     make_dmc,
     make_gym,
     make_memory_maze,
@@ -91,6 +92,12 @@ def test_sizes_are_positive_whole_numbers(size, value):
 def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match=r"keys=\['cam'\].*camera"):
         make_gym("Toy-v0", seed=0, keys=["cam"])
+    with pytest.raises(ValueError, match=r"holds Text.* at words.*keep other entries with keys=\["):
+        make_gym("Toy-text-v0", seed=0)
+    kept = make_gym("Toy-text-v0", seed=0, keys=["observation_state"]).reset()  # the remedy helps
+    assert kept["observation_state"].tolist() == [0, 0, 1, 0]
+    with pytest.raises(ValueError, match="'Toy-twice-v0' observes 'body_height' twice"):
+        make_gym("Toy-twice-v0", seed=0)
     with pytest.raises(ValueError, match="camera=9"):
         make_dmc("walker_walk", seed=0, from_pixels=True, camera=9)
     with pytest.raises(ValueError, match="split='test'"):
@@ -99,6 +106,18 @@ def test_other_mistakes_are_named():
         make_vector_env(FACTORIES["gym state"], [1], parallel=False).reseed([1, 2, 3])
     with pytest.raises(ValueError, match="seeds is empty"):
         make_vector_env(FACTORIES["gym state"], [], parallel=False)
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("json:decoder.NaN.make", "float has no 'make'. It has: as_integer_ratio"),  # an object, not a module or class
+        ("r2dreamer.envs:make_dcm", "r2dreamer.envs has no 'make_dcm'. It has: make_dmc"),  # imported when asked for
+    ],
+)
+def test_a_factory_that_is_not_there_is_answered_with_what_is(factory, said):
+    with pytest.raises(ValueError, match=said):
+        make_custom(factory, seed=0)
 
 
 def test_the_validator_names_what_is_wrong_and_the_remedy():
@@ -143,7 +162,6 @@ def test_the_validator_lets_an_error_in_the_environments_own_code_through(error)
 @pytest.mark.parametrize(
     ("module", "extra", "make"),
     [
-        ("gymnasium", "gym", lambda: make_gym("CartPole-v1", seed=0)),
         ("dm_control", "dmc", lambda: make_dmc("walker_walk", seed=0, from_pixels=False)),
         ("dm_control", "dmc", lambda: gymnasium.make("DMCSubtle/reacher-v0")),
         ("ale_py", "atari", lambda: make_atari("pong", seed=0)),

@@ -1,11 +1,13 @@
 """examples/evaluate.py repeats the trainer's own numbers, films them, and says what it cannot evaluate."""
 
 import functools
+import io
 import json
 
 import pytest
 import yaml
 from launcher import PENDULUM, TINY, config, lines, train_here
+from omegaconf import OmegaConf
 
 import r2dreamer.envs  # isort: skip  # before TorchRL
 import torch
@@ -14,8 +16,9 @@ from r2dreamer.dreamer.pretrained import load_pretrained, save_pretrained
 from r2dreamer.examples import evaluate
 from r2dreamer.examples.export import export
 from r2dreamer.examples.training.checkpoint import Checkpoints
-from r2dreamer.examples.training.evaluation import film
-from r2dreamer.examples.training.loading import load_trained
+from r2dreamer.examples.training.episodes import Episode
+from r2dreamer.examples.training.evaluation import EvaluationResult, film
+from r2dreamer.examples.training.loading import Trained, load_trained
 from r2dreamer.examples.training.manifest import write_manifest
 
 
@@ -57,6 +60,24 @@ def test_evaluate_repeats_the_trainers_own_numbers_and_films(server, trained, tm
     assert found.std(correction=0).item() == pytest.approx(last["eval/return_std"], rel=1e-4)
     assert f"{last['eval/return']:.6g} +- {last['eval/return_std']:.4g} over 3 episodes" in run.stdout
     assert (trained / "eval.mp4").stat().st_size > 1000
+
+
+def test_a_film_that_no_encoder_can_write_is_not_said_to_be_there(tmp_path, monkeypatch, capsys):
+    settings = {
+        "seed": 0,
+        "name": "mine",
+        "threads": None,
+        "eval": {"episodes": 1},
+        "env": {"parallel": False, "scores": None},
+    }
+    agent = Trained(None, OmegaConf.create(settings), tmp_path, 7, None)
+    result = EvaluationResult([Episode(1.0, 2, {})], torch.zeros(2, 4, 4, 3, dtype=torch.uint8).numpy())
+    for name, made in {"load_trained": agent, "evaluate_seeds": result, "write_video": None}.items():
+        monkeypatch.setattr(evaluate, name, lambda *_, made=made, **__: made)
+    monkeypatch.setattr(r2dreamer.envs, "make_vector_env", lambda *_, **__: io.StringIO())  # to be closed
+    evaluate.main.__wrapped__(config(f"checkpoint={tmp_path}", name="evaluate"))
+    said = capsys.readouterr().out
+    assert "mine at 7 frames: 1 +- 0" in said and "video" not in said
 
 
 def test_evaluate_takes_one_checkpoint_other_seeds_and_more_episodes(server, trained, tmp_path):

@@ -378,9 +378,17 @@ def test_what_is_not_a_saved_patch_is_refused_and_never_executed(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is not a patch"):
         AdversarialPatch.load(path)
-    np.savez(path, settings=np.array(json.dumps({"mode": "direct"})), delta=np.zeros((2, 2, 3)))
-    with pytest.raises(ValueError, match="delta has the shape"):
-        AdversarialPatch.load(path)
+    for arrays, said in (
+        ({"delta": np.zeros((2, 2, 3))}, "size mismatch for delta"),
+        (
+            {"delta": np.zeros((16, 16, 3)), "low": np.zeros(3)},
+            "Unexpected key.*low",
+        ),  # a bound is never read from a file
+        ({}, "Missing key.*delta"),
+    ):
+        np.savez(path, settings=json.dumps({"mode": "direct"}), **arrays)
+        with pytest.raises(ValueError, match=f"(?s)is not a patch.*{said}"):
+            AdversarialPatch.load(path)
     np.savez(path, settings=np.array([patch_of], dtype=object))  # a pickle
     with pytest.raises(ValueError, match="is not a patch"):
         AdversarialPatch.load(path)

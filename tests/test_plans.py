@@ -76,6 +76,7 @@ def test_the_plans_that_are_shipped_can_be_trained(plan):
     [
         ("rows: [", "cannot be read as a plan"),
         ("overrides: [seed=0]", "must hold rows"),
+        ("rows: 5", "must hold rows"),
         ("{rows: [{overrides: [seed=0]}], jobs: 2}", "must hold rows, and may hold overrides"),
         ("rows: [seed=0]", "row 1 must hold overrides"),
         ("rows: [{overrides: [seed=0]}, {overrides: [seed=1], bars: 3}]", "row 2 must hold overrides"),

@@ -219,8 +219,12 @@ def test_extend_leaves_the_given_records_as_they_are():
     ("arguments", "message"),
     [
         ({"capacity": 100, "num_streams": 4, "batch_size": 2, "batch_length": 25}, "batch longer.* 26 .*= 25"),
-        ({"capacity": 0, "num_streams": 4, "batch_size": 2, "batch_length": 25}, "capacity must be at least 1, got 0"),
-        ({"capacity": 100, "num_streams": 4, "batch_size": -1, "batch_length": 5}, "batch_size must be"),
+        ({"capacity": 0, "num_streams": 4, "batch_size": 2, "batch_length": 25}, "capacity=0 must be a whole number"),
+        (
+            {"capacity": 1e6, "num_streams": 4, "batch_size": 2, "batch_length": 25},
+            "capacity=1000000.0 must be a whole",
+        ),
+        ({"capacity": 100, "num_streams": 4, "batch_size": -1, "batch_length": 5}, "batch_size=-1 must be"),
         ({"capacity": 100, "num_streams": 1, "batch_size": 1, "batch_length": 5, "storage": "memmap"}, "directory"),
     ],
 )
@@ -250,6 +254,11 @@ def test_memory_is_predicted_to_the_byte_and_refused_beyond_what_is_free(tmp_pat
     assert "1.2 MB" in check_memory(12_000, 100, "memmap", tmp_path)
     with pytest.raises(MemoryError, match="does not fit"):
         check_memory(12_000, 100, "memmap", tmp_path / "elsewhere")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    line = lambda directory: check_memory(12_000, 100, "memmap", directory, saved_in=tmp_path)
+    assert "grows to 3.6 MB" in line(tmp_path / "elsewhere")  # 1.2 MB, and twice that beside it
+    assert "WARNING" not in line("/dev/shm/elsewhere")  # another disk: only twice that is written here
+    assert "WARNING" not in line(tmp_path)  # a third of it is here already
     with pytest.raises(MemoryError, match=r"smaller replay.capacity .*storage=memmap"):
         check_memory(12_600, 10**12)
 

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.dreamer.networks import distributions
 from r2dreamer.dreamer.rssm.latents import CategoricalLatent, GaussianLatent
+from r2dreamer.examples.training import shards
+from r2dreamer.examples.training.checkpoint import CheckpointError
 from r2dreamer.examples.training.learner import Learner
 from r2dreamer.examples.training.manifest import own_directories
 from r2dreamer.examples.training.ranks import Ranks
@@ -246,6 +250,46 @@ def test_ranks_of_another_device_program_or_commit_are_refused(monkeypatch, key)
     monkeypatch.setattr(ranks, "gather", lambda mine: [mine, ("node7", mine[1] | {key: "another"})])
     with pytest.raises(ValueError, match=rf"{key} is .* on rank 0 and another on rank 1 \(node7\)"):
         ranks.check_same(config(*CARTPOLE))
+
+
+def saved(monkeypatch, failing):
+    """The ranks that saved, in order, and what each was told, where one of two cannot save."""
+    monkeypatch.setattr(shards, "snapshot", lambda trainer: {})
+    barrier, sent, order, told = threading.Barrier(2), [None, None], [], [None, None]
+    cfg = config(*CARTPOLE)
+
+    def run(rank):
+        def gather(value):
+            sent[rank] = value
+            barrier.wait()
+            values = list(sent)
+            barrier.wait()
+            return values
+
+        def save(*_):
+            if rank == failing:
+                raise CheckpointError("full")
+            order.append(rank)
+
+        ranks = SimpleNamespace(rank=rank, first=rank == 0, meet=barrier.wait, gather=gather)
+        parts = {"ranks": ranks, "replay": None, "frames": 7, "cfg": cfg, "checkpoints": SimpleNamespace(save=save)}
+        try:
+            shards.save_together(SimpleNamespace(**parts))
+        except CheckpointError as error:
+            told[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return order, told
+
+
+def test_the_first_rank_saves_last_and_where_one_fails_all_are_told(monkeypatch):
+    assert saved(monkeypatch, failing=None) == ([1, 0], [None, None])
+    assert saved(monkeypatch, failing=1) == ([], ["Rank 1: full"] * 2)
+    assert saved(monkeypatch, failing=0) == ([1], ["full"] * 2)
 
 
 def test_a_rank_that_cannot_open_its_directory_says_so_and_all_leave(server, tmp_path):

@@ -147,6 +147,9 @@ WRONG = [
     ("benchmark", "counts=[0]", "counts=[0] list counts=[1, 4, 16]"),
     ("benchmark", "seconds=0", "seconds=0 above"),
     ("doctor", "steps=-1", "steps=-1 whole steps=100"),
+    ("latents", "shrinks=[half]", 'shrinks=["half"] fraction 1/3'),
+    ("latents", "shrinks=[1/0]", 'shrinks=["1/0"] fraction 1/3'),
+    ("latents", "record.episodes=1", "record.episodes=1 at least 2 record.episodes=400"),
 ]  # fmt: skip
 
 
@@ -159,6 +162,7 @@ def test_a_wrong_value_is_refused_before_anything_is_built(name, overrides, word
 FORKED = {
     "warm-up to the end": ("train", [*CARTPOLE, "warmup_steps=200"], ["warmup_steps=200", "total_frames=200"]),
     "collecting all at once": ("train", [*CARTPOLE, "collect_steps=1000000000"], ["collect_steps=1000000000", "At most"]),
+    "more environments than frames": ("train", [*CARTPOLE, "total_frames=1"], ["total_frames=1.", "Use more frames"]),
     "a batch too large": ("train", [*CARTPOLE, "batch_size=1000000000"], ["batch_size=1000000000", "GB", "At most"]),
     "a model too large": (
         "train", [*CARTPOLE, "model.belief=1000000"], ["model.belief=1000000", "GB", "free", "model=size1M"],

@@ -26,9 +26,10 @@ class Toy(gymnasium.Env):
         }
     )
 
-    def __init__(self, trouble=None, action_space=None):
+    def __init__(self, trouble=None, action_space=None, observation_space=None):
         self.trouble = trouble
         self.action_space = self.action_space if action_space is None else action_space
+        self.observation_space = self.observation_space if observation_space is None else observation_space
 
     def _observe(self, angle=0.0):
         image = np.full((20, 30, 3), 7, np.uint8)
@@ -66,6 +67,10 @@ for trouble in ("raise", "hang", "freeze", "broken", "kill", "nan", "reward"):
 gymnasium.register("Toy-v0", Toy)
 for number, space in enumerate((spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2), spaces.Tuple([]), spaces.Text(3))):
     gymnasium.register(f"Toy-space{number}-v0", Toy, kwargs={"action_space": space})
+TWICE = spaces.Dict({"body": spaces.Dict({"height": spaces.Discrete(2)}), "body_height": spaces.Discrete(2)})
+TEXT = spaces.Dict({"words": spaces.Text(3), "state": spaces.Discrete(4)})
+gymnasium.register("Toy-text-v0", Toy, kwargs={"observation_space": TEXT})
+gymnasium.register("Toy-twice-v0", Toy, kwargs={"observation_space": TWICE})
 gymnasium.register(
     "Toy-box-v0", Toy, kwargs={"action_space": spaces.Box(np.float64([-1, 0]), np.float64([3, 10]), dtype=np.float64)}
 )

@@ -24,9 +24,7 @@ def require_linux(what: str, instead: str) -> None:
 def require_positive(**sizes: int | None) -> None:
     """Refuse sizes that are not positive whole numbers; None means "not given" and passes."""
     for name, value in sizes.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
@@ -60,20 +58,25 @@ def not_finite(name: str, value: Any, step: int, task: str) -> ValueError:
     )
 
 
-def fits(value: Any, shape: Sequence[int], dtype: Any) -> bool:
-    """Whether an array can be stored in this shape and dtype; a number may become a narrower one of its kind."""
-    if value is None or value.shape != shape:
-        return False
-    return value.dtype == dtype or np.can_cast(value.dtype, dtype, "same_kind")
+def as_promised(name: Any, value: Any, shape: Sequence[int], dtype: np.dtype, step: int, task: str) -> np.ndarray:
+    """An entry in the shape and dtype of the specs, in which it is stored; a number may become a narrower one of its kind.
 
-
-def unexpected(name: str, value: Any, shape: Sequence[int], dtype: Any, step: int, task: str) -> ValueError:
-    """The error for an entry that changed its shape or its kind of number in mid-run and would be broadcast or cut."""
-    found = "is missing" if value is None else f"is {value.dtype} of shape {list(value.shape)}"
-    return ValueError(
-        f"{_entry(name)} {found} at step {step} of an episode of task {task!r}. The environment's specs promise "
-        f"{np.dtype(dtype)} of shape {list(shape)}: return that at every reset and step, or change the specs."
-    )
+    It refuses what would be broadcast or cut, and what is not finite. Nested names are those below "metrics", which are
+    reported and not learned from: they may be infinite.
+    """
+    array = None if value is None else np.asarray(value)
+    if array is None or array.shape != shape or not np.can_cast(array.dtype, dtype, "same_kind"):
+        found = "is missing" if array is None else f"is {array.dtype} of shape {list(array.shape)}"
+        raise ValueError(
+            f"{_entry(name)} {found} at step {step} of an episode of task {task!r}. The environment's specs promise "
+            f"{dtype} of shape {list(shape)}: return that at every reset and step, or change the specs."
+        )
+    if array.dtype != dtype:
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype)
+    if dtype.kind == "f" and isinstance(name, str) and not np.isfinite(array).all():
+        raise not_finite(name, value, step, task)
+    return array
 
 
 def _entry(name: str) -> str:

@@ -54,7 +54,7 @@ def hanging_gl(driver: Path = Path("/proc/driver/nvidia/version")) -> str:
     return (
         f"MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'unset')}, {version}. Drivers can hang when "
         "many processes render at once: use fewer (env.num_envs, env.eval_episodes), MUJOCO_GL=osmesa (apt-get install libosmesa6), or "
-        "another driver; `python examples/doctor.py` asks the driver by itself."
+        "another driver; `r2dreamer doctor` asks the driver by itself."
     )
 
 

@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
-from .errors import fits, not_finite, unexpected
+from .errors import as_promised, not_finite
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -52,13 +52,10 @@ class Simulator(EnvBase):
         super().__init__()
         self.metrics = dict.fromkeys(metrics, 0.0)
         self.task, self.step_count = type(self).__name__, 0
-        pixels = lambda shape: Bounded(0, 255, shape, dtype=torch.uint8)
-        self.observation_spec = Composite(
-            {
-                name: pixels(shape) if len(shape) == 3 else Unbounded(torch.Size(shape))
-                for name, shape in observations.items()
-            }
+        spec = lambda shape: (
+            Bounded(0, 255, shape, dtype=torch.uint8) if len(shape) == 3 else Unbounded(torch.Size(shape))
         )
+        self.observation_spec = Composite({name: spec(shape) for name, shape in observations.items()})
         kind = lambda shape: np.dtype(np.uint8 if len(shape) == 3 else np.float32)
         self.layout = [(name, tuple(shape), kind(shape)) for name, shape in observations.items()]
         if self.metrics:
@@ -103,15 +100,10 @@ class Simulator(EnvBase):
 
     def _checked(self, observation: Mapping[str, np.ndarray], reward: float = 0.0) -> dict[str, np.ndarray]:
         """The observation in the shapes and dtypes of the specs, in which it is stored."""
-        checked = {}
-        for name, shape, dtype in self.layout:
-            value = observation.get(name)
-            value = None if value is None else np.asarray(value)
-            if value is None or not fits(value, shape, dtype):
-                raise unexpected(name, value, shape, dtype, self.step_count, self.task)
-            checked[name] = value.astype(dtype, copy=False)
-            if dtype.kind == "f" and not np.isfinite(checked[name]).all():
-                raise not_finite(name, value, self.step_count, self.task)
+        checked = {
+            name: as_promised(name, observation.get(name), shape, dtype, self.step_count, self.task)
+            for name, shape, dtype in self.layout
+        }
         if not abs(reward) <= LARGEST:  # nor NaN
             raise not_finite("reward", reward, self.step_count, self.task)
         return checked

@@ -113,3 +113,11 @@ class DistractingEnv(ControlEnv):
     ):  # fmt: skip
         change = Distracting(background, colour, moving_camera, difficulty, dynamic, split, background_frames)
         super().__init__(*suite.domain_and_name(task), change, **view)
+
+
+def register_environments() -> None:
+    """Tells Gymnasium the names of these environments."""
+    for task in OFFICIAL:
+        gymnasium.register(f"DMCSubtle/{task}-v0", f"{__name__}:SubtleEnv", kwargs={"task": task})
+    for task in suite.TASKS:
+        gymnasium.register(f"DMCDistracting/{task}-v0", f"{__name__}:DistractingEnv", kwargs={"task": task})

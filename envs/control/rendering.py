@@ -16,20 +16,15 @@ def check_camera(physics: Any, camera: int | str | None) -> None:
         raise ValueError(f"camera={camera!r} is not among this model's cameras: {dict(enumerate(cameras))}.")
 
 
-def check_size(physics: Any, size: int) -> None:
-    """Refuse an image that MuJoCo has no room for."""
+def render_image(physics: Any, size: int, camera: int | str | None) -> np.ndarray:
+    """One camera image as a uint8 array [size, size, 3] of its own."""
+    check_camera(physics, camera)
     room = physics.model.vis.global_
     if size > min(room.offwidth, room.offheight):
         raise ValueError(
             f"An image of {size}x{size} is larger than this model's offscreen framebuffer, {room.offwidth}x{room.offheight}: "
             f"render at most {min(room.offwidth, room.offheight)}, and enlarge what you get."
         )
-
-
-def render_image(physics: Any, size: int, camera: int | str | None) -> np.ndarray:
-    """One camera image as a uint8 array [size, size, 3] of its own."""
-    check_camera(physics, camera)
-    check_size(physics, size)
     try:
         return physics.render(size, size, camera_id=camera).copy()
     except ValueError:

@@ -14,7 +14,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import Compose
 
-from ..base.errors import require_linux
+from ..base.errors import require_linux, require_positive
 from .rings import RingWriter, StreamRings, WindowSampler
 
 
@@ -195,10 +195,7 @@ def make_replay(
         latent_dtype: of the stored latents, where windows begin; beliefs lie in [-1, 1] and states are one-hot or a
             Gaussian's few units, so that float16 is enough.
     """
-    sizes = {"capacity": capacity, "num_streams": num_streams, "batch_size": batch_size, "batch_length": batch_length}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"replay: {name} must be at least 1, got {value}.")
+    require_positive(capacity=capacity, num_streams=num_streams, batch_size=batch_size, batch_length=batch_length)
     length = capacity // num_streams
     if batch_length + 1 > length:
         raise ValueError(
@@ -207,13 +204,10 @@ def make_replay(
             f"batch_length of at most {max(length - 1, 0)}, a capacity of at least "
             f"{num_streams * (batch_length + 1)}, or fewer environments."
         )
-    _require_storage(storage)
-    rings = StreamRings(num_streams, length)
-    if storage == "memmap":
-        if directory is None:
-            raise ValueError("replay: storage='memmap' needs a directory for its files.")
+    folder, rings = _folder(storage, directory), StreamRings(num_streams, length)
+    if folder:
         # auto_cleanup would catch SIGINT, which belongs to the trainer.
-        made = LazyMemmapStorage(num_streams * length, scratch_dir=directory, existsok=True, auto_cleanup=False)
+        made = LazyMemmapStorage(num_streams * length, scratch_dir=folder, existsok=True, auto_cleanup=False)
     else:
         made = LazyTensorStorage(num_streams * length, device=torch.device(storage))
     return RecordReplay(made, rings, batch_size, batch_length, latent_keys, latent_dtype)
@@ -226,11 +220,10 @@ def record_bytes(
 ) -> int:
     """Bytes that one record takes in the replay, given one record ``[]`` or a batch of them ``[M]``."""
     latents = {unravel_key(("next", key)) for key in latent_keys}
-    total = 0
-    for key, value in example_record.exclude("stream", "index").items(True, True):
-        itemsize = latent_dtype.itemsize if key in latents else value.element_size()
-        total += value.numel() // example_record.numel() * itemsize
-    return total
+    return sum(
+        value.numel() // example_record.numel() * (latent_dtype.itemsize if key in latents else value.element_size())
+        for key, value in example_record.exclude("stream", "index").items(True, True)
+    )
 
 
 def check_memory(
@@ -246,9 +239,8 @@ def check_memory(
     saved_in: where checkpoints keep a copy of it, which takes up to twice as much again; a line warns if that may not fit.
     """
     free, where = free_bytes(storage, directory)
-    if storage == "memmap":  # what an earlier run of this directory wrote is written over
-        assert directory is not None  # or free_bytes had raised
-        free += sum(file.stat().st_blocks * 512 for file in Path(directory).rglob("*") if file.is_file())
+    if folder := _folder(storage, directory):  # what an earlier run wrote there is written over
+        free += sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
     total = bytes_per_record * capacity
     line = (
         f"{_readable(bytes_per_record)} a record x {capacity} records = {_readable(total)} on {where}; "
@@ -262,7 +254,9 @@ def check_memory(
         )
     if saved_in is not None:
         disk, path = free_bytes("memmap", saved_in)
-        needed = 2 * total + (total if storage == "memmap" else 0)
+        needed = 2 * total
+        if folder and _existing(folder).stat().st_dev == _existing(saved_in).stat().st_dev:
+            needed, disk = 3 * total, free
         if needed > disk:
             line += (
                 f". WARNING: with its checkpoints it grows to {_readable(needed)} on {path}, where {_readable(disk)} are "
@@ -271,20 +265,29 @@ def check_memory(
     return line
 
 
-def _require_storage(storage: str) -> None:
-    if storage not in ("cpu", "memmap") and not storage.startswith("cuda"):
-        raise ValueError(f"replay: storage must be 'cpu', 'cuda' or 'memmap', got {storage!r}.")
+def _folder(storage: str, directory: str | os.PathLike | None) -> Path | None:
+    """Where the files of ``"memmap"`` are; None for memory."""
+    if storage != "memmap":
+        if storage != "cpu" and not storage.startswith("cuda"):
+            raise ValueError(f"replay: storage must be 'cpu', 'cuda' or 'memmap', got {storage!r}.")
+        return None
+    if directory is None:
+        raise ValueError("replay: storage='memmap' needs a directory for its files.")
+    return Path(directory)
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def free_bytes(storage: str, directory: str | os.PathLike | None = None) -> tuple[int, str]:
     """How much room is left there, and what the place is called."""
-    _require_storage(storage)
-    if storage == "memmap":
-        if directory is None:
-            raise ValueError("replay: storage='memmap' needs a directory for its files.")
-        path = Path(directory).absolute()
-        while not path.exists():
-            path = path.parent
+    if folder := _folder(storage, directory):
+        path = _existing(folder)
         return shutil.disk_usage(path).free, f"disk ({path})"
     if torch.device(storage).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(storage))[0], storage

@@ -16,6 +16,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 
+from ..base.errors import require_positive
+
 FLAG_KEYS = ("done", "terminated", "truncated")
 
 
@@ -62,8 +64,7 @@ class RecordBuilder:
         latent_keys: Iterable[NestedKey] = ("state", "belief"),
         latent_sizes: Mapping[str, int] | Mapping[NestedKey, int] | None = None,
     ):
-        if num_streams < 1:
-            raise ValueError(f"num_streams must be at least 1, got {num_streams}.")
+        require_positive(num_streams=num_streams)
         self.num_streams = num_streams
         self.observation_keys = [unravel_key(key) for key in observation_keys]
         self.latent_keys = [unravel_key(key) for key in latent_keys]

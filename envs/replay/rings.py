@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import RoundRobinWriter, Storage
-from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data import RandomSampler, RoundRobinWriter, Storage
 
 
 class StreamRings:
@@ -85,10 +84,11 @@ class RingWriter(RoundRobinWriter):
         self.load_state_dict(json.loads((Path(path) / "rings.json").read_text()))
 
 
-class WindowSampler(Sampler):
+class WindowSampler(RandomSampler):
     """Draws windows of consecutive records of one stream, uniformly over all that are stored.
 
-    A window may cross ends of episodes and the physical end of a ring, never its cursor. Costs O(windows).
+    A window may cross ends of episodes and the physical end of a ring, never its cursor. Costs O(windows). It has no state
+    to save: that is the rings', which the writer saves, and torch's generator's.
     """
 
     def __init__(self, rings: StreamRings, window: int):
@@ -115,15 +115,3 @@ class WindowSampler(Sampler):
         first = oldest + draw - (ends - starts)[stream]
         position = first.unsqueeze(1) + torch.arange(self.window)  # [B, T+1]
         return self.rings.slots(stream.unsqueeze(1), position), {}
-
-    # All its state is that of the rings, which the writer saves, and of torch's generator.
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-    def dumps(self, path: str | os.PathLike) -> None: ...
-
-    def loads(self, path: str | os.PathLike) -> None: ...
-
-    def _empty(self) -> None: ...

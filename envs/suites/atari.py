@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..base.contract import ContractEnv, apply_contract
-from ..base.errors import require, require_positive
+from ..base.errors import require, require_one_of, require_positive
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
 from .atari_scores import SCORES, HumanNormalizedScore
@@ -53,8 +53,7 @@ def make_atari(
         ImportError: Without the extra ``atari``.
     """
     require_positive(image_size=image_size, action_repeat=action_repeat, time_limit=time_limit)
-    if lives not in LIVES:
-        raise ValueError(f"lives={lives!r} must be one of {', '.join(LIVES)}.")
+    require_one_of(LIVES, lives=lives)
     if not 0 <= sticky < 1:
         raise ValueError(f"sticky={sticky!r} is a probability: at least 0 and below 1.")
     if isinstance(noops, bool) or not isinstance(noops, int) or noops < 0:
@@ -65,17 +64,7 @@ def make_atari(
     ale.setFloat("repeat_action_probability", sticky)  # before the game is loaded: later it is ignored
     ale.loadROM(rom)
     actions = ale.getLegalActionSet() if full_actions else ale.getMinimalActionSet()
-    env = Atari(
-        ale,
-        rom,
-        actions,
-        image_size=image_size,
-        action_repeat=action_repeat,
-        lives=lives,
-        noops=noops,
-        grayscale=grayscale,
-        time_limit=time_limit,
-    )
+    env = Atari(ale, rom, actions, image_size, action_repeat, lives, noops, grayscale, time_limit)
     return apply_contract(env, task, seed)
 
 
@@ -95,18 +84,9 @@ class Atari(Simulator):
     """One game; an image is the brighter of the last two frames, since many games draw things in every other one."""
 
     def __init__(
-        self,
-        ale: Any,
-        rom: Any,
-        actions: Any,
-        *,
-        image_size: int,
-        action_repeat: int,
-        lives: str,
-        noops: int,
-        grayscale: bool,
-        time_limit: int | None,
-    ):
+        self, ale: Any, rom: Any, actions: Any, image_size: int, action_repeat: int, lives: str, noops: int,
+        grayscale: bool, time_limit: int | None,
+    ):  # fmt: skip
         channels = 1 if grayscale else 3
         super().__init__(observations={"pixels": (channels, image_size, image_size)}, actions=len(actions))
         self.ale, self.rom, self.actions = ale, rom, actions

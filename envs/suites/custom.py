@@ -70,9 +70,10 @@ def _import(path: str) -> Any:
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            public = [each for each, value in sorted(vars(found).items()) if callable(value) and each[0] != "_"]
+            public = [each for each in dir(found) if each[0] != "_" and callable(getattr(found, each, None))]
             shown = ", ".join(difflib.get_close_matches(part, public) or public[:8]) or "no functions"
-            raise ValueError(f"env.factory={path!r}: {found.__name__} has no {part!r}. It has: {shown}.")
+            holder = getattr(found, "__name__", type(found).__name__)
+            raise ValueError(f"env.factory={path!r}: {holder} has no {part!r}. It has: {shown}.")
         found = getattr(found, part)
     return found
 

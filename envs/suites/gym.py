@@ -8,15 +8,24 @@ import io
 import os
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
+from gymnasium.error import DependencyNotInstalled, DeprecatedEnv, Error
 
+from ..base.check import RESERVED
 from ..base.contract import ContractEnv, apply_contract
 from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
+from ..base.images import is_image, to_pixels
 from ..base.simulator import Simulator
 from .registry import register, unknown_task
+
+OBSERVED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def make_gym(
@@ -46,43 +55,114 @@ def make_gym(
         ValueError: For a task, a space or a setting that cannot be used.
         ImportError: If a package that the task needs is missing.
     """
-    gymnasium = require("gymnasium", "gym")
     import_old_gym_quietly()
     require_positive(image_size=image_size, action_repeat=action_repeat, time_limit=time_limit)
-    from ._gym_wrappers import ActionRepeat, ContractActions, ContractObservations, Rendered
-
-    env = _build(gymnasium, task, from_pixels, time_limit)
-    env = ActionRepeat(ContractActions(env, task), action_repeat)
-    if from_pixels:
-        choose_gl()
-        with _explained(task):
-            env = Rendered(env)
-    return apply_contract(Gym(ContractObservations(env, image_size, grayscale, keys, task)), task, seed)
+    env = _build(task, from_pixels, time_limit)
+    return apply_contract(Gym(env, task, from_pixels, image_size, action_repeat, grayscale, keys), task, seed)
 
 
 class Gym(Simulator):
-    """A Gymnasium environment that observes a flat dict; TorchRL's GymWrapper takes ten times as long for a step."""
+    """A Gymnasium environment; TorchRL's GymWrapper takes ten times as long for a step.
 
-    def __init__(self, env: Any):
-        shapes = {name: space.shape for name, space in env.observation_space.items()}
-        space = env.action_space
-        super().__init__(observations=shapes, actions=int(space.n) if hasattr(space, "n") else (space.low, space.high))
-        self.env, self.next_seed = env, None
+    It observes its rendering, or any mixture of boxes and discrete spaces as flat images and vectors; one-hot vectors stand
+    for discrete ones. Rewards of a repeated action are summed until the episode ends.
+    """
+
+    def __init__(
+        self, env: Any, task: str, from_pixels: bool, image_size: int | None, repeat: int, grayscale: bool, keys: Any
+    ):
+        actions, observed = _actions(env.action_space, task), env.observation_space
+        if from_pixels:
+            choose_gl()
+            with _explained(task):
+                env.reset(seed=0)  # MuJoCo's tracking camera remembers where it began
+                observed = spaces.Box(0, 255, env.render().shape, np.uint8)
+        self.leaves: dict[str, tuple[tuple, Any]] = {}
+        for name, path, space in _leaves(observed):
+            if name in self.leaves:
+                raise ValueError(
+                    f"{task!r} observes {name!r} twice, once its observation space is flat: rename one of them."
+                )
+            self.leaves[name] = path, space
+        if keys is not None:
+            if not keys or {*keys} - self.leaves.keys():
+                raise ValueError(
+                    f"keys={list(keys)} of {task!r}: it observes {sorted(self.leaves)}; name some of these."
+                )
+            self.leaves = {key: self.leaves[key] for key in keys}
+        for path, space in self.leaves.values():
+            if not isinstance(space, OBSERVED):
+                raise ValueError(
+                    f"The observation space of {task!r} holds {space} at {'/'.join(map(str, path)) or 'its root'}, which is not "
+                    "supported. Supported are Box, Discrete, MultiDiscrete, MultiBinary and (nested) Dict of these; wrap the "
+                    "environment with gymnasium.wrappers.FlattenObservation, or keep other entries with keys=[...]."
+                )
+        self.image_size, self.grayscale = image_size, grayscale
+        shapes = {name: self._convert(space, space.sample()).shape for name, (_, space) in self.leaves.items()}
+        super().__init__(observations=shapes, actions=actions)
+        self.env, self.repeat, self.from_pixels, self.next_seed = env, repeat, from_pixels, None
 
     def seed(self, number: int) -> None:
         self.next_seed = number
 
     def begin(self) -> dict[str, np.ndarray]:
         seed, self.next_seed = self.next_seed, None  # further episodes go on with the same generator
-        return self.env.reset(seed=seed)[0]
+        return self._observe(self.env.reset(seed=seed)[0])
 
     def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        return observation, reward, terminated, truncated
+        space, total = self.env.action_space, 0.0
+        action = action + int(space.start) if self.discrete else action.reshape(space.shape).astype(space.dtype)
+        for _ in range(self.repeat):
+            observation, reward, terminated, truncated, _ = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return self._observe(observation), total, terminated, truncated
+
+    def _observe(self, observation: Any) -> dict[str, np.ndarray]:
+        observation = self.env.render() if self.from_pixels else observation
+        return {
+            name: self._convert(space, reduce(getitem, path, observation))
+            for name, (path, space) in self.leaves.items()
+        }
+
+    def _convert(self, space: Any, value: Any) -> np.ndarray:
+        if _is_image(space):
+            return to_pixels(np.asarray(value), self.image_size, self.grayscale)
+        if isinstance(space, spaces.Box):
+            return np.array(value, np.float32).reshape(-1)  # np.array copies: simulators reuse their buffers
+        return np.array(spaces.flatten(space, value), np.float32)  # one-hot
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         super().close(raise_if_closed=raise_if_closed)
         self.env.close()
+
+
+def _actions(space: Any, task: str) -> int | tuple[np.ndarray, np.ndarray]:
+    """The number of choices of an action space, or the bounds of a float32 vector; any other space is refused."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        return space.low.reshape(-1), space.high.reshape(-1)
+    raise ValueError(
+        f"The action space of {task!r} is {space}, which is not supported. Supported are Discrete and Box of floats; wrap "
+        "the environment so that its actions become one of these (MultiDiscrete, for example, becomes one Discrete over "
+        "all combinations)."
+    )
+
+
+def _leaves(space: Any, path: tuple = ()) -> Iterator[tuple[str, tuple, Any]]:
+    """Yields (name, path, space) of every leaf of a nested dict space."""
+    if isinstance(space, spaces.Dict):
+        for key, child in space.spaces.items():
+            yield from _leaves(child, (*path, key))
+    else:
+        name = "_".join(map(str, path)) or ("pixels" if _is_image(space) else "observation")
+        yield (f"observation_{name}" if name in RESERVED else name), path, space
+
+
+def _is_image(space: Any) -> bool:
+    return isinstance(space, spaces.Box) and is_image(space.shape, space.dtype)
 
 
 def import_old_gym_quietly() -> None:
@@ -95,8 +175,6 @@ def import_old_gym_quietly() -> None:
 @contextlib.contextmanager
 def _explained(task: str) -> Iterator[None]:
     """What is missing to build or to draw a task, said with its remedy."""
-    from gymnasium.error import DependencyNotInstalled, Error
-
     try:
         yield
     except DependencyNotInstalled as error:
@@ -112,7 +190,7 @@ def _explained(task: str) -> Iterator[None]:
         raise
 
 
-def _build(gymnasium: Any, task: str, from_pixels: bool, time_limit: int | None) -> Any:
+def _build(task: str, from_pixels: bool, time_limit: int | None) -> Any:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame must not open a window to render an array
     kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if from_pixels else {}
     if time_limit is not None:
@@ -122,9 +200,9 @@ def _build(gymnasium: Any, task: str, from_pixels: bool, time_limit: int | None)
     try:
         with _explained(task):
             return gymnasium.make(task, disable_env_checker=True, **kwargs)
-    except gymnasium.error.DeprecatedEnv as error:
+    except DeprecatedEnv as error:
         raise ValueError(f"Gymnasium no longer has {task!r}: {error}") from error
-    except gymnasium.error.Error as error:  # not registered, or not even a name
+    except Error as error:  # not registered, or not even a name
         raise unknown_task(task, gymnasium.registry, "Gymnasium", own="gym") from error
 
 
@@ -132,7 +210,7 @@ register(
     "gym",
     title="Gymnasium, any registered task",
     make=make_gym,
-    tasks=lambda: importlib.import_module("gymnasium").registry,
+    tasks=lambda: gymnasium.registry,
     module="gymnasium",
     extra="gym",
 )

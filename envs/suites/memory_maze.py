@@ -17,6 +17,7 @@ from ..base.errors import require, require_positive
 from ..base.gl import choose_gl, missing_gl
 from ..base.images import to_pixels
 from ..base.simulator import Simulator
+from ..control import suite
 from ..control.rendering import render_pixels
 from .registry import register, unknown_task
 
@@ -63,15 +64,9 @@ class MemoryMaze(Simulator):
             return {"pixels": to_pixels(self.maze.reset().observation, self.size)}
 
     def advance(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
-        total = 0.0
-        for _ in range(self.repeat):
-            now = self.maze.step(action)
-            total += now.reward
-            self.metrics["targets_reached"] += now.reward > 0
-            if now.last():
-                break
-        pixels = to_pixels(now.observation, self.size)
-        return {"pixels": pixels}, total, now.last() and now.discount == 0, now.last()
+        now, reward, terminated, truncated = suite.step(self.maze, action, self.repeat)
+        self.metrics["targets_reached"] += reward  # each pays 1
+        return {"pixels": to_pixels(now.observation, self.size)}, reward, terminated, truncated
 
 
 def speed_up(task: Any) -> None:

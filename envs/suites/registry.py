@@ -51,9 +51,9 @@ class Suite:
 _SUITES: dict[str, Suite] = {}
 
 
-def register(*names: str, **suite: Any) -> None:
-    """Registers a suite under each of these values of ``env=``; the keywords are those of :class:`Suite`."""
-    _SUITES.update((name, Suite(name=name, **suite)) for name in names)
+def register(name: str, **suite: Any) -> None:
+    """Registers a suite under this value of ``env=``; the keywords are those of :class:`Suite`."""
+    _SUITES[name] = Suite(name, **suite)
 
 
 def suites() -> dict[str, Suite]:

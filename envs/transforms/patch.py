@@ -6,10 +6,10 @@ import copy
 import json
 import math
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn.functional import avg_pool2d
 from torchrl.data import Composite
 from torchrl.envs.transforms import Transform
 
-from ..base.errors import require_positive
+from ..base.errors import require_one_of, require_positive
 
 MODES = ("direct", "eps", "perturb")
 PLACEMENTS = ("bottom_center", "top_center", "center", "fixed", "random", "saliency")
@@ -68,6 +68,7 @@ class AdversarialPatch(Transform):
     low: torch.Tensor
     high: torch.Tensor
     colour: torch.Tensor
+    heat: torch.Tensor | None
     found: torch.Tensor | None
     allowed: torch.Tensor | None
 
@@ -79,7 +80,7 @@ class AdversarialPatch(Transform):
         super().__init__(in_keys=[pixels_key], out_keys=[pixels_key])
         height, width = patch_hw
         require_positive(patch_height=height, patch_width=width, channels=channels)
-        _require(mode in MODES, f"mode={mode!r} must be one of {', '.join(MODES)}.")
+        require_one_of(MODES, mode=mode)
         _require(
             (eps is None) == (mode == "direct"),
             f"eps={eps} with mode={mode!r}: eps bounds the modes 'eps' and 'perturb'; 'direct' takes eps=None.",
@@ -87,7 +88,7 @@ class AdversarialPatch(Transform):
         _require(eps is None or 1 / 255 <= eps <= 1, f"eps={eps} must lie in [1/255, 1]: images have 8 bits.")
         colour = torch.as_tensor(base, dtype=torch.float32).expand(channels).clone()
         _require((colour >= 0).all() and (colour <= 1).all(), f"base={base} must lie in [0, 1].")
-        _require(placement in PLACEMENTS, f"placement={placement!r} must be one of {', '.join(PLACEMENTS)}.")
+        require_one_of(PLACEMENTS, placement=placement)
         _require(
             (x0 is not None and y0 is not None) if placement == "fixed" else x0 is None and y0 is None,
             f"x0={x0}, y0={y0} with placement={placement!r}: placement='fixed' needs both, the others neither.",
@@ -106,17 +107,14 @@ class AdversarialPatch(Transform):
         )  # fmt: skip
         self.patch_hw, self.mode, self.placement, self.onset = (height, width), mode, placement, onset
         self.eot = eot_translations, eot_max_shift, eot_max_brightness
-        self.quantize = quantize
         self.reseed(seed)
         if mode == "direct":
             low, high = torch.zeros(channels), torch.ones(channels)
-        else:
-            # On the 8-bit grid, so that rounding cannot leave the bound.
-            bound = torch.full(
-                (channels,), math.floor((eps or 0) * 255 + 1e-4) / 255 if mode == "perturb" else eps or 0.0
-            )
-            low, high = (-bound, bound) if mode == "perturb" else (-torch.minimum(bound, colour), bound)
-            high = torch.minimum(high, 1 - colour) if mode == "eps" else high
+        elif mode == "eps":  # on `colour` it must stay a colour
+            low, high = -colour.clamp(max=eps), (1 - colour).clamp(max=eps)
+        else:  # on the 8-bit grid, so that rounding cannot leave the bound
+            high = torch.full((channels,), math.floor((eps or 0) * 255 + 1e-4) / 255)
+            low = -high
         middle, spread = (low + high) / 2, (high - low) / 4  # U[0.25, 0.75] in the mode "direct"
         noise = torch.rand(height, width, channels, generator=self._generator()) * 2 - 1
         self.delta = nn.Parameter(middle + spread * noise)
@@ -141,13 +139,12 @@ class AdversarialPatch(Transform):
     @torch.no_grad()
     def project_(self) -> None:
         """Takes delta back into its bounds, after a step of an optimiser."""
-        self.delta.copy_(torch.minimum(torch.maximum(self.delta, self.low), self.high))
+        self.delta.clamp_(self.low, self.high)
 
     def total_variation(self) -> torch.Tensor:
         """Mean |difference| of neighbours, vertical plus horizontal."""
-        content = self.content()
-        steps = (content.diff(dim=0), content.diff(dim=1))
-        vertical, horizontal = (step.abs().sum() / max(step.numel(), 1) for step in steps)
+        changes = [self.content().diff(dim=dim).abs() for dim in (0, 1)]
+        vertical, horizontal = (change.sum() / max(change.numel(), 1) for change in changes)
         return vertical + horizontal
 
     def l2(self) -> torch.Tensor:
@@ -176,7 +173,7 @@ class AdversarialPatch(Transform):
         if brightness is not None:
             shown = shown + brightness.reshape(*lead, *between, 1, 1, 1)
         shown = shown.clamp(0, 1)
-        if self.quantize:
+        if self.settings["quantize"]:
             rounded = (shown.detach() * 255).round()
             if under is not None and brightness is None:  # to the nearest level that is inside the bounds
                 low, high = (bound.reshape(-1, 1, 1) + under for bound in (self.low, self.high))
@@ -193,20 +190,16 @@ class AdversarialPatch(Transform):
         room_y, room_x = (side - patch for side, patch in zip(image_hw, self.patch_hw, strict=True))
         if self.placement == "random":
             fractions = torch.rand(count, 2, generator=self._generator())
-            corners = (fractions * torch.tensor([room_y + 1, room_x + 1])).long()
-            return corners.to(self.delta.device)
-        if self.placement == "saliency":
-            if self.found is None:
-                raise ValueError("placement='saliency' has no place yet: call place_by_saliency(heat) first.")
-            corner = tuple(self.found.tolist())
-        else:
-            corner = {
-                "bottom_center": (room_y, room_x // 2),
-                "top_center": (0, room_x // 2),
-                "center": (room_y // 2, room_x // 2),
-                "fixed": (self.settings["y0"], self.settings["x0"]),
-            }[self.placement]
-        return torch.tensor(corner, device=self.delta.device).repeat(count, 1)
+            return (fractions * torch.tensor([room_y + 1, room_x + 1])).long().to(self.delta.device)
+        corner = {
+            "bottom_center": (room_y, room_x // 2),
+            "top_center": (0, room_x // 2),
+            "center": (room_y // 2, room_x // 2),
+            "fixed": (self.settings["y0"], self.settings["x0"]),
+            "saliency": self.found,
+        }[self.placement]
+        _require(corner is not None, "placement='saliency' has no place yet: call place_by_saliency(heat) first.")
+        return torch.as_tensor(corner, device=self.delta.device).repeat(count, 1)
 
     def views(self, count: int, image_hw: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """The draws (corners [count, 2], brightness [count] or None) that a loss is averaged over."""
@@ -234,18 +227,14 @@ class AdversarialPatch(Transform):
                 f"allowed is a mask of {tuple(self.allowed.shape)}, the images are {tuple(heat.shape)}.",
             )
             mean = mean.masked_fill(box(self.allowed) < 1 - 1e-9, -math.inf)
-        _require(
-            bool(mean.isfinite().any()), f"No rectangle of {self.patch_hw} lies wholly inside of the mask `allowed`."
-        )
-        index = int(mean.argmax())
+        _require(mean.isfinite().any(), f"No rectangle of {self.patch_hw} lies wholly inside of the mask `allowed`.")
         self.heat = heat.detach().float().clone()
-        self.found = torch.tensor([index // mean.shape[1], index % mean.shape[1]], device=self.delta.device)
+        self.found = torch.stack(torch.unravel_index(mean.argmax(), mean.shape)).to(self.delta.device)
 
     def showing(self, delta: torch.Tensor) -> AdversarialPatch:
         """A patch of the same size, bounds and place that shows something else."""
         other = copy.deepcopy(self)
-        with torch.no_grad():
-            other.delta.copy_(delta)
+        other.delta.data.copy_(delta)
         other.project_()
         return other
 
@@ -260,11 +249,8 @@ class AdversarialPatch(Transform):
 
     def check_image(self, shape: Sequence[Any]) -> None:
         """Refuses images [C, H, W] that this patch does not fit."""
-        channels, *sides = shape
-        _require(
-            channels == self.settings["channels"],
-            f"The images have {channels} channels, the patch has {self.settings['channels']}: set channels={channels}.",
-        )
+        (channels, *sides), own = shape, self.settings["channels"]
+        _require(channels == own, f"The images have {channels} channels, the patch has {own}: set channels={channels}.")
         _require(
             all(patch <= side for patch, side in zip(self.patch_hw, sides, strict=True)),
             f"patch_hw={self.patch_hw} is larger than the images of {tuple(sides)}; choose a smaller one.",
@@ -337,30 +323,24 @@ class AdversarialPatch(Transform):
         """Writes everything that it is, as an archive of plain arrays: nothing in it is executed when it is loaded."""
         path = Path(path)
         _require(path.suffix == ".npz", f"path={path} must end in .npz.")
-        arrays = {name: value for name, value in self.state_dict().items() if value is not None}
+        arrays = {name: value.numpy(force=True) for name, value in self.state_dict().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}")
-        settings = np.array(json.dumps(self.settings))
-        np.savez(partial, settings=settings, **{name: value.cpu().numpy() for name, value in arrays.items()})
-        os.replace(partial, path)
-        return path
+        np.savez(partial, settings=json.dumps(self.settings), **arrays)
+        return partial.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> AdversarialPatch:
         """What :meth:`save` wrote: the same pixels, placement, bounds and draws."""
         try:
             with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            settings = json.loads(arrays.pop("settings").item())
-            patch = cls(allowed=arrays.pop("allowed", None), **settings)
-            delta = torch.from_numpy(arrays.pop("delta"))
-            _require(delta.shape == patch.delta.shape, f"its delta has the shape {tuple(delta.shape)}.")
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+                settings = json.loads(archive["settings"].item())
+                state = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "settings"}
+            patch = cls(allowed=state.get("allowed"), **settings)
+            patch.heat, patch.found = state.get("heat"), state.get("found")
+            patch.load_state_dict(state)
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, EOFError, BadZipFile) as error:
             raise ValueError(f"{path} is not a patch that was saved by AdversarialPatch.save: {error}") from error
-        with torch.no_grad():
-            patch.delta.copy_(delta)
-        for name, value in arrays.items():  # heat and found
-            setattr(patch, name, torch.from_numpy(value))
         return patch
 
 

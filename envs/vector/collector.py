@@ -80,7 +80,8 @@ class VectorCollector(Collector):
         for key, tensor in env.current.items():
             root.set(key, tensor.clone())  # between two batches TorchRL writes into it, which must not reach the arrays
         env.auto_reset.zero_()
-        return _nested(before, self.frames_per_batch).set("next", _nested(after, self.frames_per_batch))
+        size = [*env.batch_size, self.frames_per_batch]
+        return TensorDict(before, size).set("next", TensorDict(after, size))
 
     def _kept(self, root: TensorDictBase) -> list[NestedKey]:
         if self.keep is None:
@@ -88,14 +89,6 @@ class VectorCollector(Collector):
         env = self.env
         return [*env.observations, *env.flags, "action", *self.keep]
 
-    def _columns(self, tensors: Mapping[NestedKey, torch.Tensor]) -> dict[NestedKey, torch.Tensor]:
+    def _columns(self, tensors: Mapping[NestedKey, torch.Tensor]) -> dict[Any, torch.Tensor]:
         shape = lambda tensor: (tensor.shape[0], self.frames_per_batch, *tensor.shape[1:])
         return {key: tensor.new_empty(shape(tensor)) for key, tensor in tensors.items()}
-
-
-def _nested(columns: Mapping[NestedKey, torch.Tensor], steps: int) -> TensorDict:
-    flat = {key: column for key, column in columns.items() if isinstance(key, str)}
-    batch = TensorDict(flat, [len(columns["done"]), steps])
-    for key in columns.keys() - flat.keys():
-        batch.set(key, columns[key])
-    return batch

@@ -18,7 +18,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
-from ..base.errors import require_linux
+from ..base.errors import require_linux, require_one_of
 from .steppers import LocalPool
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def env_seeds(seed: int, count: int, split: str, generation: int = 0) -> list[in
         split: ``"train"`` or ``"eval"``.
         generation: Counts the restarts of one run; each gives its environments other seeds.
     """
-    if split not in ("train", "eval"):
-        raise ValueError(f'split={split!r} must be "train" or "eval".')
+    require_one_of(("train", "eval"), split=split)
     base = int(np.random.SeedSequence([seed, generation]).generate_state(1)[0])
     # Multiplying by an odd number permutes the numbers below 2**30: seeds are distinct, and do not look consecutive.
     return [(base + index) * 0x9E3779B1 % 2**30 * 2 + (split == "eval") for index in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Composite
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import step_mdp
 
 from ..base.contract import ContractEnv, name_task_in_errors
-from ..base.errors import fits, not_finite, unexpected
+from ..base.errors import as_promised
 
 FLAGS = ("done", "terminated", "truncated")
 Layout = dict[Any, tuple[tuple[int, ...], str]]  # field, or (field, key) -> shape and dtype of one row
@@ -54,9 +54,8 @@ class SharedArrays:
         fields: dict[str, Any] = {"observations": {}, "first_observations": {}, "flags": {}}
         memory, offset = np.zeros(cls.size_of(layout, count), np.uint8) if memory is None else memory, 0
         for field, (shape, dtype) in layout.items():
-            size = _size(shape, dtype, count)
-            array = memory[offset : offset + size].view(dtype).reshape(count, *shape)
-            offset += -(-size // 64) * 64
+            array = np.ndarray((count, *shape), dtype, memory, offset)
+            offset += _padded(shape, dtype, count)
             if isinstance(field, str):
                 fields[field] = array
             else:
@@ -65,7 +64,7 @@ class SharedArrays:
 
     @staticmethod
     def size_of(layout: Layout, count: int) -> int:
-        return sum(-(-_size(shape, dtype, count) // 64) * 64 for shape, dtype in layout.values())
+        return sum(_padded(shape, dtype, count) for shape, dtype in layout.values())
 
     def row(self, index: int) -> SharedArrays:
         """The rows of one environment, as views."""
@@ -74,8 +73,9 @@ class SharedArrays:
         return SharedArrays(self.action[index], observations, first, self.reward[index], of(self.flags))
 
 
-def _size(shape: tuple[int, ...], dtype: str, count: int) -> int:
-    return np.dtype(dtype).itemsize * int(np.prod((count, *shape)))
+def _padded(shape: tuple[int, ...], dtype: str, count: int) -> int:
+    """The bytes of an array of `count` rows, up to the next multiple of 64."""
+    return -(-np.dtype(dtype).itemsize * math.prod((count, *shape)) // 64) * 64
 
 
 class SimulatorStepper:
@@ -125,16 +125,11 @@ class EnvStepper:
 
     def _write(self, tensors: TensorDictBase, row: dict[Any, np.ndarray]) -> None:
         """Checks and stores: an assignment would broadcast a wrong shape and make a large float64 infinite."""
+        task = getattr(self.env, "task", type(self.env).__name__)
         for key, array in row.items():
-            tensor, task = tensors.get(key, None), getattr(self.env, "task", type(self.env).__name__)
+            tensor = tensors.get(key, None)
             value = None if tensor is None else tensor.numpy(force=True)
-            if not fits(value, array.shape, array.dtype):
-                raise unexpected(key, value, array.shape, array.dtype, self.steps, task)
-            with np.errstate(over="ignore"):
-                array[...] = value
-            # What stands below "metrics" is reported, not learned from.
-            if array.dtype.kind == "f" and isinstance(key, str) and not np.isfinite(array).all():
-                raise not_finite(key, value, self.steps, task)
+            array[...] = as_promised(key, value, array.shape, array.dtype, self.steps, task)
 
 
 class LocalPool:
@@ -162,12 +157,8 @@ class LocalPool:
                 self.steppers[number] = SimulatorStepper(env)
             else:
                 self.steppers[number] = EnvStepper(env)
-        self.layout, self.specs = self.describe()
-
-    def describe(self) -> tuple[Layout, Composite]:
-        """What one environment reads and writes: the layout of its rows, and its specs."""
         env = next(iter(self.steppers.values())).env
-        return SharedArrays.layout(env), env.specs
+        self.layout, self.specs = SharedArrays.layout(env), env.specs
 
     def allocate(self) -> SharedArrays:
         arrays = SharedArrays.allocate(self.layout, len(self.steppers))

@@ -144,7 +144,7 @@ def run_worker(task: WorkerTask, channel: Connection, life: Connection) -> None:
 
     try:
         pool = LocalPool(task.factory, task.seeds, on_turn)
-        reply(DONE + pickle.dumps(pool.describe()))
+        reply(DONE + pickle.dumps((pool.layout, pool.specs)))
         layout, count = pickle.loads(receive())
         pool.attach(SharedArrays.allocate(layout, count, task.memory.map(SharedArrays.size_of(layout, count))))
         reply(DONE)

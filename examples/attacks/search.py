@@ -117,31 +117,33 @@ def optimize(
     cfg: DictConfig,
     *,
     precision: torch.dtype,
-    seed: int,
     interrupt: Interrupt,
-    progress: bool,
     title: str,
 ) -> Search:
-    """Adam on the patch, projected into its bounds after each step; the best one on the windows held out is kept."""
+    """Adam on the patch, projected into its bounds after each step; the best one on the windows held out is kept.
+
+    cfg: the attack's.
+    """
     patch, device = loss.patch, loss.patch.delta.device
-    optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps, cfg.lr * cfg.final_lr_fraction)
+    how, seed = cfg.optimize, cfg.seed
+    optimizer = torch.optim.Adam(loss.parameters(), lr=how.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps, how.lr * how.final_lr_fraction)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     search = Search(copy.deepcopy(patch))
     search.offer(patch, 0, measure(loss, held_out, precision, seed), None)
-    with tqdm(total=cfg.steps, desc=title, disable=not progress) as bar:
-        for step in range(1, cfg.steps + 1):
+    with tqdm(total=how.steps, desc=title, disable=not cfg.progress) as bar:
+        for step in range(1, how.steps + 1):
             if interrupt.requested:
                 break
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                objective = total_loss(loss(windows.sample(cfg.batch_size, generator).to(device)))
+                objective = total_loss(loss(windows.sample(how.batch_size, generator).to(device)))
             optimizer.zero_grad()
             objective.backward()
             optimizer.step()
             schedule.step()
             patch.project_()
-            if step % cfg.eval_every == 0 or step == cfg.steps:
+            if step % how.eval_every == 0 or step == how.steps:
                 search.offer(patch, step, measure(loss, held_out, precision, seed), objective.item())
                 bar.set_postfix(best=f"{search.score:.4g}", at=search.step, refresh=False)
             bar.update()

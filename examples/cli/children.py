@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .torchrun import launched
@@ -21,8 +21,6 @@ class Children:
 
     Each is a session of its own, so that a terminal's Ctrl-C reaches it once, from here.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
         self.stopped = False
@@ -43,10 +41,7 @@ class Children:
         return status
 
     def __enter__(self) -> Children:
-        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        for number in self.SIGNALS:
-            if number != signal.SIGHUP or self._before[number] is not signal.SIG_IGN:  # nohup
-                signal.signal(number, self._stop)
+        self._before = take_signals(self._stop)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,6 +55,14 @@ class Children:
         self.stopped = True
         for child in list(self._running):
             child.send_signal(signal.SIGINT if again else signal.SIGTERM)
+
+
+def take_signals(handler: Callable) -> dict[int, Any]:
+    """Handles Ctrl-C, SIGTERM and SIGHUP, which under nohup stays ignored; the handlers before."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def leave_with_parent() -> None:

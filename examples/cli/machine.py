@@ -138,8 +138,5 @@ def opengl(timeout: float) -> tuple[str, str | None]:
 
 def private_bytes(pids: Sequence[int]) -> int:
     """The memory that these processes share with nobody: what would be free without them."""
-    total = 0
-    for pid in pids:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
-    return total
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))

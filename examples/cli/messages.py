@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import io
 import os
 import re
 import sys
 import textwrap
 import traceback
-from typing import TextIO
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -20,7 +18,7 @@ from torchrl.checkpoint import CheckpointError
 
 from r2dreamer.envs import WorkerError
 
-from ..settings.compose import compose
+from ..settings.compose import compose, entries
 from ..settings.kinds import say
 from ..settings.renamed import new_name
 from ..settings.targets import SettingError
@@ -111,22 +109,11 @@ def default_of(key: str, config_name: str, overrides: list[str]) -> str | None:
 
 def nearest(wrong: str, config_name: str) -> list[str]:
     """The keys that a misspelt one may stand for: of the right section first, then of that name in any section."""
-    known = keys_of(composed(config_name, [each for each in sys.argv[1:] if wrong not in each]))
+    cfg = composed(config_name, [each for each in sys.argv[1:] if wrong not in each])
+    known = [key for key, _ in entries(OmegaConf.to_container(cfg, resolve=False))]
     near = difflib.get_close_matches(wrong, known, n=2, cutoff=0.75)
     last = wrong.rpartition(".")[2]
     return list(dict.fromkeys([*near, *(key for key in known if key.rpartition(".")[2] == last)]))[:4]
-
-
-def keys_of(cfg: DictConfig) -> list[str]:
-    """All keys that can be given, "model.belief" for example."""
-    found, waiting = [], [("", OmegaConf.to_container(cfg, resolve=False))]
-    while waiting:
-        prefix, section = waiting.pop()
-        for name, value in section.items():
-            found.append(prefix + str(name))
-            if isinstance(value, dict):
-                waiting.append((f"{prefix}{name}.", value))
-    return found
 
 
 def wants_traceback() -> bool:
@@ -149,23 +136,3 @@ def paragraph(text: str) -> str:
     if "\n" not in text:  # a worker's traceback keeps its lines
         text = textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
     return f"\n{text}\n(HYDRA_FULL_ERROR=1 shows the traceback.)\n"
-
-
-class HeldBack(io.TextIOBase):
-    """Holds back what hydra prints while it composes the configuration; once released, it lets everything through."""
-
-    def __init__(self, stream: TextIO):
-        self.stream, self.text, self.released = stream, "", False
-
-    def write(self, text: str) -> int:
-        if self.released:
-            return self.stream.write(text)
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-    def release(self) -> None:
-        self.released, held, self.text = True, self.text, ""
-        self.stream.write(held)

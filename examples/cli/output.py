@@ -42,11 +42,10 @@ class Output:
 @contextlib.contextmanager
 def guarded_output(lost: Callable[[], None]) -> Iterator[None]:
     """Standard output and standard error as `Output`."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Output(stream, lost) for stream in before)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+    output, errors = (Output(stream, lost) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            output.flush()
+            errors.flush()

@@ -176,7 +176,7 @@ def new_figure(width=6.4, height=4.0):
         # Figure alone, without pyplot: no display, no global state, no setting of the user's is touched.
         from matplotlib.figure import Figure
     except ImportError:
-        print('No learning curve: drawing one needs pip install "torchrl-r2dreamer[plot]"')
+        print('No picture: drawing one needs pip install "torchrl-r2dreamer[plot]"')
         return None
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
@@ -206,7 +206,7 @@ def save_figure(figure, out_png, legend_title=None):
         out_png.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out_png)
     except OSError as error:
-        print(f"No learning curve: {error}")
+        print(f"No picture: {error}")
         return None
     return out_png
 

@@ -25,11 +25,12 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict) or not content.get("rows") or content.keys() - {"overrides", "rows"}:
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not rows or not isinstance(rows, list) or content.keys() - {"overrides", "rows"}:
         raise ValueError(f"{path} must hold rows, and may hold overrides. examples/plans has some to copy.")
     shared = _overrides(content.get("overrides", []), f"{path}: overrides")
-    rows = []
-    for number, row in enumerate(content["rows"], 1):
+    grids = []
+    for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         if not isinstance(row, dict) or not {"overrides"} <= row.keys() <= {"overrides", "bar"}:
             raise ValueError(f"{where} must hold overrides, and may hold a bar: {row!r}.")
@@ -37,8 +38,8 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
         if bar is not None and type(bar) not in (int, float):
             raise ValueError(f"{where} has bar={bar!r}, which must be a number.")
         every = [*shared, *_overrides(row["overrides"], where), *overrides]
-        rows.append((list({each.partition("=")[0]: each for each in every}.values()), bar))  # the last of a key counts
-    return plan_rows(rows)
+        grids.append((list({each.partition("=")[0]: each for each in every}.values()), bar))  # the last of a key counts
+    return plan_rows(grids)
 
 
 def _overrides(value: Any, where: str) -> list[str]:

@@ -10,27 +10,15 @@ from r2dreamer.envs.suites.dmc import Control
 # Of a domain of dm_control, each fact: the array of MuJoCo's data, the object's name, and which of its numbers.
 # Of a body's rotation matrix, xx and xz are the cosine and the sine of its angle in the plane of the image.
 PLACES = {
-    "reacher": {
-        "target": ("geom_xpos", "target", ["x", "y"]),
-        "finger": ("geom_xpos", "finger", ["x", "y"]),
-    },
+    "reacher": {"target": ("geom_xpos", "target", ["x", "y"]), "finger": ("geom_xpos", "finger", ["x", "y"])},
     "finger": {
         "target": ("site_xpos", "target", ["x", "z"]),
         "fingertip": ("site_xpos", "tip", ["x", "z"]),
         "spinner": ("xmat", "spinner", ["xx", "xz"]),
     },
-    "point_mass": {
-        "target": ("geom_xpos", "target", ["x", "y"]),
-        "mass": ("geom_xpos", "pointmass", ["x", "y"]),
-    },
-    "ball_in_cup": {
-        "ball": ("xpos", "ball", ["x", "z"]),
-        "cup": ("xpos", "cup", ["x", "z"]),
-    },
-    "cartpole": {
-        "pole": ("xmat", "pole_1", ["xx", "xz"]),
-        "cart": ("xpos", "cart", ["x"]),
-    },
+    "point_mass": {"target": ("geom_xpos", "target", ["x", "y"]), "mass": ("geom_xpos", "pointmass", ["x", "y"])},
+    "ball_in_cup": {"ball": ("xpos", "ball", ["x", "z"]), "cup": ("xpos", "cup", ["x", "z"])},
+    "cartpole": {"pole": ("xmat", "pole_1", ["xx", "xz"]), "cart": ("xpos", "cart", ["x"])},
 }
 
 

@@ -69,11 +69,9 @@ def _mean(values: Sequence[float]) -> str:
 def draw(results: Sequence[dict], out: Path) -> Path | None:
     """A row of panels for each task, a panel for each fact: R2 against level, a line for each thing read."""
     found = gather(results)
-    facts: dict[str, list[str]] = {}
+    facts: dict[str, dict[str, None]] = {}  # of each task, in their order
     for task, fact, _ in found:
-        facts.setdefault(task, [])
-        if fact not in facts[task]:
-            facts[task].append(fact)
+        facts.setdefault(task, {})[fact] = None
     columns = max(map(len, facts.values()), default=1)
     figure = new_figure(width=4.2 * columns, height=3.0 * max(len(facts), 1) + 1)
     if figure is None:

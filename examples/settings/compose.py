@@ -1,6 +1,8 @@
 """The configuration that a command line stands for, for scripts without one."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -26,3 +28,11 @@ def configuration(*overrides: str, name: str = "config") -> DictConfig:
     cfg = compose(*overrides, name=name)
     check(cfg, name)
     return cfg
+
+
+def entries(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every entry of nested dicts by its whole key, "model.belief" for example; a section before what it holds."""
+    for name, value in settings.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, dict):
+            yield from entries(value, f"{prefix}{name}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -61,10 +62,8 @@ def choice(*values: object) -> Kind:
 def any_of(*kinds: Kind) -> Kind:
     def read(value: object) -> object:
         for kind in kinds:
-            try:
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
                 return kind.read(value)
-            except (TypeError, ValueError, OverflowError):
-                continue
         raise ValueError
 
     return Kind(", or ".join(kind.expected for kind in kinds), read)
@@ -113,11 +112,7 @@ def say(value: object) -> str:
     return written if len(written) <= 80 else f"{written[:77]}..."
 
 
-flag, text, anything = (
-    choice(True, False),
-    Kind("a text that is not empty", _text),
-    Kind("anything", lambda value: value),
-)
-section = Kind("a section", _section)
+flag, text = choice(True, False), Kind("a text that is not empty", _text)
+anything, section = Kind("anything", lambda value: value), Kind("a section", _section)
 device = one_like(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, or cuda:1 for the second GPU")
 storage = one_like(r"cpu|memmap|cuda(:\d+)?", "cpu, memmap or cuda")

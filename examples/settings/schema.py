@@ -36,6 +36,7 @@ from .targets import SettingError, Target, annotated
 
 count, seed, share, weight = whole(1), whole(0, 2**32 - 1), number(0, 1), number(0)
 rate, fraction = number(above=0, most=1), number(0, below=1)
+fraction_text = one_like(r"paper|\d+/0*[1-9]\d*", "paper, or a fraction such as 1/3")
 colour = any_of(share, list_of(share))
 
 _ALGORITHM = {
@@ -96,9 +97,9 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
     },
     "latents": {
         "suite": choice("dmc_subtle", "dmc_distracting"), "difficulties": list_of(choice("none", "easy", "medium", "hard")),
-        **dict.fromkeys(("tasks", "members"), list_of(text)), "overrides": any_of(list_of(text), choice([])), "shrinks": list_of(any_of(rate, text)),
+        **dict.fromkeys(("tasks", "members"), list_of(text)), "overrides": any_of(list_of(text), choice([])), "shrinks": list_of(any_of(rate, fraction_text)),
         "seeds": list_of(seed), "updates": count, "checkpoint": maybe(text), "trust": _PLAYED["trust"], "record": section, "out": maybe(text),
-        **{f"record.{name}": count for name in ("episodes", "heldout", "steps")}, "record.lead": whole(),
+        "record.episodes": whole(2), "record.heldout": count, "record.steps": count, "record.lead": whole(),
         "record.keep": share, "device": device, "precision": choice("auto", "bf16", "fp32"),
         "threads": maybe(whole(1, 4096)), "progress": flag,
     },

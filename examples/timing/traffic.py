@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,12 +33,8 @@ def traffic() -> Iterator[Counter[str]]:
 
         return call
 
-    before = {name: getattr(dist, name) for name in HANDED if hasattr(dist, name)}
-    counting_all = {name: counting(name, HANDED[name]) for name in before}
-    try:
-        for name, call in counting_all.items():
-            setattr(dist, name, call)
+    with contextlib.ExitStack() as counted:
+        for name, place in HANDED.items():
+            if hasattr(dist, name):
+                counted.enter_context(mock.patch.object(dist, name, counting(name, place)))
         yield sent
-    finally:
-        for name, function in before.items():
-            setattr(dist, name, function)

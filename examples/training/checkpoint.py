@@ -9,13 +9,13 @@ A checkpoint is written beside the others under a temporary name, forced to the 
 not at all. Nothing that an older one needs is deleted before. Loading never executes pickled code.
 """
 
+import errno
 import functools
 import os
 import shutil
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,53 +25,50 @@ from torchrl.checkpoint import CheckpointError, GlobalRNGState
 
 from r2dreamer.envs.replay.buffer import RecordReplay
 
-from .journal import CheckedFile, Journal, Segment, check_segment, is_disk_full
+from .files import warn
+from .journal import CheckedFile, Journal, Segment, check_segment
 from .manifest import MANIFEST, check_files, copies, name_of, read_manifest, survey, write_manifest
 
 PLAIN = (bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device)
 
 
+@dataclass(eq=False)
 class LoadedCheckpoint:
     """A checkpoint found whole: `.step`, `.state`, and what restores the rest."""
 
-    def __init__(
-        self,
-        path: Path,
-        manifest: dict[str, Any],
-        owner: "Checkpoints",
-        next_older: Callable[[], Any],
-        state: dict[str, Any] | None = None,
-    ):
-        self.path = path
-        self.step: int = manifest["step"]
-        self.state: dict[str, Any] = _load_tensors(path / "state.pt") if state is None else state
-        self._manifest = manifest
-        self._owner = owner
-        self._next_older = next_older
+    path: Path
+    manifest: dict[str, Any]
+    owner: "Checkpoints"
+    older: Callable[[], Any]  # finds the checkpoint to take in place of this one
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
 
     @property
     def has_replay(self) -> bool:
-        return self._manifest["replay"] is not None
+        return self.manifest["replay"] is not None
 
     @property
     def rings(self) -> dict[str, Any]:
         """How many streams its replay has, of what length, and how many records were written to each."""
-        return self._manifest["replay"]["rings"]
+        return self.manifest["replay"]["rings"]
 
     def restore_replay(self, replay: RecordReplay) -> bool:
         """Restores slots, cursors and generations; False if the replay was left out of this checkpoint."""
-        saved = self._manifest["replay"]
+        saved = self.manifest["replay"]
         if saved is None:
             return False
-        journal = self._owner.journal
-        if self.path.parent.resolve() != self._owner.directory.resolve():
+        journal = self.owner.journal
+        if self.path.parent.resolve() != self.owner.directory.resolve():
             journal = Journal(self.path.parent / "journal")  # another run's: to be read, not to be continued
         journal.restore(replay, [Segment(**segment) for segment in saved["segments"]], saved["rings"])
         return True
 
     def restore_rng(self) -> None:
         """Restores the process's random generators; of what goes on with another number of ranks there are none."""
-        if "rng.pt" not in self._manifest["files"]:
+        if "rng.pt" not in self.manifest["files"]:
             return
         state = _load_tensors(self.path / "rng.pt")
         if len(state.get("torch_cuda", [])) != torch.cuda.device_count():
@@ -85,8 +82,8 @@ class LoadedCheckpoint:
             error: why it cannot be.
             replay: only its replay is at fault; without that it may still do.
         """
-        self._owner.reject(self, error, replay)
-        return self._next_older()
+        self.owner.reject(self, error, replay)
+        return self.older()
 
 
 class Checkpoints:
@@ -143,7 +140,8 @@ class Checkpoints:
         except OSError as error:
             if not published:
                 free = shutil.disk_usage(self.directory).free / 1e6 if self.directory.exists() else 0
-                reason = f"the disk is full ({free:.0f} MB free)" if is_disk_full(error) else str(error)
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                reason = f"the disk is full ({free:.0f} MB free)" if full else str(error)
                 raise CheckpointError(
                     f"no checkpoint at step {step}: {reason}, in {self.directory}. Earlier checkpoints are intact; "
                     "free some space or set checkpoint.replay=false."
@@ -190,7 +188,7 @@ class Checkpoints:
         newest = max((manifest["serial"] for manifest in found.readable.values()), default=0)
         for error in found.foreign.values():
             if error.readable:
-                print(f"WARNING: {error}.", file=sys.stderr)
+                warn(f"{error}.")
             elif error.serial is None or error.serial > newest:
                 raise CheckpointError(
                     f"{error}. It is left as it is: go on with the program that saved it, from an earlier checkpoint with "
@@ -218,7 +216,7 @@ class Checkpoints:
                 if wrong:
                     raise wrong
                 check_files(directory, manifest)
-                loaded = LoadedCheckpoint(directory, manifest, self, again)
+                loaded = LoadedCheckpoint(directory, manifest, self, again, _load_tensors(directory / "state.pt"))
                 check_state(loaded.state, directory / "state.pt")
             except CheckpointError as error:
                 damaged[directory] = error
@@ -241,8 +239,9 @@ class Checkpoints:
             return None
         # All share the journal's older segments: one of those may have spoilt them all.
         damaged.pop(without_replay)
-        print(f"WARNING: no replay is whole; from {without_replay.name} goes on what was learnt.", file=sys.stderr)
-        return LoadedCheckpoint(without_replay, manifests[without_replay] | {"replay": None}, self, again)
+        warn(f"no replay is whole; from {without_replay.name} goes on what was learnt.")
+        state = _load_tensors(without_replay / "state.pt")
+        return LoadedCheckpoint(without_replay, manifests[without_replay] | {"replay": None}, self, again, state)
 
     def reject(self, loaded: LoadedCheckpoint, error: Exception, replay: bool) -> None:
         """What was read as a whole checkpoint cannot be restored: from now on it, or its replay, counts as damaged."""
@@ -329,4 +328,4 @@ def _sync_directory(path: Path) -> None:
 
 
 def _warn(directory: Path, error: CheckpointError) -> None:
-    print(f"WARNING: checkpoint {directory.name} is damaged: {error}", file=sys.stderr)
+    warn(f"checkpoint {directory.name} is damaged: {error}")

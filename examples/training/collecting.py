@@ -144,10 +144,8 @@ class Overlapping(Alternating):
         self.begun = None
 
     def close(self) -> None:
-        if (
-            self.begun and not wait([self.begun[0]], timeout=CLOSE_TIMEOUT).done
-        ):  # nobody waits minutes for a second Ctrl-C
-            self._kill()
+        if self.begun and not wait([self.begun[0]], timeout=CLOSE_TIMEOUT).done:
+            self._kill()  # nobody waits minutes for a second Ctrl-C
         super().close()
         self.thread.shutdown()
 
@@ -157,7 +155,6 @@ class Overlapping(Alternating):
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    for here, there in zip(source.parameters(), target.parameters(), strict=True):
+    ours, theirs = ((*module.parameters(), *module.buffers()) for module in (source, target))
+    for here, there in zip(ours, theirs, strict=True):
         there.data.copy_(here.data)
-    for here, there in zip(source.buffers(), target.buffers(), strict=True):
-        there.copy_(here)

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from r2dreamer.dreamer import ActionSpace
 
 LINES = 5  # log lines with updates that a sign must last
-RANDOM = (
-    0.92  # share of the largest entropy above which a policy counts as random: too large a bonus kept walker's at 0.94
-)
+# Share of the largest entropy above which a policy counts as random: too large a bonus kept walker's at 0.94.
+RANDOM = 0.92
 
 
 def largest_entropy(actions: ActionSpace) -> float:

@@ -6,9 +6,9 @@ import contextlib
 import functools
 import random
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent
 from r2dreamer.envs import VectorEnv, make_gym, make_vector_env
 
 from .episodes import Episode, Scores, reported, summarise
+from .files import warn
 
 LONGEST_FILM = 1000  # frames; a game of Atari can last 27,000 steps
 LONGEST_EPISODE = 30_000  # steps; of what does not end within them nobody knows whether it ever does
@@ -41,11 +41,6 @@ class EvaluationResult:
     @property
     def lengths(self) -> list[int]:
         return [episode.length for episode in self.episodes]
-
-    @property
-    def cut_off(self) -> int:
-        """How many episodes had not ended after `max_steps`."""
-        return sum(episode.cut_off for episode in self.episodes)
 
     @property
     def mean(self) -> float:
@@ -210,22 +205,14 @@ def evaluate_seeds(
     actions = []  # of the first environment
     keep = lambda module, inputs, acted: actions.append(acted["action"][0].cpu().clone())
     image = next(iter(agent.observations.images), None)
+    how: dict[str, Any] = {"episodes": len(seeds), "max_steps": max_steps, "seed": seed, "record": record}
     with agent.policy.register_forward_hook(keep):
-        result = evaluate(
-            environments,
-            agent.policy,
-            episodes=len(seeds),
-            max_steps=max_steps,
-            record=record,
-            pixels_key=image or "pixels",
-            seed=seed,
-        )
-    if result.cut_off:
-        tqdm.write(
-            f"WARNING: {result.cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and "
-            "were cut off. Give the environment a time limit: torchrl.envs.StepCounter(max_steps=...), or "
-            "env.episode_frames=... for env=gym. Or set another eval.max_steps.",
-            file=sys.stderr,
+        result = evaluate(environments, agent.policy, pixels_key=image or "pixels", **how)
+    if cut_off := sum(episode.cut_off for episode in result.episodes):
+        warn(
+            f"{cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and were cut "
+            "off. Give the environment a time limit: torchrl.envs.StepCounter(max_steps=...), or env.episode_frames=... "
+            "for env=gym. Or set another eval.max_steps."
         )
     if record and image is None and make_environment is not None:
         result.frames = film(make_environment, seeds[0], actions[: min(result.lengths[0], LONGEST_FILM)])

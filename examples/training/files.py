@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -30,6 +31,11 @@ def warn(text: str) -> None:
     """On stderr, which may itself go to a file on the full disk."""
     with contextlib.suppress(OSError):
         tqdm.write(f"WARNING: {text}", file=sys.stderr)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    warn(text)
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,7 +6,6 @@ segment that has it; a segment of which less than half lives is rewritten into t
 most about twice the replay's own bytes, at a constant factor of writing.
 """
 
-import errno
 import json
 import math
 import os
@@ -113,10 +112,8 @@ class Journal:
             records = (torch.arange(replay.rings.length) < lengths).flatten()
         else:
             records = replay.changed_records.clone()
-        latents = replay.changed_latents & ~records
         kept = self._compact("records", records, records)
-        # A record written anew brings its latents along.
-        latents &= ~records
+        latents = replay.changed_latents & ~records  # a record written anew brings its latents along
         kept += self._compact("latents", latents, records | latents)
         serial = self._next_serial()
         for kind, mask in (("records", records), ("latents", latents)):
@@ -283,7 +280,3 @@ def _read(file: Any, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
     if file.readinto(_raw(data)) != data.nbytes:
         raise CheckpointError(f"{file.name} ends early")
     return data
-
-
-def is_disk_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -25,8 +25,7 @@ class ForeignCheckpointError(CheckpointError):
 
     def __init__(self, message: str, serial: int | None = None, readable: bool = False):
         super().__init__(message)
-        self.serial = serial
-        self.readable = readable
+        self.serial, self.readable = serial, readable
 
 
 def program() -> str:
@@ -60,12 +59,12 @@ def survey(root: Path) -> Survey:
     found = Survey()
     for directory in own_directories(root):
         try:
-            found.readable[directory] = manifest = read_manifest(directory)
+            manifest = read_manifest(directory)
             step, serial = manifest["step"], manifest["serial"]
             if directory.name not in (name_of(step), name_of(step, serial)):
-                del found.readable[directory]
                 message = f"{directory} is a copy of {name_of(step)}: a run leaves copies alone, resume=PATH reads one"
-                found.foreign[directory] = ForeignCheckpointError(message, serial, readable=True)
+                raise ForeignCheckpointError(message, serial, readable=True)
+            found.readable[directory] = manifest
         except ForeignCheckpointError as error:
             found.foreign[directory] = error
         except CheckpointError as error:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import io
 import json
 import math
 import os
-import shutil
-import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .files import REMEDY, explained, replace_text, require_room, warn
+from .files import REMEDY, explained, replace_text, require_room, warn, warn_once
 from .video import encode_gif
 
 
@@ -108,7 +105,7 @@ class MetricsWriter:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._lines, self._step = position["lines"], position["step"]
         self._waiting = [line.encode() for line in position.get("waiting", ())]
-        self._warned, self._failed = set(), set()
+        self._failed = set()
         if lost:
             print(f"{self.path} lacks {lost:,} bytes that it had at the checkpoint: it was cut or edited since.")
             self._lines = self.path.read_bytes().count(b"\n")
@@ -134,7 +131,7 @@ class MetricsWriter:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 os.ftruncate(self._file, end)  # a full disk takes part of a line
-                self._warn(
+                warn_once(
                     f"{self.path} cannot be written: {error.strerror}. Training goes on, and lines wait. {REMEDY}"
                 )
                 return
@@ -154,13 +151,7 @@ class MetricsWriter:
             except OSError as error:
                 self._failed.add(logger)
                 where = getattr(logger, "directory", type(logger).__name__)
-                self._warn(f"{where} cannot be written ({error}) and lacks lines, which {self.path} has. {REMEDY}")
-
-    def _warn(self, text: str) -> None:
-        """Once."""
-        if text not in self._warned:
-            self._warned.add(text)
-            warn(text)
+                warn_once(f"{where} cannot be written ({error}) and lacks lines, which {self.path} has. {REMEDY}")
 
     def video(self, step: int, name: str, frames, fps: int) -> None:
         """frames: uint8 [T, H, W, 3]."""
@@ -189,34 +180,24 @@ def cut_after(path: Path, end: int) -> int:
     """
     if not path.exists():
         return end
+    content = path.read_bytes()
+    start = content.rfind(b"\n", 0, end) + 1  # before `end` where the file was cut or edited: whole lines are kept
+    tail = content[start : content.rfind(b"\n") + 1]  # a line cut short by a crash says nothing
+    if tail:
+        _append_once(path.with_name("metrics.superseded.jsonl"), tail)
     with open(path, "r+b") as file:
-        start = min(end, path.stat().st_size)
-        file.seek(max(0, start - 1))
-        if start and file.read(1) != b"\n":  # shorter than it was, or edited: keep the whole lines
-            file.seek(0)
-            start = file.read(start).rfind(b"\n") + 1
-            file.seek(start)
-        tail = file.read()
-        tail = tail[: tail.rfind(b"\n") + 1]  # a line cut short by a crash says nothing
-        if tail:
-            _append_once(path.with_name("metrics.superseded.jsonl"), tail)
         file.truncate(start)
         os.fsync(file.fileno())
     return end - start
 
 
 def _append_once(path: Path, tail: bytes) -> None:
-    if path.exists():
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - len(tail)))
-            if file.read() == tail:
-                return
+    before = path.read_bytes() if path.exists() else b""
+    if before.endswith(tail):
+        return
     partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    if path.exists():
-        shutil.copyfile(path, partial)
-    with open(partial, "ab") as file:
-        file.write(tail)
+    with open(partial, "wb") as file:
+        file.write(before + tail)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -253,13 +234,8 @@ def read_metrics(logdir: str | os.PathLike, *, timings: bool = True, containing:
             elif not text.isascii():  # the writer escapes all else
                 unreadable.append(number)
     if unreadable:
-        _name_unreadable(path, tuple(unreadable))
-
-
-@functools.cache
-def _name_unreadable(path: Path, numbers: tuple[int, ...]) -> None:
-    shown = ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
-    print(f"WARNING: {path}: what cannot be read is skipped, {len(numbers)} in all: line {shown}.", file=sys.stderr)
+        shown = ", ".join(map(str, unreadable[:5])) + (" ..." if len(unreadable) > 5 else "")
+        warn_once(f"{path}: what cannot be read is skipped, {len(unreadable)} in all: line {shown}.")
 
 
 class TensorBoardLogger:

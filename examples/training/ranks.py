@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..cli.torchrun import Board, place
+from ..settings.compose import entries
 from .devices import resolve_device
 from .manifest import program
 
@@ -86,17 +87,13 @@ class Ranks:
         """Refuses ranks of different configurations, programs or devices."""
         if self.count == 1:
             return
-        flat = flatten(OmegaConf.to_container(cfg, resolve=True))
-        mine = {
-            "device": self.device.type,
-            "program": program(),
-            "torch": torch.__version__,
-            "code": code_hash(),
-        } | flat
+        mine = {"device": self.device.type, "program": program(), "torch": torch.__version__, "code": code_hash()}
+        settings = entries(OmegaConf.to_container(cfg, resolve=True))
+        mine |= {key: value for key, value in settings if not isinstance(value, dict)}
         everyone = self.gather((platform.node(), mine))
+        first = everyone[0][1]
         for rank, (node, other) in enumerate(everyone):
-            first = everyone[0][1]
-            for key in [*first, *(key for key in other if key not in first)]:
+            for key in first | other:
                 if first.get(key) != other.get(key):
                     raise ValueError(
                         f"Ranks must run the same command, code and kind of device: {key} is {first.get(key)} on rank 0 and "
@@ -182,12 +179,8 @@ class Ranks:
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Of numbers that every rank has under the same names."""
-        if self.count == 1 or not values:
-            return dict(values)
-        total = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
-        means = dict(zip(sorted(values), (total / self.count).tolist(), strict=True))
-        return {name: means[name] for name in values}
+        everyone = self.gather(values)
+        return {name: sum(each[name] for each in everyone) / self.count for name in values}
 
     def from_first(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
@@ -223,16 +216,6 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(w in str(error) for w in words)
     )
-
-
-def flatten(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    return {
-        name: each
-        for below, item in value.items()
-        for name, each in flatten(item, f"{key}.{below}".lstrip(".")).items()
-    }
 
 
 def code_hash() -> str:

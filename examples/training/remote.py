@@ -35,13 +35,7 @@ class RemoteCollector(VectorCollector):
     """What TorchRL's RayCollector makes in a process of the cluster: environments, a copy of the policy, and our collector."""
 
     def __init__(
-        self,
-        make: Callable[[], VectorEnv],
-        policy: TensorDictModuleBase,
-        *,
-        seed: int,
-        worker_idx: int,
-        **options: Any,
+        self, make: Callable[[], VectorEnv], policy: TensorDictModuleBase, *, seed: int, worker_idx: int, **options: Any
     ):
         self.number = worker_idx
         torch.manual_seed(seed)  # every process begins with the same generator otherwise, and draws the same actions
@@ -67,16 +61,13 @@ class RemoteCollector(VectorCollector):
     def collect(self, weights: list[np.ndarray] | None) -> TensorDict:
         """The next batch, with these weights if there are any."""
         if weights is not None:
-            self.load_weights(weights)
+            for here, there in zip(weights_of(self.acting), weights, strict=True):
+                here[...] = there
         return self.next()
 
     def weights(self) -> list[np.ndarray]:
         """Copies of what it acts with, in the order of `weights_of`."""
         return [value.copy() for value in weights_of(self.acting)]
-
-    def load_weights(self, weights: list[np.ndarray]) -> None:
-        for here, there in zip(weights_of(self.acting), weights, strict=True):
-            here[...] = there
 
 
 class Remote(Overlapping):
@@ -187,8 +178,8 @@ class Remote(Overlapping):
     def _collect(self, weights: list[np.ndarray] | None) -> TensorDict:
         import ray
 
-        arguments = None if weights is None else ray.put(weights)
-        batch: Any = torch.cat(self.collector.map_fn("collect", [(arguments,)] * self.num_collectors), 0)
+        stored = None if weights is None else ray.put(weights)
+        batch: Any = torch.cat(self.collector.map_fn("collect", [(stored,)] * self.num_collectors), 0)
         return batch
 
     def _take(self, updates: int) -> TensorDict:
@@ -199,7 +190,12 @@ class Remote(Overlapping):
         return batch
 
     def _finish(self) -> None:
-        if self.begun and not wait([self.begun[0]], timeout=self.timeout).done:
+        if self.begun:
+            self._wait(self.begun[0])
+
+    def _wait(self, future: Future) -> None:
+        """Until it is done; collectors that take too long are ended."""
+        if not wait([future], timeout=self.timeout).done:
             self.hung = True
             self._kill()
 
@@ -225,9 +221,7 @@ class Remote(Overlapping):
         """What a call returned. An error of a simulator is final; processes that are gone, or hang, can be made anew."""
         import ray.exceptions
 
-        if not wait([future], timeout=self.timeout).done:
-            self.hung = True
-            self._kill()
+        self._wait(future)
         try:
             return future.result()
         except ray.exceptions.RayTaskError as error:
@@ -236,7 +230,8 @@ class Remote(Overlapping):
             raise WorkerError(f"A remote collector failed: {text}") from error
         except ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
-                raise WorkerError(f"A remote collector could not be made: {last_line(error)}") from error
+                lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                raise WorkerError(f"A remote collector could not be made: {lines[-1].strip()}") from error
             reason = f"{self._named(error)} has ended, or its machine has; running out of memory is the usual cause."
             if self.hung:
                 reason = f"no answer within {self.timeout:g} seconds."
@@ -269,24 +264,16 @@ class Remote(Overlapping):
         self.collector.stop_remote_collectors()
 
     def close(self) -> None:
-        if self.collector is not None:
-            if not self.begun or wait([self.begun[0]], timeout=CLOSE_TIMEOUT).done:
-                self._close_environments()
-            self.collector.shutdown()  # kills what still runs
-        self.thread.shutdown()
-        self._disconnect()
-
-    def _close_environments(self) -> None:
         import ray
 
-        calls = [actor.shutdown.remote() for actor in self.collector.remote_collectors]
-        if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=CLOSE_TIMEOUT)
-
-    def _disconnect(self) -> None:
+        if self.collector is not None:
+            if not self.begun or wait([self.begun[0]], timeout=CLOSE_TIMEOUT).done:
+                closing = [actor.shutdown.remote() for actor in self.collector.remote_collectors]
+                if closing:
+                    ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT)
+            self.collector.shutdown()  # kills what still runs
+        self.thread.shutdown()
         if self.connected:
-            import ray
-
             ray.shutdown()  # ends the cluster as well, where it was begun here
 
 
@@ -329,8 +316,3 @@ def check_cpus(collectors: int, each: float) -> None:
             f"collector.num_collectors={collectors} with collector.num_cpus={each:g} need {collectors * each:g} CPUs, and the "
             f"Ray cluster has {there:g}. Use fewer collectors or a smaller num_cpus, which may be a fraction, or add a machine."
         )
-
-
-def last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -26,7 +27,7 @@ except ImportError as error:
         "container), or use r2dreamer.dreamer, r2dreamer.losses and r2dreamer.envs in a loop of your own."
     ) from error
 
-from ..settings.compose import compose
+from ..settings.compose import compose, entries
 from .budget import check_environments, check_update
 from .checkpoint import Checkpoints, LoadedCheckpoint
 from .devices import resolve_device
@@ -129,9 +130,11 @@ def check_plan(cfg: DictConfig) -> None:
         resolve_device(cfg.replay.place.storage, "replay.place.storage")
     batch = cfg.collect_steps * cfg.env.num_envs * cfg.env.action_repeat  # frames
     if batch > cfg.total_frames:
+        fit = cfg.total_frames * cfg.collect_steps // batch
         raise ValueError(
             f"collect_steps={cfg.collect_steps} of env.num_envs={cfg.env.num_envs} environments are {batch} frames, more than "
-            f"total_frames={cfg.total_frames}. At most collect_steps={cfg.total_frames * cfg.collect_steps // batch} fit."
+            f"total_frames={cfg.total_frames}. "
+            + (f"At most collect_steps={fit} fit." if fit else "Use more frames, or fewer environments.")
         )
     steps = cfg.total_frames // (cfg.env.action_repeat * cfg.env.num_envs)  # of each; an episode has a record more
     if cfg.train_ratio and 2 * steps < cfg.batch_length:
@@ -230,31 +233,22 @@ def first_difference(
     Args:
         overrides: the command that `now` is of. Default: that of this process.
     """
-    # Resolved as a whole first: a section's interpolations point outside of it.
-    older, newer = (OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
-    for section in keys:
-        for key, old, new in differences(OmegaConf.select(older, section), OmegaConf.select(newer, section), section):
-            old = default_of(key, new, overrides) if old is MISSING else old
-            if successor(old) != successor(new):
-                return key, old, new
+    older, newer = (dict(entries(OmegaConf.to_container(cfg, resolve=True))) for cfg in (before, now))
+    below = lambda section: sorted(key for key in {**older, **newer} if f"{key}.".startswith(f"{section}."))
+    whole = lambda value: value.get("_target_", value) if isinstance(value, dict) else value  # what a section builds
+    for key in itertools.chain.from_iterable(map(below, keys)):
+        old, new = older.get(key, MISSING), newer.get(key)
+        if isinstance(new, dict) and (old is MISSING or isinstance(old, dict)):
+            continue  # the entries of a section say more
+        if old is MISSING:
+            old = None if new is None else default_of(key, new, overrides)
+        if successor(whole(old)) != successor(whole(new)):
+            return key, whole(old), whole(new)
     return None
 
 
 def successor(value: object) -> object:
     return SUCCESSORS.get(value, value) if isinstance(value, str) else value
-
-
-def differences(old: object, new: object, key: str) -> Iterator[tuple[str, object, object]]:
-    """The keys of all values that differ, and both; the old one is MISSING where only the new one has the key."""
-    if old is MISSING and isinstance(new, DictConfig):
-        old = OmegaConf.create({})
-    if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-        for name in sorted({*old, *new}, key=str):
-            if name in old or new[name] is not None:
-                yield from differences(old.get(name) if name in old else MISSING, new.get(name), f"{key}.{name}")
-    elif old != new:  # of a whole section, what it builds says enough
-        name = lambda value: value.get("_target_", value) if isinstance(value, DictConfig) else value
-        yield key, name(old), name(new)
 
 
 def default_of(key: str, given: object, overrides: Sequence[str] | None) -> object:

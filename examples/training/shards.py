@@ -57,14 +57,14 @@ def open_together(cfg: DictConfig, ranks: Ranks) -> tuple[Path, TextIO | None, C
                 "the replay is collected anew."
             )
         state = saved.state if ranks.first and saved is not None else {}
-        saved = LoadedCheckpoint(found["path"], found["manifest"], checkpoints, _refuse_older, state=state)
+        saved = LoadedCheckpoint(found["path"], found["manifest"], checkpoints, _refuse_older, state)
     assert saved is not None  # every rank has one by now
     if ranks.count > 1:
         learnt = ranks.from_first({name: part for name, part in saved.state.items() if name != "agent"})
         if not ranks.first:
             learnt["trainer"]["returns"]["finished"] = []  # the first rank has them, and reports them once
         saved.state = learnt | saved.state
-        saved._next_older = _refuse_older
+        saved.older = _refuse_older
     return logdir, lock, checkpoints, saved
 
 
@@ -91,26 +91,17 @@ def own_checkpoints(cfg: DictConfig, ranks: Ranks) -> Checkpoints:
 def save_together(trainer: Any) -> None:
     """The first rank saves last, so that what it has all have. Raises CheckpointError on every rank where one fails."""
     ranks, failure = trainer.ranks, None
-    arguments = trainer.frames, snapshot(trainer), trainer.replay if trainer.cfg.checkpoint.replay else None
-    if ranks.count == 1:
-        trainer.checkpoints.save(*arguments)
-        return
-    if not ranks.first:
-        try:
-            trainer.checkpoints.save(*arguments)
-        except CheckpointError as error:
-            failure = f"Rank {ranks.rank}: {error}"
-    ranks.meet()
-    for found in filter(None, ranks.gather(failure)):
-        raise CheckpointError(found)
-    if ranks.first:
-        try:
-            trainer.checkpoints.save(*arguments)
-        except CheckpointError as error:
-            failure = str(error)
-    ranks.meet()
-    if failure := ranks.from_first(failure):
-        raise CheckpointError(failure)
+    replay = trainer.replay if trainer.cfg.checkpoint.replay else None
+    state = snapshot(trainer)
+    for first in (False, True):
+        if ranks.first is first:
+            try:
+                trainer.checkpoints.save(trainer.frames, state, replay)
+            except CheckpointError as error:
+                failure = error if ranks.first else CheckpointError(f"Rank {ranks.rank}: {error}")
+        ranks.meet()
+        for found in filter(None, ranks.gather(failure)):
+            raise found
 
 
 def summary(saved: LoadedCheckpoint) -> dict[str, Any]:
