@@ -1,7 +1,5 @@
 """Builds every part of an agent from the specs of an environment; the results have names."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -2,8 +2,6 @@
 
 # pyright: reportPrivateImportUsage=false
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

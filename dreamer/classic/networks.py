@@ -1,7 +1,5 @@
 """The networks of Dreamer V1 and V2 that V3 replaced: strided convolutions, a GRU, ELU layers, a squashed actor."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Random shift, the augmentation of DrQ and DreamerPro: a switch of its own, usable with every objective."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

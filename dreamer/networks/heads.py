@@ -3,8 +3,6 @@
 Each function returns a TensorDictModule on the key contract; ``prefix=("next",)`` makes the twin that training reads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

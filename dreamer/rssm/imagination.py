@@ -1,7 +1,5 @@
 """Imagination: the policy acts in the prior's world."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 
