@@ -45,9 +45,8 @@ class BlockedNormSiLU(torch.autograd.Function):
         pieces = (tensor.split(step) for tensor in (rows, scales, gradient.reshape(rows.shape), out))
         for block, scale, block_gradient, block_out in zip(*pieces, strict=True):
             normed = block.float() * scale
-            inner = torch.ops.aten.silu_backward(
-                block_gradient.float(), normed * weight
-            )  # d loss / d (normed * weight)
+            # d loss / d (normed * weight)
+            inner = torch.ops.aten.silu_backward(block_gradient.float(), normed * weight)
             product = inner * normed
             weight_gradient += product.sum(0)
             mean = (product @ weight).div_(features).unsqueeze(-1)

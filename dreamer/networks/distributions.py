@@ -12,9 +12,6 @@ def unimix_probs(logits: torch.Tensor, unimix: float) -> torch.Tensor:
     Args:
         logits: [..., K].
         unimix: share of the uniform distribution.
-
-    Returns:
-        Probabilities [..., K].
     """
     probs = torch.softmax(logits.float(), -1)
     return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..networks.layers import BlockLinear, Linear, NormSiLU, bounded, mlp, normed_linear
+from ..networks.layers import BlockLinear, Linear, NormSiLU, bounded, mlp, normed_linear, split_linear
 from .latents import Latent
 
 
@@ -106,9 +106,7 @@ def check_core(core: nn.Module, state_size: int, belief_size: int, action_size: 
             ) from error
     if not isinstance(belief, torch.Tensor) or belief.shape != (2, belief_size):
         found = f"shape {tuple(belief.shape)}" if isinstance(belief, torch.Tensor) else type(belief).__name__
-        raise ValueError(
-            f"{name} returns {found} for two rows; it must return the next belief, shape (2, {belief_size})."
-        )
+        raise ValueError(f"{name} returns {found} for two rows; the next belief has shape (2, {belief_size}).")
     if hasattr(core, "project_action") != hasattr(core, "advance"):
         raise ValueError(f"{name} has only one of project_action and advance, which belong together. Add the other.")
 
@@ -189,12 +187,7 @@ class RSSMPosterior(nn.Module):
     ):
         super().__init__()
         self.latent = latent
-        joint = Linear(belief_size + embedding_size, hidden)  # initialised as one layer: fan-in counts both
-        self.belief_in = Linear(belief_size, hidden, bias=False)
-        self.embedding_in = Linear(embedding_size, hidden)
-        with torch.no_grad():
-            self.belief_in.weight.copy_(joint.weight[:, :belief_size])
-            self.embedding_in.weight.copy_(joint.weight[:, belief_size:])
+        self.belief_in, self.embedding_in = split_linear(belief_size, embedding_size, hidden)
         self.norm = NormSiLU(hidden) if norm is None else norm
         self.out = Linear(hidden, latent.logits_size)
 
