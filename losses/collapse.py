@@ -18,9 +18,6 @@ def effective_rank(rows: torch.Tensor) -> torch.Tensor:
     Args:
         rows: [N, E].
 
-    Returns:
-        A scalar between 0 and E.
-
     Example:
         >>> rows = torch.tensor([[1.0, 0.0, 5.0], [-1.0, 0.0, 5.0], [0.0, 1.0, 5.0], [0.0, -1.0, 5.0]])
         >>> effective_rank(rows)
