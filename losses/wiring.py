@@ -197,7 +197,7 @@ class DreamerLoss(LossModule):
             raise ValueError(f"{name}={key!r} is not a key: give a string, or a tuple of strings for a nested entry.")
         if prefix and isinstance(key, tuple) and key[0] == prefix[0]:
             short = key[1] if len(key) == 2 else key[1:]
-            raise ValueError(f"{name}={key!r}: it is looked for below {prefix[0]!r}. Call set_keys({name}={short!r}).")
+            raise ValueError(f"{name}={key!r} is below {prefix[0]!r} already: call set_keys({name}={short!r}).")
         module: Any = getattr(self, model, None) if model else None
         if module is None:
             return

@@ -24,7 +24,7 @@ def captured(step: Step, device: torch.device, choice: str | bool = "auto") -> S
     if choice not in ("auto", True, False):
         raise ValueError(f"capture={choice} is not one of auto, true, false.")
     if choice is True and device.type != "cuda":
-        raise ValueError(f"capture=true records a CUDA graph, and the learner is on {device}. Use auto or false.")
+        raise ValueError(f"capture=true records a CUDA graph, and the learner is on {device}. Use capture=auto.")
     return CapturedStep(step, device) if choice and device.type == "cuda" else step
 
 
