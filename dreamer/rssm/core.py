@@ -106,7 +106,9 @@ def check_core(core: nn.Module, state_size: int, belief_size: int, action_size: 
             ) from error
     if not isinstance(belief, torch.Tensor) or belief.shape != (2, belief_size):
         found = f"shape {tuple(belief.shape)}" if isinstance(belief, torch.Tensor) else type(belief).__name__
-        raise ValueError(f"{name} returns {found} for two rows; the next belief has shape (2, {belief_size}).")
+        raise ValueError(
+            f"{name} returns {found} for two rows; it must return the next belief, shape (2, {belief_size})."
+        )
     if hasattr(core, "project_action") != hasattr(core, "advance"):
         raise ValueError(f"{name} has only one of project_action and advance, which belong together. Add the other.")
 
