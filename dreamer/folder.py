@@ -5,8 +5,6 @@ model.safetensors   its weights: encoder.vector.layers.0.weight, rssm.0.core.bel
 README.md           its model card (card.py)
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -41,9 +39,7 @@ def write_folder(directory: Path, packed: Mapping[str, Any], card: str, more: Ma
         if file.is_symlink():
             raise ValueError(f"{file} is a link to {os.readlink(file)}, which would be overwritten: remove the link.")
         if file.exists() and not (directory / WEIGHTS).exists():
-            raise ValueError(
-                f"{file} is of something else, and would be overwritten: save the agent to a folder of its own."
-            )
+            raise ValueError(f"{file} is of something else, and would be overwritten: save to a folder of its own.")
     directory.mkdir(parents=True, exist_ok=True)
     parts = {**packed["weights"], **{name: head["weights"] for name, head in heads.items()}}
     tensors = {f"{part}.{name}": value for part, weights in parts.items() for name, value in weights.items()}
@@ -103,9 +99,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     for name, kind in {"format": int, **SECTIONS}.items():
         if not isinstance(config, dict) or not isinstance(config.get(name), kind):
-            raise ValueError(
-                f"{path} describes no agent: it has no {name}. save_pretrained and export write such a file."
-            )
+            raise ValueError(f"{path} describes no agent: it has no {name}. save_pretrained and export write one.")
     if not isinstance(config.setdefault("heads", {}), dict):
         raise ValueError(f"{path} describes no agent: its heads are a {type(config['heads']).__name__}.")
     return config

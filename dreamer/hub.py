@@ -3,8 +3,6 @@
 Needs the extra `hub`. Of a repository three files are read (folder.py), whatever else it holds.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path
@@ -47,9 +45,7 @@ def _download(repository: str, revision: str | None) -> Path:
             "one needs `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ValueError(
-            f"{repository} has no revision {revision!r}; give a branch, a tag or a commit of it."
-        ) from error
+        raise ValueError(f"{repository} has no revision {revision!r}; give a branch, tag or commit of it.") from error
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(
             f"{name} is no folder here, the Hugging Face Hub cannot be reached, and no earlier download is in the cache. "

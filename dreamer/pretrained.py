@@ -11,8 +11,6 @@ print(agent.summary())
 Continuous actions are for [-1, 1]: clip them and scale them to the environment's range.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -34,9 +32,7 @@ from .hub import locate
 from .recipe import construct
 
 STATE = "state.pt"  # the file of a checkpoint that holds the entry "agent"
-OWN_NAME = re.compile(
-    r"step_\d{9,}(_\d+)?"
-)  # a checkpoint that a run named; a user's copy beside it is opened by its name
+OWN_NAME = re.compile(r"step_\d{9,}(_\d+)?")  # of a checkpoint that a run named; a user's copy is opened by its name
 
 
 def pack(
@@ -48,10 +44,8 @@ def pack(
     more_heads: by name a recipe, called with the agent's sizes, and such a head; the agent comes back with it in ``heads``,
         and its world model as it was, without.
     """
-    added = {
-        name: {"recipe": dict(made_by), "weights": head.state_dict()}
-        for name, (made_by, head) in (more_heads or {}).items()
-    }
+    heads = (more_heads or {}).items()
+    added = {name: {"recipe": dict(made_by), "weights": head.state_dict()} for name, (made_by, head) in heads}
     return {
         "observations": {"images": dict(agent.observations.images), "vectors": dict(agent.observations.vectors)},
         "actions": {"size": agent.actions.size, "discrete": agent.actions.discrete},
@@ -71,9 +65,8 @@ def unpack(packed: Mapping[str, Any], trust: Sequence[str] = ()) -> Agent:
     images = {key: tuple(shape) for key, shape in packed["observations"]["images"].items()}
     observations = ObservationSpace(images, packed["observations"]["vectors"])
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
-        agent = construct({**packed["recipe"], "_partial_": True}, trust)(
-            observations, ActionSpace(**packed["actions"])
-        )
+        build = construct({**packed["recipe"], "_partial_": True}, trust)
+        agent = build(observations, ActionSpace(**packed["actions"]))
     if unknown := packed["weights"].keys() - agent.parts().keys():
         raise RuntimeError(f"weights of {', '.join(sorted(unknown))}, which this agent does not have")
     for name, part in agent.parts().items():
@@ -130,9 +123,7 @@ def save_pretrained(
     """
     recipe = recipe or agent.recipe
     if recipe is None:
-        raise ValueError(
-            "recipe=None is for agents that load_pretrained made; give what builds this one, as in pack()."
-        )
+        raise ValueError("recipe=None is for what load_pretrained made; give what builds this agent, as in pack().")
     packed = pack(agent, recipe, {name: (made_by, agent.heads[name]) for name, made_by in agent.more_heads.items()})
     write_folder(Path(directory), packed, (card or ModelCard()).text(packed), more or {})
     return Path(directory)

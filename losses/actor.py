@@ -3,8 +3,6 @@
 L = -mean[ w_t ( ln pi(a_t | z_t) sg((R_t - v_t) / S) + eta H[pi(. | z_t)] ) ]
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -133,16 +131,14 @@ class DreamerActorLoss(DreamerLoss):
             )
         if gamma is not None:
             if discount not in (DISCOUNT, gamma):
-                raise ValueError(
-                    f"gamma={gamma} and discount={discount} are two names of one thing; give discount alone."
-                )
+                raise ValueError(f"gamma={gamma} and discount={discount} name one thing; give discount alone.")
             discount = gamma
         for name, share in {"discount": discount, "lmbda": lmbda}.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share} must be in [0, 1].")
         if not 0 < return_rate <= 1:
             raise ValueError(
-                f"return_rate={return_rate} must be in (0, 1]; at 0 the scale of returns stays as it begins."
+                f"return_rate={return_rate} must be in (0, 1]; at 0 the scale of returns would never move."
             )
         super().__init__()
         if imagination_horizon < 1:
@@ -154,10 +150,9 @@ class DreamerActorLoss(DreamerLoss):
         self.entropy_bonus: float | torch.Tensor = entropy_bonus
         self.return_norm = PercentileValueNorm(quantiles=return_quantiles, rate=return_rate)
         self._untrained = UntrainedHead(continue_model, getattr(model_based_env, "reads", (model_based_env,)))
-        self.continue_name = continue_name(self.tensor_keys, continue_model) or "continue_pred"
+        self._read_heads()
 
-    def set_keys(self, **kwargs) -> None:
-        super().set_keys(**kwargs)
+    def _read_heads(self) -> None:
         self.continue_name = continue_name(self.tensor_keys, self.continue_model) or "continue_pred"
 
     def _reads(self) -> list[NestedKey]:
@@ -167,29 +162,43 @@ class DreamerActorLoss(DreamerLoss):
         return ["loss_actor"]
 
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
-        keys = self.tensor_keys
         self._untrained.check(self.training)
         with torch.no_grad():
             imagined = self._imagine(self._start(tensordict)).detach()
-        returns, advantage, weight = self._score(imagined)
-
-        latents = imagined.select(*self.actor_model.in_keys, strict=False)
-        with self.actor_model_params.to_module(self.actor_model):
-            policy = self.actor_model.get_dist(latents)
-        log_prob = _scalar(policy.log_prob(imagined.get(keys.action)))  # [N, H, 1]
+            value, returns, continuation = self._returns(imagined)
+            if self.training:
+                self.return_norm.update(gather_ranks(returns))
+            scale = self.return_norm.scale()
+            advantage = (returns - value[:, :-1]) / scale
+        policy = self._policy(imagined)
+        log_prob = _scalar(policy.log_prob(imagined.get(self.tensor_keys.action)))  # [N, H, 1]
         entropy = _scalar(self._entropy(policy))
-        loss = -(weight * (log_prob * advantage + self.entropy_bonus * entropy)).mean()
+        objective = log_prob * advantage + self.entropy_bonus * entropy
+        diagnostics = {"return_scale": scale.squeeze(-1).clone(), "advantage_std": advantage.std()}
+        return self._results(tensordict, imagined, objective, entropy, returns, continuation, **diagnostics)
 
+    def _results(
+        self,
+        tensordict: TensorDictBase,
+        imagined: TensorDictBase,
+        objective: torch.Tensor,
+        entropy: torch.Tensor,
+        returns: torch.Tensor,
+        continuation: torch.Tensor,
+        **diagnostics: torch.Tensor,
+    ) -> tuple[TensorDict, TensorDictBase]:
+        """The loss of an objective [N, H, 1], and what was imagined with the critic's targets and weights."""
+        weight = imagination_weight(continuation.detach(), self.discount)[:, :-1]
+        imagined.set(self.tensor_keys.lambda_target, returns.detach())
+        imagined.set(self.tensor_keys.discount_weight, weight)
         losses = TensorDict(
             {
-                "loss_actor": loss,
+                "loss_actor": -(weight * objective).mean(),
                 "actor_entropy": entropy.detach().mean(),
-                "return_mean": returns.mean(),
-                "return_scale": self.return_norm.scale().squeeze(-1).clone(),
-                "advantage_std": advantage.std(),
-                "imagined_reward": imagined.get(("next", keys.reward)).mean(),
-            },
-            [],
+                "return_mean": returns.detach().mean(),
+                **diagnostics,
+                "imagined_reward": imagined.get(("next", self.tensor_keys.reward)).mean(),
+            }
         )
         self._clear_weakrefs(tensordict, losses)
         return losses, imagined
@@ -210,6 +219,10 @@ class DreamerActorLoss(DreamerLoss):
         """In closed form, or by one sample where the distribution has none (a squashed Normal)."""
         return policy.entropy() if has_analytic_entropy(policy) else -rsample_and_log_prob(policy)[1]
 
+    def _policy(self, imagined: TensorDictBase) -> Any:
+        with self.actor_model_params.to_module(self.actor_model):
+            return self.actor_model.get_dist(imagined.select(*self.actor_model.in_keys, strict=False))
+
     def _imagine(self, start: TensorDictBase) -> TensorDictBase:
         with self.actor_model_params.to_module(self.actor_model), set_exploration_type(ExplorationType.RANDOM):
             return self.model_based_env.rollout(
@@ -220,33 +233,21 @@ class DreamerActorLoss(DreamerLoss):
                 break_when_any_done=False,
             )
 
-    @torch.no_grad()
-    def _score(self, imagined: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Lambda-returns, normalised advantages and weights of the H imagined steps, all [N, H, 1]."""
-        keys = self.tensor_keys
-        value, reward, continuation = self._predictions(imagined)
-        returns = lambda_return(reward, value, terminal=1 - continuation, discount=self.discount, lmbda=self.lmbda)
-        if self.training:
-            self.return_norm.update(gather_ranks(returns))
-        advantage = (returns - value[:, :-1]) / self.return_norm.scale()
-        weight = imagination_weight(continuation, self.discount)[:, :-1]
-        imagined.set(keys.lambda_target, returns)
-        imagined.set(keys.discount_weight, weight)
-        return returns, advantage, weight
-
-    def _predictions(self, imagined: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Values, rewards and probabilities that episodes go on, at all imagined states [N, H+1, 1]."""
+    def _returns(self, imagined: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values [N, H+1, 1], lambda-returns [N, H, 1], and probabilities [N, H+1, 1] that episodes go on."""
         value = self._along(imagined, self.value_model, "value")
         reward = entry(imagined, self.tensor_keys, "reward", NEXT).float()  # [N, H, 1]
         check_scalar(reward.shape, value[:, 1:].shape, "reward")
         reward = torch.cat([torch.zeros_like(reward[:, :1]), reward], 1)
-        if self.continue_model is None:
-            return value, reward, torch.ones_like(value)
-        continuation = self._along(imagined, self.continue_model, self.continue_name)
-        if self.continue_name == "continue_pred":
-            return value, reward, continuation.sigmoid()
-        check_probability(continuation)
-        return value, reward, continuation
+        continuation = torch.ones_like(value)
+        if self.continue_model is not None:
+            continuation = self._along(imagined, self.continue_model, self.continue_name)
+            if self.continue_name == "continue_pred":
+                continuation = continuation.sigmoid()
+            else:
+                check_probability(continuation)
+        returns = lambda_return(reward, value, terminal=1 - continuation, discount=self.discount, lmbda=self.lmbda)
+        return value, returns, continuation
 
     def _along(self, imagined: TensorDictBase, model: TensorDictModuleBase, name: str) -> torch.Tensor:
         """A head's prediction at all H+1 imagined states [N, H+1, 1]: the first at the root, the others after it."""

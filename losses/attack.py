@@ -6,8 +6,6 @@ R = sum_k w_k r_k + w_{H+1} v_H,  k = 1 .. H,  w_k = prod_{j < k} (discount c_j)
 The agent is frozen: gradients flow through it, and none of its parameters gets one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import nn
 from torchrl.modules import SymExpTwoHot
 
 from .functional import categorical_kl, lambda_return
-from .wiring import DreamerLoss, frozen, unregistered
+from .wiring import NEXT, DreamerLoss, entry, frozen, unregistered
 
 View = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -156,7 +154,7 @@ class PlanningAttackLoss(DreamerLoss):
 
     def forward(self, tensordict: TensorDictBase, views: Sequence[View] | None = None) -> TensorDict:
         """The loss on records [B, T], averaged over ``views``; default: the patch's own draws."""
-        pixels = tensordict.get(("next", self.tensor_keys.pixels))
+        pixels = entry(tensordict, self.tensor_keys, "pixels", NEXT)
         draws = self.patch.views(pixels.shape[0], pixels.shape[-2:]) if views is None else views
         with frozen(*self._agent), self._repeatable(pixels.device) as seed:
             clean, clean_logits = self._filter(tensordict, self._leaf(self._floats(pixels)), seed)
@@ -184,15 +182,14 @@ class PlanningAttackLoss(DreamerLoss):
                 "return_change": imagined.detach() - clean_return.mean(),
                 "kl": kl.detach(),
                 "action_shift": shift.detach(),
-            },
-            [],
+            }
         )
         self._clear_weakrefs(tensordict, losses)
         return losses
 
     def saliency(self, tensordict: TensorDictBase) -> torch.Tensor:
         """Mean |d return / d pixel| of the agent undisturbed, over the frames and channels of records [B, T]: [H, W]."""
-        pixels = tensordict.get(("next", self.tensor_keys.pixels))
+        pixels = entry(tensordict, self.tensor_keys, "pixels", NEXT)
         with torch.enable_grad(), frozen(*self._agent), self._repeatable(pixels.device) as seed:
             image = self._leaf(self._floats(pixels))
             seen, _ = self._filter(tensordict, image, seed)

@@ -1,7 +1,5 @@
 """Is a representation alive? How far it spreads over the samples, and in how many directions, for the metrics of a run."""
 
-from __future__ import annotations
-
 import torch
 
 from .functional import centre
@@ -19,9 +17,6 @@ def effective_rank(rows: torch.Tensor) -> torch.Tensor:
 
     Args:
         rows: [N, E].
-
-    Returns:
-        A scalar between 0 and E.
 
     Example:
         >>> rows = torch.tensor([[1.0, 0.0, 5.0], [-1.0, 0.0, 5.0], [0.0, 1.0, 5.0], [0.0, -1.0, 5.0]])

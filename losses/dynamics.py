@@ -3,14 +3,11 @@
 L = -mean[ w_t ( rho R_t + (1 - rho) ln pi(a_t | z_t) sg(R_t - v_t) + eta H[pi(. | z_t)] ) ]
 """
 
-from __future__ import annotations
-
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.modules import TanhNormal
 
 from .actor import DreamerActorLoss, _scalar
-from .functional import imagination_weight, lambda_return
 from .wiring import frozen
 
 
@@ -39,19 +36,14 @@ class DynamicsActorLoss(DreamerActorLoss):
         self.dynamics = dynamics
 
     def forward(self, tensordict: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
-        keys = self.tensor_keys
         self._untrained.check(self.training)
         start = self._start(tensordict)
         env = self.model_based_env
         with frozen(*getattr(env, "reads", (env,)), self.value_model, self.continue_model):
             imagined = self._imagine(start)
-            value, reward, continuation = self._predictions(imagined)
-            returns = lambda_return(reward, value, terminal=1 - continuation, discount=self.discount, lmbda=self.lmbda)
-        weight = imagination_weight(continuation.detach(), self.discount)[:, :-1]
-
+            value, returns, continuation = self._returns(imagined)
         objective, fixed = self.dynamics * returns, imagined.detach()
-        with self.actor_model_params.to_module(self.actor_model):
-            policy = self.actor_model.get_dist(fixed.select(*self.actor_model.in_keys, strict=False))
+        policy = self._policy(fixed)
         if self.dynamics < 1:
             if isinstance(policy, TanhNormal):
                 raise ValueError(
@@ -59,21 +51,9 @@ class DynamicsActorLoss(DreamerActorLoss):
                     "where tanh is flat. Use dynamics=1, or a policy that is not squashed (squashed_actions=False)."
                 )
             advantage = (returns - value[:, :-1]).detach()
-            log_prob = _scalar(policy.log_prob(fixed.get(keys.action)))
+            log_prob = _scalar(policy.log_prob(fixed.get(self.tensor_keys.action)))
             objective = objective + (1 - self.dynamics) * log_prob * advantage
         entropy = _scalar(self._entropy(policy))
         if torch.is_tensor(self.entropy_bonus) or self.entropy_bonus:  # to look into a tensor is to wait for its device
             objective = objective + self.entropy_bonus * entropy
-        fixed.set(keys.lambda_target, returns.detach())
-        fixed.set(keys.discount_weight, weight)
-        losses = TensorDict(
-            {
-                "loss_actor": -(weight * objective).mean(),
-                "actor_entropy": entropy.detach().mean(),
-                "return_mean": returns.detach().mean(),
-                "imagined_reward": fixed.get(("next", keys.reward)).mean(),
-            },
-            [],
-        )
-        self._clear_weakrefs(tensordict, losses)
-        return losses, fixed
+        return self._results(tensordict, fixed, objective, entropy, returns, continuation)

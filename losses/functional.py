@@ -1,7 +1,5 @@
 """The maths of the losses as pure functions, usable alone. Everything computes in float32, autocast or not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -44,7 +42,7 @@ def barlow_twins_loss(
         projected: [N, E], k, the view that learns.
         target: [N, E], e; detach it outside if it must not learn.
         redundancy_weight: factor on the second term.
-        keep: [N, 1], 1 for samples that count, 0 for others; by default all count.
+        keep: [N, 1], 1 for samples that count, 0 for others; by default all count. From less than two nothing is learned.
         total: makes sums over the rows sums over those of all ranks; :func:`r2dreamer.losses.ranks.pool` chooses it.
 
     Returns:
@@ -60,10 +58,10 @@ def barlow_twins_loss(
     if samples < 2:
         raise ValueError(f"Barlow Twins correlates over samples and needs at least 2, got {samples}.")
     with torch.autocast(projected.device.type, enabled=False):
-        count = total((torch.ones_like(projected[:, 0]) if keep is None else keep).float().sum())
+        count = total((torch.ones_like(projected[:, 0]) if keep is None else keep).float().sum()).clamp_min(1)
         k, e = (centre(view.float(), count, keep, total) for view in (projected, target))
         # No row may be divided by the deviation: it is of all ranks, and so is its gradient.
-        variances = total(torch.cat([k.square().sum(0), e.square().sum(0)])) / (count - 1)
+        variances = total(torch.cat([k.square().sum(0), e.square().sum(0)])) / (count - 1).clamp_min(1)
         std_k, std_e = variances.clamp_min(1e-16).sqrt().chunk(2)  # the root of 0 has an infinite gradient
         correlation = total(k.T @ e) / (count * std_k.unsqueeze(1) * std_e)  # [E, E]
     diagonal = correlation.diagonal()
@@ -111,7 +109,7 @@ def info_nce_loss(
 
 @torch.no_grad()
 def sinkhorn(scores: torch.Tensor, *, eps: float = 0.05, iterations: int = 3) -> torch.Tensor:
-    """Scores [K, ...] of samples on K prototypes to assignments: each sample's sum to 1, prototypes are used equally.
+    """Scores [K, ...] of samples on K prototypes to assignments [K, ...]: each sample's sum to 1, prototypes are used equally.
 
     Sinkhorn-Knopp in log space: of exp(scores / eps), rows are scaled to 1/K and columns to 1/N in turn. No gradient.
 
@@ -119,9 +117,6 @@ def sinkhorn(scores: torch.Tensor, *, eps: float = 0.05, iterations: int = 3) ->
         scores: [K, ...].
         eps: how soft assignments are; the smaller, the harder.
         iterations: number of rounds.
-
-    Returns:
-        Assignments of the scores' shape.
 
     Example:
         >>> sinkhorn(torch.tensor([[9.0, 9.0], [9.0, 9.0]]))  # both samples like both prototypes equally
@@ -191,7 +186,7 @@ def accumulate_spans(interim: torch.Tensor, decay: torch.Tensor, last: torch.Ten
 
 
 def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits against the two-hot codes of n targets each, interpolated in raw space, saturating.
+    """Cross-entropy [..., n] of logits against the two-hot codes of n targets each, interpolated in raw space, saturating.
 
     Only two log-probabilities per target are read, so no code of the support's width is ever built, and all targets share
     one logsumexp: several times less memory traffic than TorchRL's ``two_hot_cross_entropy``, which it equals.
@@ -200,9 +195,6 @@ def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tens
         logits: [..., bins].
         targets: [..., n].
         support: [bins], ascending values.
-
-    Returns:
-        [..., n].
 
     Example:
         >>> two_hot_nll(torch.zeros(1, 3), torch.tensor([[0.25]]), torch.tensor([-1.0, 0.0, 1.0]))  # ln 3
@@ -222,28 +214,22 @@ def two_hot_nll(logits: torch.Tensor, targets: torch.Tensor, support: torch.Tens
 
 
 def imagination_weight(continuation: torch.Tensor, discount: float = 1 - 1 / 333) -> torch.Tensor:
-    """Probability, discounted, that an imagined step happens at all: cumulative product of continue * discount.
+    """Discounted probability [N, H, 1] that an imagined step happens at all: cumulative product of continue * discount.
 
     Args:
         continuation: probabilities [N, H, 1] that an episode goes on.
         discount: of a step.
-
-    Returns:
-        [N, H, 1].
     """
     return (discount * continuation).cumprod(1)
 
 
 def categorical_kl(logits: torch.Tensor, other: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:
-    """KL of S independent categoricals [..., S, K] from others, mixed with ``unimix`` of the uniform, summed over S.
+    """KL [...] in nats of S independent categoricals from others, mixed with ``unimix`` of the uniform, summed over S.
 
     Args:
         logits: [..., S, K].
         other: [..., S, K].
         unimix: share of the uniform distribution in both.
-
-    Returns:
-        [...], in nats.
     """
     return divergence(*(log_mixed(each, unimix) for each in (logits, other)))
 
@@ -260,14 +246,11 @@ def log_mixed(logits: torch.Tensor, unimix: float) -> torch.Tensor:
 
 
 def categorical_entropy(logits: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:
-    """Entropy of S independent categoricals [..., S, K], summed over S, in nats.
+    """Entropy [...] in nats of S independent categoricals, summed over S.
 
     Args:
         logits: [..., S, K].
         unimix: share of the uniform distribution.
-
-    Returns:
-        [...], in nats.
     """
     probs = torch.softmax(logits.float(), -1)
     probs = (1 - unimix) * probs + unimix / logits.shape[-1]

@@ -1,7 +1,5 @@
 """Divergences between posterior and prior; like the representation objective, an object passed to the world-model loss."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,6 +7,7 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from .functional import categorical_entropy, divergence, log_mixed
+from .objectives.base import Terms
 from .wiring import NEXT, entry
 
 READS = ("prior_logits", "posterior_logits")
@@ -49,14 +48,12 @@ class CategoricalKL(nn.Module):
         self.dynamics, self.representation = dynamics, representation
         self.free_nats, self.unimix, self.average_first = free_nats, unimix, average_first
 
-    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
         posterior = entry(tensordict, keys, "posterior_logits", NEXT).float()
         prior = entry(tensordict, keys, "prior_logits", NEXT).float()
         return self.compare(posterior, prior)
 
-    def compare(
-        self, posterior: torch.Tensor, prior: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def compare(self, posterior: torch.Tensor, prior: torch.Tensor) -> tuple[Terms, Terms]:
         """:meth:`forward` of logits [B, T, S, K]."""
         # As TorchRL's categorical_kl_terms, which is NaN where logits differ by hundreds and nothing is mixed in.
         q, p = log_mixed(posterior, self.unimix), log_mixed(prior, self.unimix)
@@ -96,13 +93,11 @@ class GaussianKL(nn.Module):
         super().__init__()
         self.weight, self.free_nats = weight, free_nats
 
-    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
         posterior, posterior_std = entry(tensordict, keys, "posterior_logits", NEXT).float().unbind(-1)
         prior, prior_std = entry(tensordict, keys, "prior_logits", NEXT).float().unbind(-1)
         ratio = (posterior_std / prior_std).square()
         distance = ((posterior - prior) / prior_std).square()
         kl = 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1).mean()
-        diagnostics = {"kl": kl, "prior_std": prior_std.mean(), "posterior_std": posterior_std.mean()}
-        return {"kl": self.weight * kl.clamp_min(self.free_nats)}, {
-            name: value.detach() for name, value in diagnostics.items()
-        }
+        spread = {"prior_std": prior_std.detach().mean(), "posterior_std": posterior_std.detach().mean()}
+        return {"kl": self.weight * kl.clamp_min(self.free_nats)}, {"kl": kl.detach(), **spread}

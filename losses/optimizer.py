@@ -2,8 +2,6 @@
 
 # pyright: reportPrivateImportUsage=false
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -62,10 +60,7 @@ class DreamerOptimizer(DreamerV3Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         limits = [group["agc"] for group in self.param_groups]
         for group in self.param_groups:
             clip_jointly(group)
@@ -82,6 +77,14 @@ class DreamerOptimizer(DreamerV3Optimizer):
         super().load_state_dict(state_dict)
         for group, pieces in zip(self.param_groups, joint, strict=True):
             group["joint"] = pieces
+
+
+def evaluated(closure: Callable[[], torch.Tensor] | None) -> torch.Tensor | None:
+    """The loss of a closure; its gradients must be there before they are clipped."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def clip_jointly(group: dict[str, Any]) -> None:
@@ -143,13 +146,15 @@ class GroupedAdam(torch.optim.Adam):
         super().__init__(groups, lr=lr, eps=eps)
         self.max_norm, self.warmup_steps = max_norm, warmup_steps
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        loss = evaluated(closure)
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], self.max_norm)
             group["updates"] += 1
             group["lr"] *= min(1.0, group["updates"] / max(1, self.warmup_steps))
-        loss = super().step(closure)
+        super().step()
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = rate
         return loss

@@ -125,16 +125,12 @@ class DreamerValueLoss(DreamerLoss):
         has_target = slow_critic_regularization > 0 or bootstrap_target
         self.convert_to_functional(cast(Any, value_model), "value_model", create_target_params=has_target)
         unregistered(self, bootstrap_model=TargetValue(self) if bootstrap_target else value_model)
-        self._read_head()
+        self._read_heads()
 
-    def _read_head(self) -> None:
+    def _read_heads(self) -> None:
         self.prediction = ScalarPrediction(
             list(self.value_model.out_keys), self.tensor_keys.value_logits, self.num_value_bins, self.scalar_likelihood
         )
-
-    def set_keys(self, **kwargs) -> None:
-        super().set_keys(**kwargs)
-        self._read_head()
 
     def _reads(self) -> list[NestedKey]:
         return [*self.value_model.in_keys, self.tensor_keys.lambda_target, self.tensor_keys.discount_weight]

@@ -1,7 +1,5 @@
 """Wiring: what a loss reads, which module writes it, and what its errors say where something else is there."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -187,6 +185,10 @@ class DreamerLoss(LossModule):
             if key is not None:
                 self._check_key(name, key, **accepted[name].metadata)
         super().set_keys(**kwargs)
+        self._read_heads()
+
+    def _read_heads(self) -> None:
+        """Looks up by the present keys what the loss's models write; called by a constructor, and again by ``set_keys``."""
 
     def _check_key(self, name: str, key: Any, model: str = "", prefix: tuple[str, ...] = (), writer: str = "") -> None:
         """Refuses a key that nothing can be found under."""
@@ -195,9 +197,7 @@ class DreamerLoss(LossModule):
             raise ValueError(f"{name}={key!r} is not a key: give a string, or a tuple of strings for a nested entry.")
         if prefix and isinstance(key, tuple) and key[0] == prefix[0]:
             short = key[1] if len(key) == 2 else key[1:]
-            raise ValueError(
-                f"{name}={key!r}: this loss looks below {prefix[0]!r} already. Call set_keys({name}={short!r})."
-            )
+            raise ValueError(f"{name}={key!r} is below {prefix[0]!r} already: call set_keys({name}={short!r}).")
         module: Any = getattr(self, model, None) if model else None
         if module is None:
             return

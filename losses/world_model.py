@@ -3,8 +3,6 @@
 L = L_objective(k, sg e) + 1.0 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p)) - ln p(r) - ln p(continue)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -137,9 +135,7 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         require_modules(world_model=world_model)
         require_instances(representation=representation, kl=kl, scalar_likelihood=scalar_likelihood)
         if not 0 < continue_target_scale <= 1:
-            raise ValueError(
-                f"continue_target_scale={continue_target_scale} must be in (0, 1]; 1 leaves targets alone."
-            )
+            raise ValueError(f"continue_target_scale={continue_target_scale} must be in (0, 1]; 1 changes no target.")
         for name, weight in {"reward_weight": reward_weight, "continue_weight": continue_weight}.items():
             if weight < 0:
                 raise ValueError(f"{name}={weight} must not be negative; 0 switches the term off.")
@@ -204,10 +200,6 @@ class R2DreamerWorldModelLoss(DreamerLoss):
     @staticmethod
     def _next(key: NestedKey) -> NestedKey:
         return unravel_key(("next", key))
-
-    def set_keys(self, **kwargs) -> None:
-        super().set_keys(**kwargs)
-        self._read_heads()
 
     @property
     def predicts_continue(self) -> bool:
@@ -282,14 +274,9 @@ def total_loss(losses: TensorDictBase) -> torch.Tensor:
 
     Args:
         losses: what a loss, or several, returned.
-
-    Returns:
-        A scalar.
     """
     terms = [value for key, value in losses.items() if key.startswith("loss_")]
     if not terms:
-        raise ValueError(
-            f"No entry begins with 'loss_': there is {listed(losses.keys())}. Pass what a loss returned first."
-        )
+        raise ValueError(f"No entry begins with 'loss_' in {listed(losses.keys())}. Pass what a loss returned first.")
     first, *others = terms
     return sum(others, first)

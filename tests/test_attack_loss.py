@@ -302,4 +302,12 @@ def test_settings_that_make_no_sense_are_refused(settings, says):
         toy_loss(toy_patch(0.5), **settings)
 
 
+def test_records_without_the_image_are_refused():
+    records = TensorDict({"next": {"camera": torch.rand(1, 1, 1, 1, 1)}}, [1, 1])
+    loss = toy_loss(toy_patch(0.5))
+    for look in (loss, loss.saliency):
+        with pytest.raises(ValueError, match="pixels is missing"):
+            look(records)
+
+
 assert ACTIONS == 2 and TIME == 5  # what the discrete and continuous agents above have

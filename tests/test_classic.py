@@ -240,6 +240,21 @@ def test_every_group_has_its_own_rate_and_norm():
     assert [group["lr"] for group in ours.param_groups] == list(rates.values())
 
 
+def test_gradients_of_a_closure_are_clipped():
+    weight = nn.Parameter(torch.ones(4))
+    group = {"name": "model", "params": [weight]}
+    optimizer = GroupedAdam([group], lr=1e-3, actor_lr=1e-3, value_lr=1e-3, max_norm=2.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 30 * weight.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 120
+    assert weight.grad.norm().item() == pytest.approx(2.0, rel=1e-4)
+
+
 def test_images_are_encoded_and_drawn_in_the_published_shapes():
     encoder, decoder = ConvEncoder((3, 64, 64), depth=32), ConvDecoder(230, (3, 64, 64), depth=32)
     assert encoder.out_features == 1024

@@ -96,9 +96,10 @@ def test_a_subclass_of_ones_own_stays_as_it_is():
     assert type(layers[0]) is Own and isinstance(layers[1], Linear) and type(layers[1]) is not Linear
 
 
-def test_a_trick_that_does_not_exist_is_refused():
+@pytest.mark.parametrize("fast", ["magic", ["magic"]])
+def test_a_trick_that_does_not_exist_is_refused(fast):
     with pytest.raises(ValueError, match="fast names magic, .* deferred"):
-        tiny_agent(fast=["magic"])
+        tiny_agent(fast=fast)
 
 
 @pytest.mark.parametrize("classes", [2, 8, 15, 16, 32])

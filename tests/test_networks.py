@@ -1,6 +1,7 @@
 """The networks: sizes to the number, the sequence pass against single steps, routes of information and gradients."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from r2dreamer.dreamer import (
     VectorEncoder,
     build_agent,
 )
-from r2dreamer.dreamer.classic.networks import ELUVectorEncoder
+from r2dreamer.dreamer.networks.layers import elu_mlp
 from r2dreamer.losses import R2DreamerWorldModelLoss, total_loss
 
 SIZES = {"12M": 11.84e6, "25M": 26.5e6, "50M": 47.1e6, "100M": 105.6e6, "200M": 187.6e6}
@@ -325,7 +326,7 @@ def test_frequencies_add_sines_and_cosines_of_the_symlog_of_a_vector():
     vectors = torch.tensor([[0.0, 3.0]]), torch.tensor([[-1.0]])
     symlog = torch.tensor([[0.0, math.log(4), -math.log(2)]])
     expected = torch.cat([symlog, (2 * symlog).sin(), (2 * symlog).cos(), (8 * symlog).sin(), (8 * symlog).cos()], -1)
-    for make in (VectorEncoder, ELUVectorEncoder):
+    for make in (VectorEncoder, partial(VectorEncoder, make_layers=elu_mlp)):
         encoder = make(3, units=4, layers=1, frequencies=(2, 8))
         assert torch.allclose(encoder(*vectors), encoder.layers(expected), atol=1e-6)
         assert torch.equal(make(3, units=4, layers=0)(*vectors), symlog)

@@ -67,6 +67,16 @@ def test_next_embedding_equals_naive_loops_over_the_pairs_of_one_episode():
     assert diagnostics["next_invariance"].item() == pytest.approx(invariance, rel=1e-5)
 
 
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_without_two_pairs_of_one_episode_nothing_is_learned(pairs):
+    k, e, records = views()
+    records["is_init"][:] = True
+    records["is_init"][0, 1 : pairs + 1] = False
+    terms, _ = NextEmbedding()(records, KEYS)
+    terms["next_embedding"].backward()
+    assert terms["next_embedding"].item() == FEATURES and not k.grad.any()
+
+
 def test_next_embedding_teaches_the_predictions_that_have_a_next_step_in_their_episode():
     k, e, records = views()
     NextEmbedding()(records, KEYS)[0]["next_embedding"].backward()

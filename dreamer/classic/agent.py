@@ -1,21 +1,19 @@
 """Builds agents of Dreamer V1 and V2 from the parts of V3 and the networks that V3 replaced."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
-from ..agent import Agent, HeadFactory, assemble
+from ..agent import Agent, HeadFactory
 from ..networks.decoders import ObservationDecoder
-from ..networks.encoders import ObservationEncoder
+from ..networks.encoders import ObservationEncoder, VectorEncoder
 from ..networks.heads import FeatureMLP
 from ..networks.layers import elu_mlp
 from ..rssm.core import RSSMPosterior, RSSMPrior
 from ..rssm.latents import Latent
 from ..sizes import ActionSpace, ObservationSpace, Sizes
-from .networks import ConvDecoder, ConvEncoder, ELUVectorEncoder, ExplorationNoise, GRUCore, elu_actor_head
+from .networks import ConvDecoder, ConvEncoder, ExplorationNoise, GRUCore, elu_actor_head
 
 
 def build_classic_agent(
@@ -72,7 +70,7 @@ def build_classic_agent(
         depth=depth,
         units=units,
         make_image=partial(ConvEncoder, depth=depth),
-        make_vector=partial(ELUVectorEncoder, units=units, layers=vector_layers, frequencies=vector_frequencies or ()),
+        make_vector=lambda size: VectorEncoder(size, units, vector_layers, vector_frequencies or (), elu_mlp),
     )
     z = latent(categoricals, classes)
     core = GRUCore(z.size, actions.size, belief, hidden, cell)
@@ -90,7 +88,7 @@ def build_classic_agent(
         actions=actions.size,
     )
     scalar = lambda layers: FeatureMLP(sizes.features, units, layers, 1, make_layers=elu_mlp)
-    return assemble(
+    return Agent(
         observations,
         actions,
         sizes,

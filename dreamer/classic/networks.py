@@ -1,9 +1,6 @@
 """The networks of Dreamer V1 and V2 that V3 replaced: strided convolutions, a GRU, ELU layers, a squashed actor."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +13,8 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import TanhNormal
 
 from ..networks.distributions import BoundedNormal, OneHotAction
-from ..networks.encoders import vector_features
 from ..networks.heads import ActorNetwork, NormalParameters, OneHotParameters, probabilistic_head
-from ..networks.layers import Linear, bounded, elu_mlp, init_convolution
+from ..networks.layers import Linear, bounded, elu_mlp, init_convolution, split_linear
 
 
 class ConvEncoder(nn.Module):
@@ -49,21 +45,6 @@ class ConvEncoder(nn.Module):
         return self.layers(value.reshape(-1, *value.shape[-3:])).reshape(*value.shape[:-3], self.out_features)
 
 
-class ELUVectorEncoder(nn.Module):
-    """symlog, then ``layers`` of Linear -> ELU: vectors [..., n] concatenated, to [..., units]."""
-
-    compiles = ("forward",)
-
-    def __init__(self, in_features: int, units: int, layers: int, frequencies: Sequence[float] = ()):
-        super().__init__()
-        self.frequencies = tuple(frequencies)
-        self.layers = elu_mlp(in_features * (1 + 2 * len(self.frequencies)), units, layers)
-        self.out_features = units
-
-    def forward(self, *vectors: torch.Tensor) -> torch.Tensor:
-        return self.layers(vector_features(vectors, self.frequencies))
-
-
 class ConvDecoder(nn.Module):
     """(state, belief) -> images [..., C, 64, 64]: a Linear, then four transposed convolutions of stride 2 with ReLU.
 
@@ -76,9 +57,7 @@ class ConvDecoder(nn.Module):
         super().__init__()
         channels, height, width = image_shape
         if (height, width) != (64, 64):
-            raise ValueError(
-                f"The decoder of Dreamer V1 and V2 draws images of 64x64, not {height}x{width}: resize them."
-            )
+            raise ValueError(f"The decoder of V1 and V2 draws images of 64x64, not {height}x{width}: resize them.")
         widths = [32 * depth, 4 * depth, 2 * depth, depth, channels]
         self.first = Linear(features, widths[0])
         convolutions = [nn.ConvTranspose2d(widths[i], widths[i + 1], (5, 5, 6, 6)[i], 2) for i in range(4)]
@@ -125,11 +104,7 @@ class GRUCore(nn.Module):
     def __init__(self, state_size: int, action_size: int, belief_size: int, hidden: int, cell):
         super().__init__()
         self.belief_size = belief_size
-        joint = Linear(state_size + action_size, hidden)  # initialised as one layer: fan-in counts both
-        self.state_in, self.action_in = Linear(state_size, hidden, bias=False), Linear(action_size, hidden)
-        with torch.no_grad():
-            self.state_in.weight.copy_(joint.weight[:, :state_size])
-            self.action_in.weight.copy_(joint.weight[:, state_size:])
+        self.state_in, self.action_in = split_linear(state_size, action_size, hidden)
         self.cell = cell(hidden, belief_size)
 
     def project_action(self, action: torch.Tensor) -> torch.Tensor:
@@ -145,7 +120,7 @@ class GRUCore(nn.Module):
         return self.advance(state, belief, self.project_action(action))
 
 
-class SquashedParameters(nn.Module):
+class SquashedParameters(NormalParameters):
     """Network output [..., 2A] -> mean = 5 tanh(./5), std = softplus(. + c) + 1e-4, which is 5 where the output is 0."""
 
     def forward(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,13 +151,13 @@ def elu_actor_head(
 ) -> ProbabilisticTensorDictSequential:
     """A policy through which gradients pass: straight-through one-hot, a squashed Normal (V1) or a bounded one (V2)."""
     if discrete:
-        size, parameters, keys, distribution = action_size, OneHotParameters(0.0), ["probs"], StraightThroughAction
+        parameters, distribution = OneHotParameters(0.0), StraightThroughAction
     elif squashed:
-        size, parameters, keys, distribution = 2 * action_size, SquashedParameters(), ["loc", "scale"], SquashedNormal
+        parameters, distribution = SquashedParameters(), SquashedNormal
     else:
-        size, parameters, keys, distribution = 2 * action_size, NormalParameters(), ["loc", "scale"], BoundedNormal
-    network = ActorNetwork(features, units, layers, size, parameters, make_layers=elu_mlp)
-    return probabilistic_head(network, keys, distribution)
+        parameters, distribution = NormalParameters(), BoundedNormal
+    network = ActorNetwork(features, units, layers, action_size, parameters, make_layers=elu_mlp)
+    return probabilistic_head(network, distribution)
 
 
 class ExplorationNoise(TensorDictModuleBase):

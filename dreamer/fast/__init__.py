@@ -3,8 +3,6 @@
 Each trick has a file of its own. It can be left out, timed and deleted by itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import nn
@@ -30,6 +28,7 @@ def speed_up(*roots: nn.Module, tricks: Iterable[str] = tuple(TRICKS)) -> None:
         >>> type(layer[1]).__name__
         'BlockedNorm'
     """
+    tricks = [tricks] if isinstance(tricks, str) else tricks
     unknown = set(tricks) - set(TRICKS)
     if unknown:
         raise ValueError(f"fast names {', '.join(sorted(unknown))}, and the tricks are {', '.join(TRICKS)}.")

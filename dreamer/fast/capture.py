@@ -8,8 +8,6 @@ tensordict's ``CudaGraphModule`` cannot take its place:
 * It captures in the mode "global": an acting thread's calls (``collector=async``) would break the capture.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -26,9 +24,7 @@ def captured(step: Step, device: torch.device, choice: str | bool = "auto") -> S
     if choice not in ("auto", True, False):
         raise ValueError(f"capture={choice} is not one of auto, true, false.")
     if choice is True and device.type != "cuda":
-        raise ValueError(
-            f"capture=true records a CUDA graph, and the learner is on {device}. Use capture=auto or false."
-        )
+        raise ValueError(f"capture=true records a CUDA graph, and the learner is on {device}. Use capture=auto.")
     return CapturedStep(step, device) if choice and device.type == "cuda" else step
 
 

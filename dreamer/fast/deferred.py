@@ -8,10 +8,9 @@ A step may be compiled as one whole. Each product adds a perturbation: a zero of
 memory. The gradient of the perturbation is the gradient of the output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +194,7 @@ def deferred_weight_gradients(step: Callable, rows: int, *modules: nn.Module) ->
 class Deferred(Fast):
     """A layer that records on its tapes while a sequence runs, and computes its plain forward otherwise."""
 
-    tapes: Mapping[str, Tape] = {}
+    tapes: Mapping[str, Any] = {}  # each a Tape
 
     def make_tapes(self, rows: int) -> Mapping[str, Tape]:
         raise NotImplementedError  # each layer knows its weights
@@ -203,8 +202,6 @@ class Deferred(Fast):
 
 class DeferredLinear(Deferred, Linear):
     """A Linear whose weight and bias have one tape."""
-
-    tapes: Mapping[str, AffineTape]
 
     def make_tapes(self, rows: int) -> Mapping[str, AffineTape]:
         return {"weight": AffineTape(self.weight.mT, self.bias, rows)}
@@ -218,8 +215,6 @@ class DeferredLinear(Deferred, Linear):
 
 class DeferredBlockLinear(Deferred, BlockLinear):
     """A BlockLinear with a tape for its blocks, and another for its shared part."""
-
-    tapes: Mapping[str, AffineTape]
 
     def make_tapes(self, rows: int) -> Mapping[str, AffineTape]:
         if not hasattr(self, "shared_weight"):
@@ -238,8 +233,6 @@ class DeferredBlockLinear(Deferred, BlockLinear):
 
 class DeferredNormSiLU(Deferred, NormSiLU):
     """Compiled only: uncompiled, torch's operation takes one gain for all rows."""
-
-    tapes: Mapping[str, GainTape]
 
     def make_tapes(self, rows: int) -> Mapping[str, GainTape]:
         return {"weight": GainTape(self.weight, rows)}

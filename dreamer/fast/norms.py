@@ -1,7 +1,5 @@
 """RMSNorm and SiLU of large tensors on a CPU, block by block: all passes but the first stay in the cache."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
@@ -47,9 +45,8 @@ class BlockedNormSiLU(torch.autograd.Function):
         pieces = (tensor.split(step) for tensor in (rows, scales, gradient.reshape(rows.shape), out))
         for block, scale, block_gradient, block_out in zip(*pieces, strict=True):
             normed = block.float() * scale
-            inner = torch.ops.aten.silu_backward(
-                block_gradient.float(), normed * weight
-            )  # d loss / d (normed * weight)
+            # d loss / d (normed * weight)
+            inner = torch.ops.aten.silu_backward(block_gradient.float(), normed * weight)
             product = inner * normed
             weight_gradient += product.sum(0)
             mean = (product @ weight).div_(features).unsqueeze(-1)

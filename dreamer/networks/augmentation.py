@@ -1,7 +1,5 @@
 """Random shift, the augmentation of DrQ and DreamerPro: a switch of its own, usable with every objective."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch
@@ -25,11 +23,8 @@ def random_shift(images: torch.Tensor, pad: int = 3) -> torch.Tensor:
         whole = start.floor().clamp_max(2 * pad - 1)
         fraction = (start - whole).view(batch, 1, 1, 1)
         index = whole.long().view(batch, 1) + torch.arange(size + 1, device=images.device)  # [B, size + 1]
-        shape = [batch, 1, 1, 1]
-        shape[dim] = size + 1
-        wanted = list(value.shape)
-        wanted[dim] = size + 1
-        window = value.gather(dim, index.view(shape).expand(wanted))
+        index = index.view(batch, 1, -1, 1) if dim == 2 else index.view(batch, 1, 1, -1)
+        window = value.take_along_dim(index, dim)
         value = torch.lerp(window.narrow(dim, 0, size), window.narrow(dim, 1, size), fraction)
     value = value.reshape(images.shape)
     return value if images.is_floating_point() else value.round().to(images.dtype)

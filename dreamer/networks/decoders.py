@@ -4,8 +4,6 @@ Images: belief and state to the smallest feature map, then [nearest upsampling x
 SiLU] per stage, the last one without norm, to pixels in (0, 1). Vectors: an MLP, in symlog space.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -19,7 +17,7 @@ from torchrl.modules.functional import symexp
 
 from ..sizes import Sizes
 from .heads import FeatureMLP
-from .layers import BlockLinear, Linear, NormSiLU, init_convolution, normed_linear
+from .layers import BlockLinear, Linear, NormSiLU, init_convolution, normed_linear, smallest_map
 
 
 class ImageDecoder(nn.Module):
@@ -54,22 +52,15 @@ class ImageDecoder(nn.Module):
         kernel: int = 5,
     ):
         super().__init__()
-        channels, height, width = image_shape
-        stride = 2 ** len(multipliers)
-        if height % stride or width % stride:
-            raise ValueError(
-                f"Images of {height}x{width} cannot be decoded: height and width must be divisible by the decoder's "
-                f"stride {stride} ({len(multipliers)} stages of x2 upsampling); resize the observation."
-            )
         widths = [depth * multiplier for multiplier in reversed(multipliers)]  # from the smallest map upwards
-        self.smallest = (height // stride, width // stride, widths[0])
-        positions = self.smallest[0] * self.smallest[1] * widths[0]
+        self.smallest = (*smallest_map(image_shape, len(multipliers), "decode"), widths[0])
+        positions = math.prod(self.smallest)
         # Each block of the belief draws some of the channels, everywhere.
         self.blocks = math.gcd(blocks, widths[0])
         self.belief_in = BlockLinear(belief_size, positions, self.blocks)
         self.state_in = nn.Sequential(*normed_linear(state_size, 2 * units), Linear(2 * units, positions))
         self.norms = nn.ModuleList(NormSiLU(stage) for stage in widths)
-        outs = [*widths[1:], channels]
+        outs = [*widths[1:], image_shape[0]]
         convolutions = [nn.Conv2d(i, o, kernel, padding="same") for i, o in zip(widths, outs, strict=True)]
         for convolution in convolutions:
             init_convolution(convolution, convolution.in_channels * kernel**2)
@@ -119,8 +110,6 @@ class ObservationDecoder(TensorDictModuleBase):
             :class:`ImageDecoder`.
         make_vector: builds the network (state, belief) -> vector for sizes and a vector's size. Default:
             :class:`FeatureMLP`.
-        prefix: where the entries are nested; ``()`` is the root.
-        out_key: what the reconstructions are nested in.
 
     Example:
         >>> from tensordict import TensorDict
@@ -138,8 +127,6 @@ class ObservationDecoder(TensorDictModuleBase):
         *,
         make_image: Callable[[Sizes, tuple[int, int, int]], nn.Module] | None = None,
         make_vector: Callable[[Sizes, int], nn.Module] | None = None,
-        prefix: tuple[str, ...] = ("next",),
-        out_key: str = "reconstruction",
     ):
         super().__init__()
         self.image_channels = {key: shape[0] for key, shape in sizes.images.items()}
@@ -150,10 +137,9 @@ class ObservationDecoder(TensorDictModuleBase):
             self.image = (make_image or _image)(sizes, (sum(self.image_channels.values()), *shape[1:]))
         if sizes.vectors:
             self.vector = (make_vector or _vector)(sizes, sum(sizes.vectors.values()))
-        self.in_keys: list[NestedKey] = [(*prefix, "state"), (*prefix, "belief")]
-        self.out_keys: list[tuple[str, ...]] = [
-            (*prefix, out_key, key) for key in (*self.image_channels, *self.vector_sizes)
-        ]
+        self.in_keys: list[NestedKey] = [("next", "state"), ("next", "belief")]
+        observed = [*self.image_channels, *self.vector_sizes]
+        self.out_keys: list[NestedKey] = [("next", "reconstruction", key) for key in observed]
 
     def predict(self, state: torch.Tensor, belief: torch.Tensor) -> dict[str, torch.Tensor]:
         """By key: images in (0, 1), vectors in symlog space."""
@@ -172,7 +158,6 @@ class ObservationDecoder(TensorDictModuleBase):
         return {key: symexp(value) if key in self.vector_sizes else value for key, value in predicted.items()}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        predicted = self.predict(*(tensordict.get(key) for key in self.in_keys))
-        for place in self.out_keys:
-            tensordict.set(place, predicted[place[-1]])
+        for key, value in self.predict(*(tensordict.get(key) for key in self.in_keys)).items():
+            tensordict.set(("next", "reconstruction", key), value)
         return tensordict

@@ -1,7 +1,5 @@
 """Action distributions: a bounded, unsquashed Normal, and one-hot with a uniform mix."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -14,9 +12,6 @@ def unimix_probs(logits: torch.Tensor, unimix: float) -> torch.Tensor:
     Args:
         logits: [..., K].
         unimix: share of the uniform distribution.
-
-    Returns:
-        Probabilities [..., K].
     """
     probs = torch.softmax(logits.float(), -1)
     return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules.functional import symlog
 
-from .layers import NormSiLU, init_convolution, mlp
+from .layers import NormSiLU, init_convolution, mlp, smallest_map
 
 
 def centred(images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -55,22 +55,14 @@ class ImageEncoder(nn.Module):
         kernel: int = 5,
     ):
         super().__init__()
-        channels, height, width = image_shape
-        stride = 2 ** len(multipliers)
-        if height % stride or width % stride:
-            raise ValueError(
-                f"Images of {height}x{width} cannot be encoded: height and width must be divisible by the encoder's "
-                f"stride {stride} ({len(multipliers)} stages of 2x2 pooling). Resize the observation, for example to "
-                f"{max(1, round(height / stride)) * stride}x{max(1, round(width / stride)) * stride} "
-                f"(env.make.image_size in the example trainer)."
-            )
-        widths = [channels] + [depth * multiplier for multiplier in multipliers]
+        height, width = smallest_map(image_shape, len(multipliers), "encode")
+        widths = [image_shape[0]] + [depth * multiplier for multiplier in multipliers]
         convolutions = [nn.Conv2d(widths[i], widths[i + 1], kernel, padding="same") for i in range(len(multipliers))]
         for convolution in convolutions:
             init_convolution(convolution, convolution.in_channels * kernel**2)
         self.convolutions = nn.ModuleList(convolutions)
         self.norms = nn.ModuleList(NormSiLU(out_channels) for out_channels in widths[1:])
-        self.out_features = widths[-1] * (height // stride) * (width // stride)
+        self.out_features = widths[-1] * height * width
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         value = centred(images)
@@ -115,11 +107,9 @@ class StridedEncoder(nn.Module):
                 f"channels={list(channels)}, kernels={list(kernels)} and strides={list(strides)} must have one entry for "
                 "each stage of the encoder."
             )
-        wrong = [(kernel, stride) for kernel, stride in zip(kernels, strides, strict=True) if kernel < stride]
-        if wrong:
-            raise ValueError(
-                f"kernel {wrong[0][0]} with stride {wrong[0][1]} leaves pixels unread; use a kernel of at least the stride."
-            )
+        for kernel, stride in zip(kernels, strides, strict=True):
+            if kernel < stride:
+                raise ValueError(f"kernel {kernel} with stride {stride} leaves pixels unread; use a larger kernel.")
         widths = [image_shape[0], *channels]
         convolutions, size = [], list(image_shape[1:])
         for before, after, kernel, stride in zip(widths, channels, kernels, strides, strict=False):
@@ -144,14 +134,6 @@ class StridedEncoder(nn.Module):
         return value.reshape(*images[0].shape[:-3], self.out_features)
 
 
-def vector_features(vectors: Sequence[torch.Tensor], frequencies: Sequence[float]) -> torch.Tensor:
-    """symlog of concatenated vectors, and beside it its sine and cosine at each frequency."""
-    value = vectors[0] if len(vectors) == 1 else torch.cat(tuple(vectors), -1)
-    value = symlog(value.float())
-    waves = [wave(frequency * value) for frequency in frequencies for wave in (torch.sin, torch.cos)]
-    return torch.cat([value, *waves], -1) if waves else value
-
-
 class VectorEncoder(nn.Module):
     """symlog, then ``layers`` normed linears: vectors [..., n] concatenated, to [..., units].
 
@@ -160,18 +142,28 @@ class VectorEncoder(nn.Module):
         units: width of the layers.
         layers: number of them.
         frequencies: each adds sine and cosine of the entries. The paper has none.
+        make_layers: builds the stack: ``mlp`` or ``elu_mlp``.
     """
 
     compiles = ("forward",)
 
-    def __init__(self, in_features: int, units: int, layers: int = 3, frequencies: Sequence[float] = ()):
+    def __init__(
+        self,
+        in_features: int,
+        units: int,
+        layers: int = 3,
+        frequencies: Sequence[float] = (),
+        make_layers: Callable[..., nn.Sequential] = mlp,
+    ):
         super().__init__()
         self.frequencies = tuple(frequencies)
-        self.layers = mlp(in_features * (1 + 2 * len(self.frequencies)), units, layers)
+        self.layers = make_layers(in_features * (1 + 2 * len(self.frequencies)), units, layers)
         self.out_features = units
 
     def forward(self, *vectors: torch.Tensor) -> torch.Tensor:
-        return self.layers(vector_features(vectors, self.frequencies))
+        value = symlog(torch.cat(vectors, -1).float())
+        waves = [wave(frequency * value) for frequency in self.frequencies for wave in (torch.sin, torch.cos)]
+        return self.layers(torch.cat([value, *waves], -1) if waves else value)
 
 
 class Encoder(Protocol):
@@ -182,8 +174,20 @@ class Encoder(Protocol):
     def __call__(self, *values: torch.Tensor) -> torch.Tensor: ...
 
 
+def read(tensordict: TensorDictBase, keys: Sequence[NestedKey], reader: str, remedy: str) -> list[Any]:
+    """The entries ``keys``; the error of missing ones says what is there, and how the ``reader`` gets them."""
+    values = [tensordict.get(key, None) for key in keys]
+    if lost := [key for key, value in zip(keys, values, strict=True) if value is None]:
+        present = sorted(str(key) for key in tensordict.keys(True, True))
+        raise ValueError(
+            f"{reader} reads {', '.join(map(repr, lost))}, which {'is' if len(lost) == 1 else 'are'} missing.\n"
+            f"There is {', '.join(present[:12])}{' and more' if len(present) > 12 else ''}.\n{remedy}"
+        )
+    return values
+
+
 class ObservationEncoder(TensorDictModuleBase):
-    """Encodes image and vector entries into one embedding e_t, written to ``out_key``.
+    """Encodes image and vector entries into one embedding e_t: below ``"next"``, as records hold them, or :meth:`at_root`.
 
     Args:
         image_shapes: shapes (C, H, W) by key; may be empty.
@@ -191,11 +195,8 @@ class ObservationEncoder(TensorDictModuleBase):
         depth: as in :class:`ImageEncoder`.
         units: as in :class:`VectorEncoder`.
         multipliers: as in :class:`ImageEncoder`.
-        vector_layers: layers of the vector encoder.
         make_image: builds another network for an image's shape, with ``out_features``. Default: :class:`ImageEncoder`.
         make_vector: builds another network for a vector's size, with ``out_features``. Default: :class:`VectorEncoder`.
-        prefix: put before every key: ``("next",)`` for records, ``()`` for acting (see :meth:`at_root`).
-        out_key: where the embedding is written.
 
     Example:
         >>> import torch
@@ -215,11 +216,8 @@ class ObservationEncoder(TensorDictModuleBase):
         depth: int,
         units: int,
         multipliers: tuple[int, ...] = (2, 3, 4, 4),
-        vector_layers: int = 3,
         make_image: Callable[[tuple[int, int, int]], Encoder] | None = None,
         make_vector: Callable[[int], Encoder] | None = None,
-        prefix: tuple[str, ...] = ("next",),
-        out_key: str = "encoded_latents",
     ):
         super().__init__()
         if not image_shapes and not vector_sizes:
@@ -234,38 +232,32 @@ class ObservationEncoder(TensorDictModuleBase):
             make_image = make_image or partial(ImageEncoder, depth=depth, multipliers=multipliers)
             self.image = make_image((channels, *sizes.pop()))
         if vector_sizes:
-            make_vector = make_vector or partial(VectorEncoder, units=units, layers=vector_layers)
+            make_vector = make_vector or partial(VectorEncoder, units=units)
             self.vector = make_vector(sum(vector_sizes.values()))
         self.out_features = sum(part.out_features for part in (self.image, self.vector) if part is not None)
-        self._set_prefix(prefix, out_key)
+        self._place("next")
 
-    def _set_prefix(self, prefix: tuple[str, ...], out_key: str) -> None:
+    def _place(self, *prefix: str) -> None:
         place = lambda key: (*prefix, key) if prefix else key
-        self.prefix, self.out_key = prefix, place(out_key)
         self.in_keys: list[NestedKey] = [place(key) for key in self.image_keys + self.vector_keys]
-        self.out_keys: list[NestedKey] = [self.out_key]
+        self.out_keys: list[NestedKey] = [place("encoded_latents")]
 
-    def at_root(self, out_key: str = "encoded_latents") -> ObservationEncoder:
+    def at_root(self) -> ObservationEncoder:
         """The same networks, shared, reading the observation at the root of a TensorDict, as a policy needs."""
         twin = ObservationEncoder.__new__(ObservationEncoder)
         nn.Module.__init__(twin)
         twin.image_keys, twin.vector_keys, twin.out_features = self.image_keys, self.vector_keys, self.out_features
         twin.image, twin.vector = self.image, self.vector
-        twin._set_prefix((), out_key)
+        twin._place()
         return twin
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        values = [tensordict.get(key, None) for key in self.in_keys]
-        if lost := [key for key, value in zip(self.in_keys, values, strict=True) if value is None]:
-            raise ValueError(
-                f"The encoder reads {', '.join(map(repr, lost))}, which {'is' if len(lost) == 1 else 'are'} missing. There is "
-                f"{', '.join(sorted(str(key) for key in tensordict.keys(True, True)))}.\n"
-                "Records hold observations below 'next', and a policy reads them at the root; rename yours (RenameTransform)."
-            )
+        remedy = "Records hold observations below 'next', and a policy reads them at the root; rename yours (RenameTransform)."
+        values = read(tensordict, self.in_keys, "The encoder", remedy)
         images, vectors = values[: len(self.image_keys)], values[len(self.image_keys) :]
         parts = []
         if self.image is not None:
             parts.append(self.image(*images))
         if self.vector is not None:
             parts.append(self.vector(*vectors))
-        return tensordict.set(self.out_key, parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+        return tensordict.set(self.out_keys[0], parts[0] if len(parts) == 1 else torch.cat(parts, -1))

@@ -3,8 +3,6 @@
 Each function returns a TensorDictModule on the key contract; ``prefix=("next",)`` makes the twin that training reads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,8 +19,6 @@ from torchrl.modules import SymExpTwoHot
 from ..sizes import Sizes
 from .distributions import BoundedNormal, OneHotAction, unimix_probs
 from .layers import Linear, mlp
-
-NUM_BINS = 255
 
 
 class FeatureMLP(nn.Module):
@@ -72,7 +68,7 @@ class TwoHotMLP(FeatureMLP):
         num_bins: number of values.
     """
 
-    def __init__(self, features: int, units: int, layers: int, num_bins: int = NUM_BINS):
+    def __init__(self, features: int, units: int, layers: int, num_bins: int = 255):
         super().__init__(features, units, layers, num_bins, scale=0.0)
         self.two_hot, self.num_bins = SymExpTwoHot(num_bins), num_bins
 
@@ -101,7 +97,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         if layers < 0 or (layers and not units):
             raise ValueError(
-                f"layers={layers} must be at least 0. With 1 or more give units, their width (it is {units})."
+                f"layers={layers} must not be negative, and with layers give units, their width (it is {units})."
             )
         width = units if layers and units else features
         self.hidden = mlp(features, width, layers)
@@ -113,6 +109,8 @@ class ProjectionHead(nn.Module):
 
 class NormalParameters(nn.Module):
     """Network output [..., 2A] -> mean = tanh(.), std = 0.9 sigmoid(. + 2) + 0.1."""
+
+    keys = ("loc", "scale")
 
     def forward(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loc, scale = parameters.chunk(2, -1)
@@ -126,6 +124,8 @@ class OneHotParameters(nn.Module):
         unimix: share of the uniform distribution.
     """
 
+    keys = ("probs",)
+
     def __init__(self, unimix: float = 0.01):
         super().__init__()
         self.unimix = unimix
@@ -134,11 +134,14 @@ class OneHotParameters(nn.Module):
         return unimix_probs(logits, self.unimix)
 
 
+Parameters = NormalParameters | OneHotParameters
+
+
 class ActorNetwork(FeatureMLP):
     """MLP over the latents whose last layer is scaled by 0.01, then the distribution's parameters."""
 
-    def __init__(self, features: int, units: int, layers: int, out_features: int, parameters: nn.Module, **options):
-        super().__init__(features, units, layers, out_features, scale=0.01, **options)
+    def __init__(self, features: int, units: int, layers: int, action_size: int, parameters: Parameters, **options):
+        super().__init__(features, units, layers, len(parameters.keys) * action_size, scale=0.01, **options)
         self.to_parameters = parameters
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -159,44 +162,33 @@ def latent_head(
         out_keys: names of its outputs.
         prefix: where all entries are nested.
         in_keys: names of its inputs.
-
-    Returns:
-        A TensorDictModule.
     """
     place = lambda key: (*prefix, key) if prefix else key
     return TensorDictModule(network, in_keys=[place(k) for k in in_keys], out_keys=[place(k) for k in out_keys])
 
 
 def projection_head(sizes: Sizes, *, layers: int = 0, size: int | None = None) -> TensorDictModule:
-    """The projection as a head of ``build_agent``.
+    """The projection ``("next", "projected_latents")`` as a head of ``build_agent``.
 
     Args:
         sizes: of the agent.
         layers: as in :class:`ProjectionHead`.
         size: of the projection. Default: that of the embedding.
-
-    Returns:
-        A TensorDictModule that writes ``("next", "projected_latents")``.
     """
     network = ProjectionHead(sizes.features, size or sizes.embedding, layers=layers, units=sizes.units)
     return latent_head(network, ["projected_latents"], prefix=("next",))
 
 
-def probabilistic_head(
-    network: nn.Module, keys: Sequence[str], distribution: type
-) -> ProbabilisticTensorDictSequential:
-    """A policy over latents: ``network`` writes the distribution's parameters ``keys``, then an action is drawn."""
-    return ProbabilisticTensorDictSequential(
-        [
-            TensorDictModule(network, in_keys=["state", "belief"], out_keys=list(keys)),
-            ProbabilisticTensorDictModule(
-                in_keys=list(keys),
-                out_keys=["action"],
-                distribution_class=distribution,
-                default_interaction_type=InteractionType("random"),
-            ),
-        ]
+def probabilistic_head(network: ActorNetwork, distribution: type) -> ProbabilisticTensorDictSequential:
+    """A policy over latents: ``network`` writes the distribution's parameters, then an action is drawn."""
+    keys = list(network.to_parameters.keys)
+    draw = ProbabilisticTensorDictModule(
+        in_keys=keys,
+        out_keys=["action"],
+        distribution_class=distribution,
+        default_interaction_type=InteractionType("random"),
     )
+    return ProbabilisticTensorDictSequential([latent_head(network, keys), draw])
 
 
 def actor_head(features: int, units: int, layers: int, action_size: int, *, discrete: bool, unimix: float = 0.01):
@@ -213,9 +205,6 @@ def actor_head(features: int, units: int, layers: int, action_size: int, *, disc
         discrete: whether an action is a choice, one-hot.
         unimix: share of the uniform distribution among choices.
     """
-    if discrete:
-        size, parameters, keys, distribution = action_size, OneHotParameters(unimix), ["probs"], OneHotAction
-    else:
-        size, parameters, keys, distribution = 2 * action_size, NormalParameters(), ["loc", "scale"], BoundedNormal
-    network = ActorNetwork(features, units, layers, size, parameters)
-    return probabilistic_head(network, keys, distribution)
+    parameters = OneHotParameters(unimix) if discrete else NormalParameters()
+    network = ActorNetwork(features, units, layers, action_size, parameters)
+    return probabilistic_head(network, OneHotAction if discrete else BoundedNormal)

@@ -3,15 +3,13 @@
 Every layer computes in the dtype its input arrives in (or the one autocast asks for); norms compute in float32.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-NORM_EPS = 1e-4
 
 
 def init_weight(weight: torch.Tensor, fan_in: float, scale: float = 1.0) -> None:
@@ -29,22 +27,33 @@ def init_convolution(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float)
         nn.init.zeros_(convolution.bias)
 
 
+def smallest_map(image_shape: tuple[int, int, int], stages: int, verb: str) -> tuple[int, int]:
+    """Height and width of an image halved ``stages`` times; the error of other sizes says what it could not ``verb``."""
+    _, height, width = image_shape
+    stride = 2**stages
+    if height % stride or width % stride:
+        raise ValueError(
+            f"Images of {height}x{width} cannot be {verb}d: height and width must be divisible by the {verb}r's stride "
+            f"{stride} (2 for each of {stages} stages). Resize the observation, for example to "
+            f"{max(1, round(height / stride)) * stride}x{max(1, round(width / stride)) * stride} "
+            f"(env.make.image_size in the example trainer)."
+        )
+    return height // stride, width // stride
+
+
 def bounded(action: torch.Tensor) -> torch.Tensor:
     """action / max(1, |action|), with no gradient through the divisor: actions outside of [-1, 1] count as the bound."""
     return action / action.detach().abs().clamp_min(1)
 
 
 def joint_positions(parameters: Sequence[torch.Tensor], *modules: nn.Module) -> list[tuple[int, ...]]:
-    """The positions of ``parameters`` that are pieces of one weight matrix, whose gradient norm is one number.
+    """Where among ``parameters`` the pieces of one weight matrix are, whose gradient norm is one number: a tuple for each.
 
     A layer below ``modules`` that holds a matrix in pieces returns them from ``joint_parameters()``.
 
     Args:
         parameters: those of an optimiser's group, for example.
         *modules: searched for layers that hold a matrix in pieces.
-
-    Returns:
-        A tuple of positions for each such matrix.
     """
     positions = {id(parameter): position for position, parameter in enumerate(parameters)}
     layers = dict.fromkeys(layer for module in modules for layer in module.modules())
@@ -73,6 +82,16 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+def split_linear(first: int, second: int, out_features: int) -> tuple[Linear, Linear]:
+    """A Linear over [first, second], as one for each, of which the second has the bias; fan-in counts both inputs."""
+    joint = Linear(first + second, out_features)
+    parts = Linear(first, out_features, bias=False), Linear(second, out_features)
+    with torch.no_grad():
+        for part, weight in zip(parts, joint.weight.split([first, second], 1), strict=True):
+            part.weight.copy_(weight)
+    return parts
+
+
 class NormSiLU(nn.Module):
     """RMSNorm of the last dimension (float32 gain, no shift), then SiLU; float32 inside, the input's dtype outside.
 
@@ -81,7 +100,7 @@ class NormSiLU(nn.Module):
         eps: added to the mean square.
     """
 
-    def __init__(self, features: int, eps: float = NORM_EPS):
+    def __init__(self, features: int, eps: float = 1e-4):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(features))
@@ -101,7 +120,15 @@ def normed_linear(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(Linear(in_features, out_features), NormSiLU(out_features))
 
 
-def mlp(in_features: int, units: int, layers: int, out_features: int | None = None, *, scale: float = 1.0):
+def mlp(
+    in_features: int,
+    units: int,
+    layers: int,
+    out_features: int | None = None,
+    *,
+    scale: float = 1.0,
+    make_layer: Callable[[int, int], nn.Sequential] = normed_linear,
+) -> nn.Sequential:
     """Normed linears, then an output Linear.
 
     Args:
@@ -110,21 +137,17 @@ def mlp(in_features: int, units: int, layers: int, out_features: int | None = No
         layers: number of them.
         out_features: size of the output. None leaves the output Linear out.
         scale: of the output Linear's first weights.
+        make_layer: of (inputs, outputs), in the place of a normed linear.
     """
     widths = [in_features] + [units] * layers
-    stack = [layer for i in range(layers) for layer in normed_linear(widths[i], widths[i + 1])]
+    stack = [layer for before, after in pairwise(widths) for layer in make_layer(before, after)]
     if out_features is not None:
         stack.append(Linear(widths[-1], out_features, scale=scale))
     return nn.Sequential(*stack)
 
 
-def elu_mlp(in_features: int, units: int, layers: int, out_features: int | None = None, *, scale: float = 1.0):
-    """As :func:`mlp`, of Linear -> ELU, the dense layers of Dreamer V1 and V2."""
-    widths = [in_features] + [units] * layers
-    stack = [layer for i in range(layers) for layer in (Linear(widths[i], widths[i + 1]), nn.ELU())]
-    if out_features is not None:
-        stack.append(Linear(widths[-1], out_features, scale=scale))
-    return nn.Sequential(*stack)
+# Of Linear -> ELU, the dense layers of Dreamer V1 and V2.
+elu_mlp = partial(mlp, make_layer=lambda before, after: nn.Sequential(Linear(before, after), nn.ELU()))
 
 
 class BlockLinear(nn.Module):

@@ -1,7 +1,5 @@
 """Heads that predict embeddings: the present one from the belief alone, or the next one from the latents so far."""
 
-from __future__ import annotations
-
 import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -15,14 +13,7 @@ class CausalPrediction(nn.Module):
     """A causal transformer over records: at each step it predicts the embedding of the next one.
 
     Its token of step t is made of the projected latents and of the action that leads to step t + 1. A step attends to
-    itself and to earlier steps of its own episode.
-
-    Args:
-        embedding_size: width of the projected latents.
-        action_size: entries of an action.
-        width: of a token.
-        layers: of the transformer.
-        attention_heads: of each layer; ``width`` must be a multiple of them.
+    itself and to earlier steps of its own episode. The arguments are those of :func:`next_embedding_head`.
     """
 
     def __init__(self, embedding_size: int, action_size: int, width: int, layers: int = 2, attention_heads: int = 4):
@@ -62,16 +53,13 @@ def _positions(length: int, width: int, device: torch.device) -> torch.Tensor:
 def next_embedding_head(
     sizes: Sizes, *, layers: int = 2, attention_heads: int = 4, width: int | None = None
 ) -> TensorDictModule:
-    """NE-Dreamer's prediction as a head of ``build_agent``, behind a projection.
+    """NE-Dreamer's prediction ``("next", "predicted_latents")`` as a head of ``build_agent``, behind a projection.
 
     Args:
         sizes: of the agent.
         layers: of the transformer.
         attention_heads: of each layer.
         width: of a token. Default: ``units`` of the sizes.
-
-    Returns:
-        A TensorDictModule that writes ``("next", "predicted_latents")``.
     """
     network = CausalPrediction(sizes.embedding, sizes.actions, width or sizes.units, layers, attention_heads)
     inputs = [("next", "projected_latents"), "action", "is_init"]
@@ -79,14 +67,11 @@ def next_embedding_head(
 
 
 def belief_prediction_head(sizes: Sizes, *, layers: int = 1) -> TensorDictModule:
-    """Dreamer-CDP's prediction as a head of ``build_agent``: an MLP from the belief alone to the embedding.
+    """Dreamer-CDP's prediction ``("next", "predicted_latents")`` as a head of ``build_agent``: an MLP of the belief alone.
 
     Args:
         sizes: of the agent.
         layers: hidden layers of the MLP.
-
-    Returns:
-        A TensorDictModule that writes ``("next", "predicted_latents")``.
     """
     network = mlp(sizes.belief, sizes.embedding, layers, sizes.embedding)
     return latent_head(network, ["predicted_latents"], prefix=("next",), in_keys=["belief"])

@@ -9,8 +9,6 @@ Beyond that they offer their work in two halves: what depends on the recurrence,
 once for a whole sequence (projections of actions and embeddings, prior logits).
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..networks.layers import BlockLinear, Linear, NormSiLU, bounded, mlp, normed_linear
+from ..networks.layers import BlockLinear, Linear, NormSiLU, bounded, mlp, normed_linear, split_linear
 from .latents import Latent
 
 
@@ -191,12 +189,7 @@ class RSSMPosterior(nn.Module):
     ):
         super().__init__()
         self.latent = latent
-        joint = Linear(belief_size + embedding_size, hidden)  # initialised as one layer: fan-in counts both
-        self.belief_in = Linear(belief_size, hidden, bias=False)
-        self.embedding_in = Linear(embedding_size, hidden)
-        with torch.no_grad():
-            self.belief_in.weight.copy_(joint.weight[:, :belief_size])
-            self.embedding_in.weight.copy_(joint.weight[:, belief_size:])
+        self.belief_in, self.embedding_in = split_linear(belief_size, embedding_size, hidden)
         self.norm = NormSiLU(hidden) if norm is None else norm
         self.out = Linear(hidden, latent.logits_size)
 

@@ -1,7 +1,5 @@
 """Imagination: the policy acts in the prior's world."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 
@@ -118,19 +116,17 @@ class Imagination(nn.Module):
             states.append(state.to(store))
             beliefs.append(belief.to(store))
             actions.append(action)
-        states, beliefs, action = (
-            torch.stack(each, -2) for each in (states, beliefs, actions)
-        )  # [N, H+1, S*K], [N, H+1, D]
-        following = TensorDict(
-            {"state": states[..., 1:, :], "belief": beliefs[..., 1:, :]}, action.shape[:-1]
-        )  # [N, H]
+        sequences = states, beliefs, actions
+        states, beliefs, action = (torch.stack(each, -2) for each in sequences)  # [N, H+1, S*K], [N, H+1, D], [N, H, A]
+        after = {"state": states[..., 1:, :], "belief": beliefs[..., 1:, :]}
+        following = TensorDict(after, action.shape[:-1])  # [N, H]
         self.reward(following)
         never = lambda: {key: torch.zeros_like(action[..., :1], dtype=torch.bool) for key in ("done", "terminated")}
         return TensorDict(
             {
                 "state": states[..., :-1, :],
                 "belief": beliefs[..., :-1, :],
-                "action": action,  # [N, H, A]
+                "action": action,
                 **never(),
                 "next": following.select("state", "belief", "reward").update(never()),
             },

@@ -1,7 +1,5 @@
 """The stochastic latent z_t: S categoricals of K classes, sampled straight-through, or a Gaussian (Dreamer V1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -51,10 +49,8 @@ class CategoricalLatent(nn.Module):
     def draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """The inverse transform of uniform noise."""
         probs = self.probs(logits)  # [..., S, K]
-        index = (
-            (probs.detach().cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1, keepdim=True).clamp_max(self.num_classes - 1)
-        )
-        one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+        index = (probs.detach().cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1, keepdim=True)
+        one_hot = torch.zeros_like(probs).scatter_(-1, index.clamp_max(self.num_classes - 1), 1.0)
         # Added in this order the value stays exactly one-hot; the gradient is that of the probabilities.
         return (one_hot + (probs - probs.detach()) if probs.requires_grad else one_hot).flatten(-2)  # [..., S*K]
 

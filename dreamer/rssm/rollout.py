@@ -1,7 +1,5 @@
 """The RSSM over a sequence of records (training) and over a stream of observations (acting)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -13,6 +11,7 @@ from torchrl.data import Unbounded
 from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.modules import RSSMRolloutV3
 
+from ..networks.encoders import read
 from .core import RSSMPosterior, RSSMPrior
 
 
@@ -53,7 +52,6 @@ class RSSMRollout(TensorDictModuleBase):
     Args:
         rssm_prior: the wrapped prior.
         rssm_posterior: the wrapped posterior.
-        reset_key: the flag of an episode's first record.
 
     Example:
         >>> from tensordict import TensorDict
@@ -74,32 +72,16 @@ class RSSMRollout(TensorDictModuleBase):
 
     compiles = ("step",)
 
-    def __init__(
-        self, rssm_prior: TensorDictModule, rssm_posterior: TensorDictModule, reset_key: NestedKey = "is_init"
-    ):
+    def __init__(self, rssm_prior: TensorDictModule, rssm_posterior: TensorDictModule):
         super().__init__()
         _check_wrapped("rssm_prior", rssm_prior, ("state", "belief", "action"), ("prior_logits", "state", "belief"))
         _check_wrapped("rssm_posterior", rssm_posterior, ("belief", "encoded_latents"), ("posterior_logits", "state"))
-        self.rssm_prior, self.rssm_posterior, self.reset_key = rssm_prior, rssm_posterior, reset_key
-        self.state_key, self.belief_key, self.action_key = rssm_prior.in_keys
-        self.embedding_key = rssm_posterior.in_keys[-1]
-        self.prior_logits_key, _, self.next_belief_key = rssm_prior.out_keys
-        self.posterior_logits_key, self.next_state_key = rssm_posterior.out_keys
-        self.in_keys: list[NestedKey] = [
-            self.state_key,
-            self.belief_key,
-            self.action_key,
-            reset_key,
-            self.embedding_key,
-        ]
-        self.out_keys: list[NestedKey] = [
-            self.prior_logits_key,
-            self.posterior_logits_key,
-            self.next_state_key,
-            self.next_belief_key,
-        ]
+        self.rssm_prior, self.rssm_posterior = rssm_prior, rssm_posterior
+        prior_logits, _, belief = rssm_prior.out_keys
+        self.in_keys: list[NestedKey] = [*rssm_prior.in_keys, "is_init", rssm_posterior.in_keys[-1]]
+        self.out_keys: list[NestedKey] = [prior_logits, *rssm_posterior.out_keys, belief]
         ours = isinstance(rssm_prior.module, RSSMPrior) and isinstance(rssm_posterior.module, RSSMPosterior)
-        self.general = None if ours else RSSMRolloutV3(rssm_prior, rssm_posterior, reset_key=reset_key)
+        self.general = None if ours else RSSMRolloutV3(rssm_prior, rssm_posterior)
         if not ours:
             names = f"{type(rssm_prior.module).__name__} and {type(rssm_posterior.module).__name__}"
             warnings.warn(
@@ -109,30 +91,23 @@ class RSSMRollout(TensorDictModuleBase):
             )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        lost = [key for key in self.in_keys if tensordict.get(key, None) is None]
-        if lost:
-            present = sorted(str(key) for key in tensordict.keys(True, True))
-            raise ValueError(
-                f"RSSMRollout reads {', '.join(map(repr, lost))}, which {'is' if len(lost) == 1 else 'are'} missing.\n"
-                f"There is {', '.join(present[:12])}{' and more' if len(present) > 12 else ''}.\n"
-                "Records hold state, belief, action and is_init at the root; r2dreamer.envs.replay.records.RecordBuilder makes them. "
-                "The encoder writes the embedding."
-            )
+        remedy = (
+            "Records hold state, belief, action and is_init at the root; r2dreamer.envs.replay.records.RecordBuilder makes them. "
+            "The encoder writes the embedding."
+        )
+        values = read(tensordict, self.in_keys, "RSSMRollout", remedy)
         if self.general is not None:
             return self.general(tensordict)
+        state, belief, action, is_init, embedding = values
         prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
-        action = tensordict.get(self.action_key)
-        keep = _reset_mask(tensordict.get(self.reset_key), action)  # [B, T, 1]
+        keep = _reset_mask(is_init, action)  # [B, T, 1]
         # Once for the whole sequence: nothing here depends on the recurrence.
         actions = prior.project_action(action * keep).unbind(-2)
-        embeddings = posterior.project_embedding(tensordict.get(self.embedding_key)).unbind(-2)
-        state = tensordict.get(self.state_key)[..., 0, :].float()
-        belief = tensordict.get(self.belief_key)[..., 0, :].float()
-        states, beliefs, logits = self.unroll(self.step, state, belief, keep.unbind(-2), actions, embeddings)
-        tensordict.set(self.prior_logits_key, prior.logits(beliefs))
-        tensordict.set(self.posterior_logits_key, logits)
-        tensordict.set(self.next_state_key, states)
-        tensordict.set(self.next_belief_key, beliefs)
+        embeddings = posterior.project_embedding(embedding).unbind(-2)
+        first = state[..., 0, :].float(), belief[..., 0, :].float()
+        states, beliefs, logits = self.unroll(self.step, *first, keep.unbind(-2), actions, embeddings)
+        for key, value in zip(self.out_keys, (prior.logits(beliefs), logits, states, beliefs), strict=True):
+            tensordict.set(key, value)
         return tensordict
 
     def unroll(
@@ -180,28 +155,17 @@ class RSSMStateEstimator(TensorDictModuleBase):
         state_size: size of the state (stochastic latent).
         belief_size: size of the belief (deterministic latent).
         action_size: entries of an action.
-        in_keys: names of state, belief, action, embedding and flag.
-        out_keys: names of state and belief.
     """
 
+    in_keys: list[NestedKey] = ["encoded_latents", "is_init"]  # the three recurrent entries may be absent at first
+    out_keys: list[NestedKey] = ["state", "belief"]
+
     def __init__(
-        self,
-        prior: torch.nn.Module,
-        posterior: torch.nn.Module,
-        *,
-        state_size: int,
-        belief_size: int,
-        action_size: int,
-        in_keys: tuple[NestedKey, ...] = ("state", "belief", "action", "encoded_latents", "is_init"),
-        out_keys: tuple[NestedKey, ...] = ("state", "belief"),
+        self, prior: torch.nn.Module, posterior: torch.nn.Module, *, state_size: int, belief_size: int, action_size: int
     ):
         super().__init__()
         self.prior, self.posterior = prior, posterior
-        self.sizes = (state_size, belief_size, action_size)
-        self.keys = in_keys
-        self.out_keys: list[NestedKey] = list(out_keys)
-        # Only these must exist beforehand: the three recurrent entries begin as zeros.
-        self.in_keys: list[NestedKey] = list(in_keys[3:])
+        self.sizes = {"state": state_size, "belief": belief_size, "action": action_size}
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """What a collector appends to the environment (``auto_register_policy_transforms=True``).
@@ -213,35 +177,29 @@ class RSSMStateEstimator(TensorDictModuleBase):
         with a ``policy_device`` carries on only those outputs of which, at its first step, no element equals the input,
         and would drop a one-hot ``state`` that came in as zeros, silently again.
         """
-        latents = {key: Unbounded(size) for key, size in zip(self.out_keys, self.sizes, strict=False)}
+        latents = {key: Unbounded(self.sizes[key]) for key in ("state", "belief")}
         return TensorDictPrimer(latents, default_value=-1.0, expand_specs=True)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        embedding, is_init = (tensordict.get(key, None) for key in self.keys[3:])
+        embedding, is_init = (tensordict.get(key, None) for key in self.in_keys)
         if is_init is None:
             raise ValueError(
-                f"{self.keys[4]!r} is missing, which says where an episode begins: add TorchRL's InitTracker to the "
-                "environment, or set it yourself, True at an episode's first observation and False after it."
+                "'is_init' is missing, which says where an episode begins: add TorchRL's InitTracker to the environment, or "
+                "set it yourself, True at an episode's first observation and False after it."
             )
         keep = _reset_mask(is_init, embedding)
-        found = [tensordict.get(key, None) for key in self.keys[:3]]
-        if found[0] is None or found[1] is None:
+        found = {name: tensordict.get(name, None) for name in self.sizes}
+        if found["state"] is None or found["belief"] is None:
             self._check_memory(is_init)
         previous = []
-        for value, size in zip(found, self.sizes, strict=True):
+        for name, value in found.items():
             if value is None:
-                value = embedding.new_zeros(*embedding.shape[:-1], size, dtype=torch.float32)
+                value = embedding.new_zeros(*embedding.shape[:-1], self.sizes[name], dtype=torch.float32)
             # where, not a product: a fresh buffer may hold anything, NaN included.
             previous.append(torch.where(keep.bool(), value.float(), 0.0))
-        state, belief, action = previous
-        belief = (
-            self.prior.core(state, belief, action)
-            if isinstance(self.prior, RSSMPrior)
-            else (self.prior(state, belief, action)[2])
-        )
+        belief = self.prior.core(*previous) if isinstance(self.prior, RSSMPrior) else self.prior(*previous)[2]
         _, state = self.posterior(belief, embedding)
-        tensordict.set(self.out_keys[0], state.float())
-        return tensordict.set(self.out_keys[1], belief.float())
+        return tensordict.set("state", state.float()).set("belief", belief.float())
 
     def _check_memory(self, is_init: torch.Tensor) -> None:
         """Refuses absent latents in mid-episode: the policy has lost its memory."""
@@ -249,8 +207,8 @@ class RSSMStateEstimator(TensorDictModuleBase):
             return
         if not is_init.all():
             raise ValueError(
-                f"The policy has no memory: {self.keys[0]!r} and {self.keys[1]!r} of the step before are absent, and "
-                f"{self.keys[4]!r} is false. A batched environment hands back only entries of its own.\n"
+                "The policy has no memory: 'state' and 'belief' of the step before are absent, and 'is_init' is false. A "
+                "batched environment hands back only entries of its own.\n"
                 "In a collector pass auto_register_policy_transforms=True. Elsewhere use "
                 "TransformedEnv(env, agent.primer()), or pass on the TensorDict that the policy returned."
             )

@@ -1,7 +1,5 @@
 """No objective: the ablation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tensordict import TensorDictBase
