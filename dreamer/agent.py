@@ -1,5 +1,7 @@
 """Builds every part of an agent from the specs of an environment; the results have names."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import partial

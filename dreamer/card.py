@@ -1,5 +1,7 @@
 """The model card of a saved agent: what it does, how well, how it was made, and what it is not for."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

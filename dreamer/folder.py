@@ -5,6 +5,8 @@ model.safetensors   its weights: encoder.vector.layers.0.weight, rssm.0.core.bel
 README.md           its model card (card.py)
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil

@@ -3,6 +3,8 @@
 Needs the extra `hub`. Of a repository three files are read (folder.py), whatever else it holds.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from pathlib import Path

@@ -11,6 +11,8 @@ print(agent.summary())
 Continuous actions are for [-1, 1]: clip them and scale them to the environment's range.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os

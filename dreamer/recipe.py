@@ -1,5 +1,7 @@
 """What builds an agent, as data: nested dicts with `_target_`, which call functions on a list and no others."""
 
+from __future__ import annotations
+
 import functools
 import pkgutil
 from collections.abc import Container, Mapping, Sequence

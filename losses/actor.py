@@ -3,6 +3,8 @@
 L = -mean[ w_t ( ln pi(a_t | z_t) sg((R_t - v_t) / S) + eta H[pi(. | z_t)] ) ]
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any, cast
 

@@ -6,6 +6,8 @@ R = sum_k w_k r_k + w_{H+1} v_H,  k = 1 .. H,  w_k = prod_{j < k} (discount c_j)
 The agent is frozen: gradients flow through it, and none of its parameters gets one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Is a representation alive? How far it spreads over the samples, and in how many directions, for the metrics of a run."""
 
+from __future__ import annotations
+
 import torch
 
 from .functional import centre

@@ -1,5 +1,7 @@
 """The continue head: which of its two forms it writes, a logit or a probability, and that something trains it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any, NoReturn
 

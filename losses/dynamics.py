@@ -3,6 +3,8 @@
 L = -mean[ w_t ( rho R_t + (1 - rho) ln pi(a_t | z_t) sg(R_t - v_t) + eta H[pi(. | z_t)] ) ]
 """
 
+from __future__ import annotations
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.modules import TanhNormal

@@ -1,5 +1,7 @@
 """The maths of the losses as pure functions, usable alone. Everything computes in float32, autocast or not."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 

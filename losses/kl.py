@@ -1,5 +1,7 @@
 """Divergences between posterior and prior; like the representation objective, an object passed to the world-model loss."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

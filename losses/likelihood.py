@@ -1,5 +1,7 @@
 """How a scalar is predicted: two-hot logits over symexp-spaced values, or one number, in symlog space or as it is."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

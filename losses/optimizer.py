@@ -1,6 +1,7 @@
 """The optimisers: TorchRL's of Dreamer V3 that knows which tensors are one, and that of Dreamer V1 and V2."""
 
 # pyright: reportPrivateImportUsage=false
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

@@ -3,6 +3,8 @@
 Every rank must compute the same from them. Then each knows the gradient of its own part: nothing is sent a second time.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """How a critic's target network follows, beside TorchRL's ``SoftUpdate``: by copies, or not at all."""
 
+from __future__ import annotations
+
 import torch
 from torch import nn
 

@@ -1,5 +1,7 @@
 """Wiring: what a loss reads, which module writes it, and what its errors say where something else is there."""
 
+from __future__ import annotations
+
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping

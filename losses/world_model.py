@@ -3,6 +3,8 @@
 L = L_objective(k, sg e) + 1.0 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p)) - ln p(r) - ln p(continue)
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any, cast
 

@@ -1,5 +1,7 @@
 """Builds agents of Dreamer V1 and V2 from the parts of V3 and the networks that V3 replaced."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 

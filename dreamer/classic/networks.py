@@ -1,5 +1,7 @@
 """The networks of Dreamer V1 and V2 that V3 replaced: strided convolutions, a GRU, ELU layers, a squashed actor."""
 
+from __future__ import annotations
+
 import math
 
 import torch

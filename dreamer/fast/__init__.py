@@ -3,6 +3,8 @@
 Each trick has a file of its own. It can be left out, timed and deleted by itself.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 from torch import nn

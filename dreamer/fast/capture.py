@@ -8,6 +8,8 @@ tensordict's ``CudaGraphModule`` cannot take its place:
 * It captures in the mode "global": an acting thread's calls (``collector=async``) would break the capture.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch

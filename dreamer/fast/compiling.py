@@ -4,6 +4,8 @@ A graph of the whole update would unroll the sequence and the imagination, and t
 seconds. No sampling is inside them, so a compiled run draws the same random numbers as an eager one.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import nn
 

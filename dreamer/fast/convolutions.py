@@ -1,5 +1,7 @@
 """The paper's convolutions on a GPU, and the upsampling of a compiled decoder."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -8,6 +8,8 @@ A step may be compiled as one whole. Each product adds a perturbation: a zero of
 memory. The gradient of the perturbation is the gradient of the output.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

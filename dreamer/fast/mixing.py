@@ -1,5 +1,7 @@
 """Puts faster methods before plain ones: a module's class becomes a subclass of it."""
 
+from __future__ import annotations
+
 import functools
 import types
 from collections.abc import Iterable, Sequence

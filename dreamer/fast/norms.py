@@ -1,5 +1,7 @@
 """RMSNorm and SiLU of large tensors on a CPU, block by block: all passes but the first stay in the cache."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 

@@ -3,6 +3,8 @@
 Torch vectorises along the classes. Where they do not fill a register, it computes one number at a time.
 """
 
+from __future__ import annotations
+
 import torch
 
 from ..networks.heads import OneHotParameters

@@ -1,5 +1,7 @@
 """Random shift, the augmentation of DrQ and DreamerPro: a switch of its own, usable with every objective."""
 
+from __future__ import annotations
+
 import warnings
 
 import torch

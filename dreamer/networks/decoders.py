@@ -4,6 +4,8 @@ Images: belief and state to the smallest feature map, then [nearest upsampling x
 SiLU] per stage, the last one without norm, to pixels in (0, 1). Vectors: an MLP, in symlog space.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 

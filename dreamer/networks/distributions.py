@@ -1,5 +1,7 @@
 """Action distributions: a bounded, unsquashed Normal, and one-hot with a uniform mix."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

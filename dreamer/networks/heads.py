@@ -3,7 +3,10 @@
 Each function returns a TensorDictModule on the key contract; ``prefix=("next",)`` makes the twin that training reads.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tensordict.nn import (
@@ -181,7 +184,7 @@ def projection_head(sizes: Sizes, *, layers: int = 0, size: int | None = None) -
 
 def probabilistic_head(network: ActorNetwork, distribution: type) -> ProbabilisticTensorDictSequential:
     """A policy over latents: ``network`` writes the distribution's parameters, then an action is drawn."""
-    keys = list(network.to_parameters.keys)
+    keys: Any = list(network.to_parameters.keys)
     draw = ProbabilisticTensorDictModule(
         in_keys=keys,
         out_keys=["action"],

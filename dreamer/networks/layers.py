@@ -3,6 +3,8 @@
 Every layer computes in the dtype its input arrives in (or the one autocast asks for); norms compute in float32.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise

@@ -1,5 +1,7 @@
 """Heads that predict embeddings: the present one from the belief alone, or the next one from the latents so far."""
 
+from __future__ import annotations
+
 import torch
 from tensordict.nn import TensorDictModule
 from torch import nn

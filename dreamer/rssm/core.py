@@ -9,6 +9,8 @@ Beyond that they offer their work in two halves: what depends on the recurrence,
 once for a whole sequence (projections of actions and embeddings, prior logits).
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable

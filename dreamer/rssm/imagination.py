@@ -1,5 +1,7 @@
 """Imagination: the policy acts in the prior's world."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 

@@ -1,5 +1,7 @@
 """The stochastic latent z_t: S categoricals of K classes, sampled straight-through, or a Gaussian (Dreamer V1)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -1,5 +1,7 @@
 """The RSSM over a sequence of records (training) and over a stream of observations (acting)."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Sequence
 

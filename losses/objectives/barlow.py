@@ -3,6 +3,8 @@
 L = sum_i (C_ii - 1)^2 + alpha sum_{i != j} C_ij^2, C the correlation of k and sg e over the samples
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from tensordict import TensorDictBase

@@ -4,6 +4,8 @@ An objective is a module called with the posterior TensorDict and the loss's key
 (``barlow`` becomes ``loss_barlow``) and detached diagnostics. A new one is one class in one file and one config.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

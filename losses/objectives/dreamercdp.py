@@ -3,6 +3,8 @@
 L = mean (1 - cos(f(h_t), sg e_t))
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch.nn.functional as F

@@ -3,6 +3,8 @@
 L = -mean_n ln softmax_m(k_n . e_m)[n]
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

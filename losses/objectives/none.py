@@ -1,5 +1,7 @@
 """No objective: the ablation."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from tensordict import TensorDictBase

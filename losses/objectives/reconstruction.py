@@ -3,6 +3,8 @@
 L = sum over pixels (decoded - o)^2 + sum over vector entries (decoded - symlog o)^2, mean over B and T
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

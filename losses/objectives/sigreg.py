@@ -3,6 +3,8 @@
 L = mean (k - e)^2 + gamma mean_a T(a),  T(a) = N int |1/N sum_n exp(i t a.e_n) - exp(-t^2/2)|^2 exp(-t^2/2) dt
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -4,6 +4,8 @@ L = mean (k - e)^2 + variance [v(k) + v(e)] + covariance [c(k) + c(e)],
 v = mean_i max(0, 1 - std_i), c = sum_{i != j} Cov_ij^2 / E
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
