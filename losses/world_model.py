@@ -227,7 +227,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it.
         records = tensordict.select(*tensordict.keys(True, True)).exclude(at(keys.reward))
         for key in self.world_model.in_keys:
-            value = records.get(key, None)
+            # Observations; latents and actions at the root are of the policy, which diverges where training does.
+            value = records.get(key, None) if key[0] == "next" else None
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 check_finite(value, repr(key))
         with self.world_model_params.to_module(self.world_model):
