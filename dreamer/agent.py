@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,87 +32,49 @@ HeadFactory = Callable[[Sizes], TensorDictModuleBase]
 
 @dataclass
 class Agent:
-    """Every part by its name, wired on the key contract; any network may be another one with the same signature.
-
-    Parts share parameters; ``parts()`` lists each of them once.
+    """Every part by its name. Parts share parameters; ``parts()`` lists each of them once.
 
     Args:
-        observations: images and vectors of the environment.
-        actions: its actions.
-        sizes: widths that the networks have.
+        observations: what the agent sees.
+        actions: what it does.
+        sizes: widths that heads are built from.
         encoder: observation -> embedding, below ``"next"``.
-        prior: (state, belief, action) -> (prior logits, state, belief).
-        posterior: (belief, embedding) -> (posterior logits, state).
+        prior: the network from latents and action to the next latents.
+        posterior: the network from belief and embedding to the state.
+        rollout: prior and posterior along a sequence.
         heads: what the objective needs, by name.
         reward: the reward network.
-        continue_: the continue network. None: episodes are taken to go on.
+        continue_: the continue network, or None.
         value: the critic's network.
         actor: latents -> action.
-        exploration: follows the actor in the policy, not in imagination.
-        differentiable: lets gradients pass through what is imagined.
-        fast: as in :func:`build_agent`.
+        world_model: encoder, rollout and heads on records [B, T].
+        value_model: the critic, at the root.
+        continue_model: the continue head at the root, or None.
+        imagination: rollouts in latent space.
+        policy: observation -> action; it carries its latents in the TensorDict.
+        recipe: what :func:`load_pretrained` built the agent by.
+        more_heads: recipes of heads that were added to it.
     """
 
     observations: ObservationSpace
     actions: ActionSpace
     sizes: Sizes
-    _: KW_ONLY
     encoder: ObservationEncoder
     prior: RSSMPrior
     posterior: RSSMPosterior
+    rollout: RSSMRollout
     heads: dict[str, TensorDictModuleBase]
     reward: FeatureMLP
     continue_: FeatureMLP | None
     value: FeatureMLP
     actor: ProbabilisticTensorDictSequential
-    exploration: InitVar[TensorDictModuleBase | None] = None
-    differentiable: InitVar[bool] = False
-    fast: InitVar[bool | Sequence[str]] = True
-    rollout: RSSMRollout = field(init=False)  # prior and posterior along a sequence
-    world_model: TensorDictSequential = field(init=False)  # encoder, rollout and heads on records [B, T]
-    value_model: TensorDictModule = field(init=False)  # the critic, at the root
-    continue_model: TensorDictModule | None = field(init=False)  # the continue head at the root
-    imagination: Imagination = field(init=False)  # rollouts in latent space
-    policy: TensorDictSequential = field(init=False)  # observation -> action; its latents stay in the TensorDict
-    recipe: Mapping[str, Any] | None = field(default=None, init=False)  # what load_pretrained built it by
-    more_heads: Mapping[str, Any] = field(default_factory=dict, init=False)  # recipes of heads that were added to it
-
-    def __post_init__(
-        self, exploration: TensorDictModuleBase | None, differentiable: bool, fast: bool | Sequence[str]
-    ) -> None:
-        self.heads = dict(self.heads)
-        self.rollout = RSSMRollout(
-            TensorDictModule(
-                self.prior,
-                in_keys=["state", "belief", "action"],
-                out_keys=[("next", "prior_logits"), ("next", "state"), ("next", "belief")],
-            ),
-            TensorDictModule(
-                self.posterior,
-                in_keys=[("next", "belief"), ("next", "encoded_latents")],
-                out_keys=[("next", "posterior_logits"), ("next", "state")],
-            ),
-        )
-        predictions = [latent_head(self.reward, self.reward.keys("reward"), prefix=("next",))]
-        self.continue_model = None
-        if self.continue_ is not None:
-            predictions.append(latent_head(self.continue_, ["continue_pred"], prefix=("next",)))
-            self.continue_model = latent_head(self.continue_, ["continue_pred"])
-        self.world_model = TensorDictSequential([self.encoder, self.rollout, *self.heads.values(), *predictions])
-        self.value_model = latent_head(self.value, self.value.keys("state_value"))
-        reward = latent_head(self.reward, self.reward.keys("reward"))
-        self.imagination = Imagination(self.prior, reward, differentiable=differentiable)
-        estimator = RSSMStateEstimator(
-            self.prior,
-            self.posterior,
-            state_size=self.sizes.state,
-            belief_size=self.sizes.belief,
-            action_size=self.actions.size,
-        )
-        after_actor = [] if exploration is None else [exploration]
-        self.policy = TensorDictSequential([self.encoder.at_root(), estimator, self.actor, *after_actor])
-        tricks = fast if not isinstance(fast, bool) else TRICKS if fast else ()
-        speed_up(self.rollout, self.imagination, *self.parts().values(), tricks=tricks)
+    world_model: TensorDictSequential
+    value_model: TensorDictModule
+    continue_model: TensorDictModule | None
+    imagination: Imagination
+    policy: TensorDictSequential
+    recipe: Mapping[str, Any] | None = None  # what load_pretrained built it by
+    more_heads: Mapping[str, Any] = field(default_factory=dict)  # and recipes of heads that were added to it
 
     @property
     def latent_sizes(self) -> dict[str, int]:
@@ -159,9 +121,6 @@ class Agent:
         """Parameters of every part and of all, a line each."""
         counts = self.parameter_counts()
         return "\n".join(f"{name:<12}{count:>14,}" for name, count in {**counts, "total": sum(counts.values())}.items())
-
-
-assemble = Agent  # the name for wiring networks of your own
 
 
 def build_agent(
@@ -263,7 +222,7 @@ def build_agent(
     )
     factories = {"projection": projection_head} if heads is None else heads
     features = sizes.features
-    return Agent(
+    return assemble(
         observations,
         actions,
         sizes,
@@ -277,3 +236,84 @@ def build_agent(
         actor=actor_head(features, units, actor_layers, actions.size, discrete=actions.discrete, unimix=unimix),
         fast=fast,
     )
+
+
+def assemble(
+    observations: ObservationSpace,
+    actions: ActionSpace,
+    sizes: Sizes,
+    *,
+    encoder: ObservationEncoder,
+    prior: RSSMPrior,
+    posterior: RSSMPosterior,
+    heads: Mapping[str, TensorDictModuleBase],
+    reward: FeatureMLP,
+    continue_: FeatureMLP | None,
+    value: FeatureMLP,
+    actor: ProbabilisticTensorDictSequential,
+    exploration: TensorDictModuleBase | None = None,
+    differentiable: bool = False,
+    fast: bool | Sequence[str] = True,
+) -> Agent:
+    """Wires networks on the key contract; any of them may be another implementation with the same signature.
+
+    Args:
+        observations: images and vectors of the environment.
+        actions: its actions.
+        sizes: widths that the networks have.
+        encoder: observation -> embedding.
+        prior: (state, belief, action) -> (prior logits, state, belief).
+        posterior: (belief, embedding) -> (posterior logits, state).
+        heads: the objective's heads, by name.
+        reward: the reward network.
+        continue_: the continue network. None: episodes are taken to go on.
+        value: the critic's network.
+        actor: latents -> action.
+        exploration: follows the actor in the policy, not in imagination.
+        differentiable: lets gradients pass through what is imagined.
+        fast: as in :func:`build_agent`.
+    """
+    after = ("next",)
+    rollout = RSSMRollout(
+        TensorDictModule(
+            prior,
+            in_keys=["state", "belief", "action"],
+            out_keys=[("next", "prior_logits"), ("next", "state"), ("next", "belief")],
+        ),
+        TensorDictModule(
+            posterior,
+            in_keys=[("next", "belief"), ("next", "encoded_latents")],
+            out_keys=[("next", "posterior_logits"), ("next", "state")],
+        ),
+    )
+    predictions = [latent_head(reward, reward.keys("reward"), prefix=after)]
+    if continue_ is not None:
+        predictions.append(latent_head(continue_, ["continue_pred"], prefix=after))
+    world_model = TensorDictSequential([encoder, rollout, *heads.values(), *predictions])
+    estimator = RSSMStateEstimator(
+        prior, posterior, state_size=sizes.state, belief_size=sizes.belief, action_size=actions.size
+    )
+    after_actor = [] if exploration is None else [exploration]
+    policy = TensorDictSequential([encoder.at_root(), estimator, actor, *after_actor])
+    agent = Agent(
+        observations=observations,
+        actions=actions,
+        sizes=sizes,
+        encoder=encoder,
+        prior=prior,
+        posterior=posterior,
+        rollout=rollout,
+        heads=dict(heads),
+        reward=reward,
+        continue_=continue_,
+        value=value,
+        actor=actor,
+        world_model=world_model,
+        value_model=latent_head(value, value.keys("state_value")),
+        continue_model=None if continue_ is None else latent_head(continue_, ["continue_pred"]),
+        imagination=Imagination(prior, latent_head(reward, reward.keys("reward")), differentiable=differentiable),
+        policy=policy,
+    )
+    tricks = fast if not isinstance(fast, bool) else TRICKS if fast else ()
+    speed_up(agent.rollout, agent.imagination, *agent.parts().values(), tricks=tricks)
+    return agent

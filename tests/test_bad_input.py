@@ -183,7 +183,6 @@ def test_a_directory_that_cannot_be_written(server, tmp_path):
 @pytest.mark.parametrize(
     "module, extra, command",
     [
-        ("gymnasium", "gym", CARTPOLE),
         ("dm_control", "dmc", ["env=dmc_proprio", *TINY]),
         ("wandb", "wandb", [*CARTPOLE, "logger=wandb"]),
     ],

@@ -1,8 +1,10 @@
 """The fast paths give what the plain ones give: compiled parts, blocked norms, the benchmark's own synthetic update."""
 
+import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from r2dreamer.dreamer.fast import deferred, norms
 from r2dreamer.dreamer.fast.mixing import Fast
 from r2dreamer.dreamer.fast.norms import BLOCK, BlockedNormSiLU
 from r2dreamer.dreamer.networks.layers import NormSiLU
+from r2dreamer.envs import make_gym
 from r2dreamer.examples import benchmark
+from r2dreamer.examples.timing.environments import bare
 from r2dreamer.examples.training.learner import Learner
 from r2dreamer.examples.training.setup import make_agent
 
@@ -244,3 +248,12 @@ def test_the_benchmark_steps_the_same_simulators_with_and_without_torchrl(server
     result = json.loads(done.stdout.strip().splitlines()[-1])["environment"]["2"]
     assert result["collector"] > 0 and result["bare"] > 0
     assert result["ratio"] == pytest.approx(result["collector"] / result["bare"], rel=0.02)
+
+
+def test_a_bare_simulator_repeats_actions_and_draws_as_the_environment_does():
+    repeated = bare(partial(make_gym, "Pendulum-v1", action_repeat=4), 0)
+    repeated.reset()
+    steps = next(step for step in itertools.count(1) if repeated.step(repeated.action_space.sample())[3])
+    assert steps == 50  # of 200
+    drawn = bare(partial(make_gym, "CartPole-v1", from_pixels=True, image_size=32), 0)
+    assert drawn.reset()[0]["pixels"].shape == (3, 32, 32)

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from ..agent import Agent, HeadFactory
+from ..agent import Agent, HeadFactory, assemble
 from ..networks.decoders import ObservationDecoder
 from ..networks.encoders import ObservationEncoder, VectorEncoder
 from ..networks.heads import FeatureMLP
@@ -90,7 +90,7 @@ def build_classic_agent(
         actions=actions.size,
     )
     scalar = lambda layers: FeatureMLP(sizes.features, units, layers, 1, make_layers=elu_mlp)
-    return Agent(
+    return assemble(
         observations,
         actions,
         sizes,

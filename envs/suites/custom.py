@@ -70,8 +70,10 @@ def _import(path: str) -> Any:
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            public = [each for each in dir(found) if each[0] != "_" and callable(getattr(found, each, None))]
-            shown = ", ".join(difflib.get_close_matches(part, public) or public[:8]) or "no functions"
+            public = [each for each in dir(found) if each[0] != "_"]  # of a lazy package, too: nothing is imported
+            there = getattr(found, "__dict__", {})
+            functions = [each for each in public if each not in there or callable(there[each])]
+            shown = ", ".join(difflib.get_close_matches(part, public) or functions[:8]) or "no functions"
             holder = getattr(found, "__name__", type(found).__name__)
             raise ValueError(f"env.factory={path!r}: {holder} has no {part!r}. It has: {shown}.")
         found = getattr(found, part)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
 import textwrap
 import traceback
+from typing import TextIO
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -136,3 +138,23 @@ def paragraph(text: str) -> str:
     if "\n" not in text:  # a worker's traceback keeps its lines
         text = textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
     return f"\n{text}\n(HYDRA_FULL_ERROR=1 shows the traceback.)\n"
+
+
+class HeldBack(io.TextIOBase):
+    """Holds back what hydra prints while it composes the configuration; once released, it lets everything through."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.text, self.released = stream, "", False
+
+    def write(self, text: str) -> int:
+        if self.released:
+            return self.stream.write(text)
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def release(self) -> None:
+        self.released, held, self.text = True, self.text, ""
+        self.stream.write(held)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from ..settings.targets import SettingError
 from .children import leave_with_parent, take_signals
 from .messages import (
     USER_ERRORS,
+    HeldBack,
     cannot_compose,
     default_of,
     own_traceback,
@@ -62,46 +62,43 @@ def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Call
 
 
 def compose(main: Callable, config_name: str, cfg: DictConfig | None) -> None:
-    """Hydra's part: the configuration from the command line, then `main`. Errors printed until then are held back."""
-    held, stream = io.StringIO(), sys.stderr
+    """Hydra's part: the configuration from the command line, then `main`."""
+    held = HeldBack(sys.stderr)
     run = hydra.main(version_base=None, config_path="pkg://r2dreamer.configs", config_name=config_name)
-
-    @functools.wraps(main)
-    def begin(cfg: DictConfig) -> None:
-        stream.write(held.getvalue())
-        held.seek(0)
-        held.truncate()
-        with contextlib.redirect_stderr(stream):
-            friendly_errors(lambda cfg: main(checked(cfg, config_name)))(cfg)
-
     try:
         with contextlib.redirect_stderr(held):
-            run(begin)(cfg)
+            run(friendly_errors(checked(main, config_name, held)))(cfg)
     except SystemExit as left:
-        error, text = left.__context__, held.getvalue()
-        if text and error is None:  # of argparse, after its usage
-            text = f"{text.splitlines()[-1]}\nSettings are given as key=value; --help says more.\n"
-        elif text and isinstance(error, Exception) and not wants_traceback():
-            text = paragraph(cannot_compose(error, config_name))
-        held = io.StringIO(text)
-        if place()[1] and text:  # printed only if the first rank can compose it
-            complain(text)
+        error = left.__context__
+        if held.text and error is None:  # of argparse, after its usage
+            held.text = f"{held.text.splitlines()[-1]}\nSettings are given as key=value; --help says more.\n"
+        elif held.text and isinstance(error, Exception) and not wants_traceback():
+            held.text = paragraph(cannot_compose(error, config_name))
+        if place()[1] and held.text:  # printed only if the first rank can compose it
+            complain(held.text)
         raise
     finally:
-        stream.write(held.getvalue())
+        held.release()
 
 
-def checked(cfg: DictConfig, config_name: str) -> DictConfig:
-    """The configuration, once every setting is found to be of its kind."""
-    try:
-        check(cfg, config_name)
-    except SettingError as error:
-        others = [each for each in sys.argv[1:] if each.partition("=")[0].lstrip("+") != error.key]
-        default = None if len(others) == len(sys.argv) - 1 else default_of(error.key, config_name, others)
-        if default is not None:
-            error.add_note(f"Without it {error.key}={default} is used.")
-        raise
-    return cfg
+def checked(main: Callable, config_name: str, held: HeldBack) -> Callable:
+    """`main`, once every setting is found to be of its kind."""
+
+    @functools.wraps(main)
+    def wrapped(cfg: DictConfig) -> None:
+        held.release()
+        try:
+            check(cfg, config_name)
+        except SettingError as error:
+            others = [each for each in sys.argv[1:] if each.partition("=")[0].lstrip("+") != error.key]
+            default = None if len(others) == len(sys.argv) - 1 else default_of(error.key, config_name, others)
+            if default is not None:
+                error.add_note(f"Without it {error.key}={default} is used.")
+            raise
+        with contextlib.redirect_stderr(held.stream):
+            main(cfg)
+
+    return wrapped
 
 
 def leave_at_once() -> None:

@@ -79,10 +79,7 @@ def bare(factory: Callable[..., EnvBase], seed: int) -> gymnasium.Env:
             f"{environment} is not of a suite of this package, so there is no bare simulator to compare it with. "
             "`r2dreamer doctor` measures its speed."
         )
-    simulator = environment.base_env
-    if isinstance(simulator.__dict__.get("env"), gymnasium.Env):
-        return simulator.env
-    return BareSimulator(simulator)
+    return BareSimulator(environment.base_env)
 
 
 class BareSimulator(gymnasium.Env):
