@@ -15,6 +15,7 @@ AGENTS = EXAMPLES / "results" / "agents"
 # By name the least greedy return of two episodes.
 BOUNDS = {
     "ball_in_cup_catch": 500,
+    "ball_in_cup_catch_pixels": 750,
     "cartpole_swingup": 800,
     "cartpole_swingup_pixels": 450,
     "reacher_easy": 900,
