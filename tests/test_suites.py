@@ -58,6 +58,7 @@ SHORT = {
     "dmc_vision": [CUT],
     "dmc_proprio": [CUT],
     "dmc_subtle": [CUT],
+    "dmc_distracting": [CUT],
     "atari100k": ["env.task=pong", "env.make.time_limit=600"],
     "memory_maze": ["replay.place.storage=memmap", "total_frames=60", "eval.every=1000", "checkpoint.every=40", CUT],
     "metaworld": ["total_frames=60", "eval.every=1000", CUT],
