@@ -112,6 +112,28 @@ def test_the_command_draws_the_seeds_of_a_folder_together(tmp_path, drawn, monke
         curves.main()
 
 
+def test_folders_of_one_name_are_two_experiments_and_a_run_named_twice_is_one_seed(tmp_path, drawn, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(tmp_path / which / "mine" / "seed0", [90, 180], offset=i) for i, which in enumerate("ab")]
+    more = [f"{runs[0]}/", "--out", "runs.png", str(make_run(tmp_path / "other" / "seed0", [90, 180]))]
+    monkeypatch.setattr(sys, "argv", ["curves.py", *map(str, runs), *more])
+    curves.main()
+    assert labels(drawn[0]) == ["a/mine", "b/mine", "other"]
+
+
+def test_a_key_that_no_run_holds_leaves_the_picture_as_it_is(tmp_path, drawn, monkeypatch):
+    run, out = make_run(tmp_path / "mine" / "seed0", [90]), tmp_path / "runs.png"
+    out.write_text("drawn before")
+    arguments = ["curves.py", str(run), "--out", str(out), "--key"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "eval/retrun"])
+    with pytest.raises(SystemExit, match="no run holds eval/retrun. Did you mean eval/return"):
+        curves.main()
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="mine/seed0 has no entries yet"):
+        curves.main()
+    assert out.read_text() == "drawn before" and not drawn
+
+
 def test_the_command_draws_what_can_be_read_and_names_the_rest(tmp_path, drawn, monkeypatch, capsys):
     run = make_run(tmp_path / "mine" / "seed0", range(90, 991, 90))
     content = bytearray((run / "metrics.jsonl").read_bytes())

@@ -112,9 +112,18 @@ def read_curve(logdir: str | os.PathLike, key: str) -> tuple[np.ndarray, np.ndar
     return np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float)
 
 
+def folder_names(logdirs: Sequence[Path]) -> list[str]:
+    """The folder that each run lies in: by its name, or by its path where another folder has the same name."""
+    folders = [logdir.resolve().parent for logdir in logdirs]
+    names = [folder.name for folder in dict.fromkeys(folders)]
+    return [folder.name if names.count(folder.name) == 1 else os.path.relpath(folder) for folder in folders]
+
+
 def known_keys(logdir: str | os.PathLike, key: str) -> str:
     """What a run has in place of a key that it has not: those it resembles, or all."""
     known = sorted({name for line in read_metrics(logdir) for name in line} - {"step"})
+    if not known:
+        return f"{logdir} has no entries yet."
     near = difflib.get_close_matches(key, known, n=3)
     return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}."
 
