@@ -89,6 +89,17 @@ def test_runs_are_compared_only_where_all_have_values():
     assert values.tolist() == [[5, 10, 15], [1, 1, 1]]
 
 
+def test_a_mean_that_ends_early_or_cannot_be_formed_is_said(tmp_path, drawn, capsys):
+    runs = [make_run(tmp_path / name, steps) for name, steps in (("long", range(90, 991, 90)), ("begun", [1]))]
+    (runs[1] / "metrics.jsonl").write_text('{"step": 0, "eval/return": 2, "train/return": 1}\n')
+    draw_runs(runs, ["mine", "mine"], tmp_path / "runs.png")
+    assert "'mine' is drawn up to frame 0," in capsys.readouterr().out
+    (line,) = drawn[0].axes[0].get_lines()
+    assert line.get_xydata().tolist() == [[0, 1.5]] and line.get_marker() == "o"  # a line of one point is not seen
+    draw_runs(runs, ["mine", "mine"], tmp_path / "runs.png", key="train/return")
+    assert "'mine' have no frames in common" in capsys.readouterr().out and not drawn[1].axes[0].get_lines()
+
+
 def test_nothing_to_draw_or_to_draw_with_is_a_notice(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/a": 2}\n')
     assert len(read_curve(tmp_path, "eval/return")[0]) == 0
