@@ -42,11 +42,13 @@ def halved(value: Any) -> Any:
 def describe(loaded: LoadedCheckpoint, name: str) -> ModelCard:
     """What the run says of its agent: the greedy return is the last one measured up to this checkpoint."""
     config, origin = loaded.state["config"], loaded.state.get("origin", {})
-    logdir, returns = loaded.path.parent.parent, None
-    if (logdir / "metrics.jsonl").exists():
+    place, returns = loaded.path.absolute().parent, None
+    logdir = place.parent
+    if place.name == "checkpoints" and (logdir / "metrics.jsonl").exists():  # elsewhere no run stands around it
         for line in read_metrics(logdir, containing='"eval/return"'):
             if line["step"] <= loaded.step and {"eval/return", "eval/return_std"} <= line.keys():
-                returns = line["eval/return"], line["eval/return_std"]
+                measured = line["eval/return"], line["eval/return_std"]
+                returns = None if None in measured else measured  # NaN is written as null
     return ModelCard(
         name=name,
         task=f"{config['env']['suite']}-{config['env']['task']}",
@@ -111,6 +113,8 @@ def main() -> None:
     parser.add_argument("--push", metavar="OWNER/NAME", help="uploads the directory to the Hugging Face Hub, too")
     parser.add_argument("--private", action="store_true", help="of a repository that --push makes")
     arguments = parser.parse_args()
+    if arguments.private and not arguments.push:
+        parser.error("--private is of a repository: add --push OWNER/NAME, or leave it out")
     try:
         out = export(arguments.run, arguments.out, arguments.name, play=arguments.play)
         size = sum(file.stat().st_size for file in out.iterdir())
