@@ -23,8 +23,6 @@ from r2dreamer.examples.training.video import write_video
 
 @script("evaluate", foreign=True)
 def main(cfg: DictConfig) -> None:
-    if cfg.out is not None and not cfg.video:
-        raise ValueError(f"out={cfg.out} is where the video goes, and video=false makes none: leave one of them out.")
     device = resolve_device(cfg.device)
     trained = load_trained(cfg.checkpoint, device, cfg.trust, images=False)
     run, agent, make_environment = trained.run, trained.agent, trained.make_environment

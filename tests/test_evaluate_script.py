@@ -159,7 +159,6 @@ def test_an_agent_without_its_run_is_not_evaluated(trained, tmp_path):
         ("format", "has format 99"),
         ("foreign", "was not saved by examples/train.py"),
         ("episodes", "episodes=0 must be a whole number of at least 1"),
-        ("film", "out=here.mp4 is where the video goes, and video=false makes none"),
     ],
 )
 def test_evaluate_refuses(server, trained, tmp_path, what, says):
@@ -176,7 +175,6 @@ def test_evaluate_refuses(server, trained, tmp_path, what, says):
         "nothing": [],
         "elsewhere": [f"checkpoint={tmp_path}/nowhere"],
         "episodes": [f"checkpoint={trained}", "episodes=0"],
-        "film": [f"checkpoint={trained}", "video=false", "out=here.mp4"],
     }.get(what, [f"checkpoint={path}"])
     run = server.run(tmp_path / "run", *arguments, script="evaluate")
     assert run.status == 1
