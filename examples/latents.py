@@ -29,6 +29,7 @@ import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.dreamer import Agent
@@ -83,6 +84,19 @@ def cells(cfg: DictConfig) -> list[Cell]:
         for level in dict.fromkeys(levels(task))
         for member in (BASELINES, UNTRAINED, *cfg.members)
     ]
+
+
+def refuse_unread(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses a setting of the command line that says nothing beside the others."""
+    of_grid = ["suite", "tasks", "shrinks", "difficulties", "members", "seeds", "overrides", "updates", "precision"]
+    if cfg.checkpoint:
+        unread, why = of_grid, f"checkpoint={cfg.checkpoint} asks that agent in its own task, and trains nothing"
+    else:
+        unread = ["shrinks" if cfg.suite == "dmc_distracting" else "difficulties"]
+        why = f"suite={cfg.suite} has none"
+    for override in overrides:
+        if override.partition("=")[0] in unread:
+            raise ValueError(f"{override} is not read: {why}. Leave it out.")
 
 
 def composed(cell: Cell, overrides: list[str]) -> DictConfig:
@@ -166,6 +180,7 @@ def claim(out: Path, settings: dict) -> None:
 
 @script("latents", foreign=True)
 def main(cfg: DictConfig) -> None:
+    refuse_unread(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else ())
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     given = OmegaConf.to_container(cfg)

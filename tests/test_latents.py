@@ -1,6 +1,7 @@
 """examples/latents.py: readouts score what features hold and no more, on a toy whose image shows one fact and hides another."""
 
 import json
+import re
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import numpy as np
@@ -225,6 +226,22 @@ def test_distractions_make_the_grid_and_none_of_them_is_the_stock_task():
     assert (runs[1].env.make.split, runs[1].env.make_evaluation.split) == ("train", "val")
     with pytest.raises(ValueError, match="no task 'reacher'.*reacher_easy"):
         latents.cells(config("suite=dmc_distracting", "tasks=[reacher]", name="latents"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["suite=dmc_distracting", "tasks=[reacher_easy]", "shrinks=[1/2]"],
+        ["suite=dmc_subtle", "tasks=[reacher]", "difficulties=[easy]"],
+        ["checkpoint=run", "seeds=[3]"],
+        ["checkpoint=run", "updates=7"],
+    ],
+)
+def test_a_setting_that_would_not_be_read_is_refused(overrides):
+    cfg = config(*overrides, name="latents")
+    with pytest.raises(ValueError, match=re.escape(f"{overrides[-1]} is not read: {overrides[0].partition('=')[0]}")):
+        latents.refuse_unread(cfg, overrides)
+    latents.refuse_unread(cfg, overrides[:-1])
 
 
 def test_members_are_asked_what_they_know_behind_moving_backgrounds(tmp_path):
