@@ -128,7 +128,7 @@ def test_ctrl_c_keeps_the_best_patch_so_far(server, trained, tmp_path):
 def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_computed(server, trained, tmp_path, script):
     quick = [*QUICK, "progress=true"] if script == "attack" else ["max_steps=3"]
     run = server.run(tmp_path, f"checkpoint={trained}", "out=stdout/x", *quick, script=script)
-    assert run.status == 1 and "stdout/x cannot be written: Not a directory. Give another" in run.stderr
+    assert run.status == 1 and "stdout/x cannot be written: Not a directory. Give another place" in run.stderr
     assert "%" not in run.stderr  # no bar of progress
 
 

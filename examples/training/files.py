@@ -85,8 +85,11 @@ def output_path(out: str | None, directory: Path, name: str) -> Path:
     return Path(out) if out else refuse_links(directory) / name
 
 
-def make_output(out: Path) -> None:
-    """Makes the directory of a tool's results before anything is computed, and finds out whether it can be written."""
+def make_output(out: Path, option: str = "out=DIR") -> None:
+    """Makes the directory of a tool's results before anything is computed, and finds out whether it can be written.
+
+    option: by which the user gives another one.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
