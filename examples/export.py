@@ -27,6 +27,7 @@ from r2dreamer.examples.training.saved_config import UNUSED, plain_config
 
 PLAYS = "It has no heads of the objective: it acts and imagines, and is not for training on."
 HALVED = "Its weights are in half precision; the return is of the run, whose weights were not."
+EARLIER = "The return was measured at {:,} frames, the last time before the weights were saved."
 
 
 def halved(value: Any) -> Any:
@@ -42,13 +43,14 @@ def halved(value: Any) -> Any:
 def describe(loaded: LoadedCheckpoint, name: str) -> ModelCard:
     """What the run says of its agent: the greedy return is the last one measured up to this checkpoint."""
     config, origin = loaded.state["config"], loaded.state.get("origin", {})
-    place, returns = loaded.path.absolute().parent, None
+    place, returns, frame = loaded.path.absolute().parent, None, None
     logdir = place.parent
     if place.name == "checkpoints" and (logdir / "metrics.jsonl").exists():  # elsewhere no run stands around it
         for line in read_metrics(logdir, containing='"eval/return"'):
             if line["step"] <= loaded.step and {"eval/return", "eval/return_std"} <= line.keys():
                 measured = line["eval/return"], line["eval/return_std"]
-                returns = None if None in measured else measured  # NaN is written as null
+                returns, frame = None if None in measured else measured, line["step"]  # NaN is written as null
+    limits = [HALVED] if returns is None or frame == loaded.step else [HALVED, EARLIER.format(frame)]
     return ModelCard(
         name=name,
         task=f"{config['env']['suite']}-{config['env']['task']}",
@@ -56,7 +58,7 @@ def describe(loaded: LoadedCheckpoint, name: str) -> ModelCard:
         episodes=None if returns is None else config["eval"]["episodes"],
         seed=config["seed"],
         frames=loaded.step,
-        limits=[HALVED],
+        limits=limits,
         **origin,
     )
 

@@ -125,6 +125,9 @@ def test_the_card_states_the_return_of_its_own_run_or_none(trained, tmp_path, mo
     last = lines(run, '"eval/return"')[-1]["eval/return"]
     assert f"{last:.4g} ±" in said(Path(newest.name), "here")
     assert Trained(None, None, Path(newest.name), 200, None).directory == run  # where a tool writes, too
+    assert "was measured at" not in said(newest, "measured")
+    earlier = min(newest.parent.glob("step_*"))  # between two evaluations
+    assert "measured at 80 frames, the last time before" in said(earlier, "earlier"), earlier
     copy = shutil.copytree(newest, run / "kept" / newest.name)
     assert "greedy return | not measured" in said(copy, "elsewhere")
     with open(run / "metrics.jsonl", "a") as file:
