@@ -42,7 +42,7 @@ from r2dreamer.examples.readout.report import rank, said, write_results
 from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model
 from r2dreamer.examples.settings.compose import compose
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
-from r2dreamer.examples.training.files import output_path, replace, replace_text
+from r2dreamer.examples.training.files import make_output, output_path, replace, replace_text
 from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.origin import commit
 from r2dreamer.examples.training.setup import build
@@ -175,6 +175,7 @@ def claim(out: Path, settings: dict) -> None:
             f"{out} holds results with {name}={before.get(name)}, and this command says {settings.get(name)}. Repeat the "
             "former, or give another directory with out=DIR."
         )
+    make_output(out)
     replace_text(path, json.dumps(settings))
 
 

@@ -174,6 +174,8 @@ GRID = ["tasks=[reacher]", "shrinks=[1]", "seeds=[0]", "members=[r2dreamer,dream
 def test_the_command_writes_lines_table_and_figure_and_repeats_nothing(command, monkeypatch):
     with pytest.raises(ValueError, match="reacherr"):  # and leaves the directory to the right command
         command("tasks=[reacherr]", "updates=3")
+    with pytest.raises(OSError, match=r"/dev/null/x cannot be written: Not a directory. Give another place, out=DIR"):
+        command(*GRID, "out=/dev/null/x")
     out = command(*GRID, "threads=null")
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [line["member"] for line in lines] == ["baselines", "untrained", *MEMBERS]

@@ -94,9 +94,7 @@ def make_output(out: Path, option: str = "out=DIR") -> None:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise OSError(
-            f"{out} cannot be written: {error.strerror or error}. Give another directory, out=DIR."
-        ) from error
+        raise OSError(f"{out} cannot be written: {error.strerror or error}. Give another place, {option}.") from error
 
 
 def own_directories(root: Path) -> list[Path]:
