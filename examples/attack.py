@@ -26,7 +26,7 @@ from r2dreamer.examples.attacks.search import Search, Windows, collect_episodes,
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.evaluation import EvaluationResult, evaluate
-from r2dreamer.examples.training.files import output_path
+from r2dreamer.examples.training.files import make_output, output_path
 from r2dreamer.examples.training.loading import Trained, load_trained
 from r2dreamer.examples.training.video import write_video
 from r2dreamer.losses import PlanningAttackLoss
@@ -139,6 +139,8 @@ def prepare_other(cfg: DictConfig, attack: Attack) -> Callable[[Interrupt], tupl
             raise ValueError(f"other={cfg.other} holds {other}, which cannot be compared with {wanted}.")
         return lambda interrupt: (other.delta.detach(), {"file": cfg.other})
     trained = load_trained(cfg.other, attack.device, cfg.trust)
+    if trained.path.samefile(attack.trained.path):
+        raise ValueError(f"other={cfg.other} is the agent that is attacked: give a run of another seed.")
     rival = Attack(trained, cfg, attack.device)
     if rival.image != attack.image:
         raise ValueError(f"other={cfg.other} sees images of {rival.image}, this agent sees {attack.image}.")
@@ -148,7 +150,6 @@ def prepare_other(cfg: DictConfig, attack: Attack) -> Callable[[Interrupt], tupl
 
 def keep(out: Path, searches: dict[str, Search], record: dict) -> None:
     """The patches, their pictures, and what is known so far."""
-    out.mkdir(parents=True, exist_ok=True)
     record["searches"] = {name: {"best_step": each.step, "curve": each.curve} for name, each in searches.items()}
     for name, search in searches.items():
         stem = "patch" if name == "optimized" else f"patch_{name.replace(' ', '_')}"
@@ -165,9 +166,12 @@ def main(cfg: DictConfig) -> None:
     if trained.run.threads:
         torch.set_num_threads(trained.run.threads)
     out = output_path(cfg.out, trained.directory, "attack")
+    if (out / "metrics.json").exists():
+        raise ValueError(f"{out} holds an attack already: remove it, or give another directory, out=DIR.")
     attack = Attack(trained, cfg, device)
     other = None if cfg.other is None else prepare_other(cfg, attack)
     record = {"agent": trained.identity, "config": OmegaConf.to_container(cfg, resolve=True)}
+    make_output(out)
     with Interrupt() as interrupt:
         searches = {"optimized": attack.search(cfg.attack.loss.belief, interrupt, "optimized")}
         keep(out, searches, record)  # whatever happens to the others

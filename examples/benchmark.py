@@ -156,6 +156,8 @@ def spaces(cfg: DictConfig) -> tuple[ObservationSpace, ActionSpace]:
 
 def benchmark(total: DictConfig, ranks: Ranks | None = None) -> dict:
     """total: with the batch of all ranks."""
+    if total.compare and "update" not in total.measure:
+        raise ValueError(f"compare={total.compare} compares updates: add update to measure, or leave compare out.")
     result = {} if set(total.measure) == {"environment"} else measure_agent(total, ranks or Ranks(total.device))
     if "environment" in total.measure:
         result |= {"env": total.env.suite, "task": total.env.task, "collect_steps": total.collect_steps}

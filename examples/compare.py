@@ -30,10 +30,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from r2dreamer.examples.cli.children import Children
 from r2dreamer.examples.cli.messages import cannot_compose
+from r2dreamer.examples.cli.output import guarded_output
 from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
 from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture, read_curve
 from r2dreamer.examples.figures.plans import read_plan, report, summary
 from r2dreamer.examples.training.cluster import make_executor, split, submit
+from r2dreamer.examples.training.files import make_output
 from r2dreamer.examples.training.grid import Run, plan
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -93,7 +95,20 @@ def _cell(numbers: dict) -> str:
     return f"**{numbers['mean']:.4g}** ({', '.join(f'{value:.4g}' for value in numbers['final'])})"
 
 
+def check_output(out: Path) -> None:
+    """Finds out before anything is trained whether the picture and its two companions can be written."""
+    there = [path for path in (out.with_suffix(".json"), out.with_suffix(".md")) if path.exists()]
+    if len(there) == 1:  # a comparison leaves both
+        raise ValueError(f"--out {out} would overwrite {there[0]}, which is of something else: give another name.")
+    make_output(out.parent, "--out FILE")
+
+
 def main() -> None:
+    with guarded_output(lambda: None):  # trainings go on where nobody reads what is printed
+        compare()
+
+
+def compare() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for train.py; a=1,2 and a=range(0,3) vary")
     parser.add_argument(
@@ -108,7 +123,7 @@ def main() -> None:
         help="the picture; beside it numbers as .json, a table as .md",
     )
     parser.add_argument("--key", default="eval/return", help="entry of metrics.jsonl to compare")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs} must be at least 1")
     if not (arguments.plan or arguments.overrides):
@@ -120,8 +135,10 @@ def main() -> None:
                 f"--jobs {arguments.jobs} is of this machine; limit jobs with hydra.launcher.array_parallelism."
             )
         runs = read_plan(arguments.plan, overrides) if arguments.plan else plan(overrides)
+        if not arguments.status:
+            check_output(arguments.out)
         executor = make_executor(where) if where and not arguments.status else None
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         sys.exit(cannot_compose(error, "config"))
 
     if arguments.plan or arguments.status:
@@ -156,14 +173,14 @@ def main() -> None:
         spread = "of one seed" if low is None else f"[{low:.4g}, {high:.4g}] over {len(numbers['final'])} seeds"
         print(f"{name}: {numbers['mean']:.4g} {spread}")
     if means:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.with_suffix(".json").write_text(json.dumps(means, indent=1))
         arguments.out.with_suffix(".md").write_text(table(complete, means) + "\n" + report(runs, arguments.key))
         columns = ("logdir", "variant", "task")
         directories, variants, tasks = ([getattr(run, column) for run in complete] for column in columns)
         published = {run.task: (run.suite, run.task.removeprefix(f"{run.suite}-")) for run in complete}
         how = {"key": arguments.key, "bootstrap": True, "panels": tasks, "published": published}
-        print(draw_runs(directories, variants, arguments.out, **how))
+        if drawn := draw_runs(directories, variants, arguments.out, **how):
+            print(drawn)
     for run in failed:
         print(f"Not finished: {' '.join(run.overrides)} (in {run.logdir})", file=sys.stderr)
     if complete and not means:

@@ -8,6 +8,7 @@ python examples/contact_sheet.py --suite dmc_distracting --size 128
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from r2dreamer.envs import make_dmc, make_dmc_distracting, make_dmc_subtle
 from r2dreamer.envs.base.errors import require
 from r2dreamer.envs.control.distracting import SCALES
 from r2dreamer.envs.control.subtle import OFFICIAL
+from r2dreamer.examples.figures.curves import picture
 
 SEED = 8
 AXES = ("background", "colour", "moving_camera")
@@ -55,12 +57,23 @@ def distracting_sheet(size: int) -> list[tuple[str, list[tuple[str, Callable]]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=["dmc_subtle", "dmc_distracting"], default="dmc_subtle")
-    parser.add_argument("--out", type=Path, help="the picture; without, SUITE.png")
+    parser.add_argument("--out", type=picture, help="the picture; without, SUITE.png")
     parser.add_argument("--size", type=int, default=320, help="pixels of one image; the agent sees 64")
     parser.add_argument("--shrink", help="fraction of the stock size, such as 1/20; without, the paper's")
     arguments = parser.parse_args()
-    out = arguments.out or Path(f"{arguments.suite}.png")
+    if arguments.shrink is not None and arguments.suite != "dmc_subtle":
+        parser.error(f"--shrink {arguments.shrink} is of --suite dmc_subtle: {arguments.suite} has sizes of its own")
+    if arguments.size < 1:
+        parser.error(f"--size {arguments.size} must be at least 1")
+    try:
+        print(draw(arguments))
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(str(error))
 
+
+def draw(arguments: argparse.Namespace) -> Path:
+    """Writes the picture, and returns its path."""
+    out = arguments.out or Path(f"{arguments.suite}.png")
     require("matplotlib", "plot").use("Agg")
     import matplotlib.pyplot as plt
 
@@ -81,8 +94,9 @@ def main() -> None:
             axis.axis("off")
             if column == 0:
                 axis.text(-title / 2, size / 2, name, rotation=90, ha="center", va="center")
+    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
-    print(out)
+    return out
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture
+from r2dreamer.examples.figures.curves import draw_runs, folder_names, known_keys, picture, read_curve
 
 
 def main() -> None:
@@ -19,17 +19,18 @@ def main() -> None:
     parser.add_argument("--out", type=picture, default=Path("curves.png"))
     parser.add_argument("--title", default="")
     parser.add_argument("--key", default="eval/return", help="entry of metrics.jsonl to draw")
-    arguments = parser.parse_args()
-    missing = [str(run) for run in arguments.runs if not (run / "metrics.jsonl").is_file()]
+    arguments = parser.parse_intermixed_args()
+    runs = list({run.resolve(): run for run in arguments.runs}.values())  # a run that is named twice is one seed
+    missing = [str(run) for run in runs if not (run / "metrics.jsonl").is_file()]
     if missing:
         sys.exit(
             f"No metrics.jsonl in {', '.join(missing)}: give the directories of runs, such as runs/quickstart/seed0."
         )
-    labels = [run.resolve().parent.name for run in arguments.runs]
-    drawn = draw_runs(arguments.runs, labels, arguments.out, title=arguments.title, key=arguments.key)
+    if not any(len(read_curve(run, arguments.key)[0]) for run in runs):
+        sys.exit(f"Nothing drawn: no run holds {arguments.key}. {known_keys(runs[0], arguments.key)}")
+    drawn = draw_runs(runs, folder_names(runs), arguments.out, title=arguments.title, key=arguments.key)
     if drawn is None:
-        hint = known_keys(arguments.runs[0], arguments.key)
-        sys.exit(f"Nothing drawn: no run holds {arguments.key}, or the extra 'plot' is missing. {hint}")
+        sys.exit(1)  # the reason is said
     print(drawn)
 
 

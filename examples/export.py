@@ -27,6 +27,7 @@ from r2dreamer.examples.training.saved_config import UNUSED, plain_config
 
 PLAYS = "It has no heads of the objective: it acts and imagines, and is not for training on."
 HALVED = "Its weights are in half precision; the return is of the run, whose weights were not."
+EARLIER = "The return was measured at {:,} frames, the last time before the weights were saved."
 
 
 def halved(value: Any) -> Any:
@@ -42,11 +43,14 @@ def halved(value: Any) -> Any:
 def describe(loaded: LoadedCheckpoint, name: str) -> ModelCard:
     """What the run says of its agent: the greedy return is the last one measured up to this checkpoint."""
     config, origin = loaded.state["config"], loaded.state.get("origin", {})
-    logdir, returns = loaded.path.parent.parent, None
-    if (logdir / "metrics.jsonl").exists():
+    place, returns, frame = loaded.path.absolute().parent, None, None
+    logdir = place.parent
+    if place.name == "checkpoints" and (logdir / "metrics.jsonl").exists():  # elsewhere no run stands around it
         for line in read_metrics(logdir, containing='"eval/return"'):
             if line["step"] <= loaded.step and {"eval/return", "eval/return_std"} <= line.keys():
-                returns = line["eval/return"], line["eval/return_std"]
+                measured = line["eval/return"], line["eval/return_std"]
+                returns, frame = None if None in measured else measured, line["step"]  # NaN is written as null
+    limits = [HALVED] if returns is None or frame == loaded.step else [HALVED, EARLIER.format(frame)]
     return ModelCard(
         name=name,
         task=f"{config['env']['suite']}-{config['env']['task']}",
@@ -54,7 +58,7 @@ def describe(loaded: LoadedCheckpoint, name: str) -> ModelCard:
         episodes=None if returns is None else config["eval"]["episodes"],
         seed=config["seed"],
         frames=loaded.step,
-        limits=[HALVED],
+        limits=limits,
         **origin,
     )
 
@@ -111,6 +115,8 @@ def main() -> None:
     parser.add_argument("--push", metavar="OWNER/NAME", help="uploads the directory to the Hugging Face Hub, too")
     parser.add_argument("--private", action="store_true", help="of a repository that --push makes")
     arguments = parser.parse_args()
+    if arguments.private and not arguments.push:
+        parser.error("--private is of a repository: add --push OWNER/NAME, or leave it out")
     try:
         out = export(arguments.run, arguments.out, arguments.name, play=arguments.play)
         size = sum(file.stat().st_size for file in out.iterdir())

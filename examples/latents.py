@@ -29,6 +29,7 @@ import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.dreamer import Agent
@@ -41,7 +42,7 @@ from r2dreamer.examples.readout.report import rank, said, write_results
 from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model
 from r2dreamer.examples.settings.compose import compose
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
-from r2dreamer.examples.training.files import output_path, replace, replace_text
+from r2dreamer.examples.training.files import make_output, output_path, replace, replace_text
 from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.origin import commit
 from r2dreamer.examples.training.setup import build
@@ -83,6 +84,19 @@ def cells(cfg: DictConfig) -> list[Cell]:
         for level in dict.fromkeys(levels(task))
         for member in (BASELINES, UNTRAINED, *cfg.members)
     ]
+
+
+def refuse_unread(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses a setting of the command line that says nothing beside the others."""
+    of_grid = ["suite", "tasks", "shrinks", "difficulties", "members", "seeds", "overrides", "updates", "precision"]
+    if cfg.checkpoint:
+        unread, why = of_grid, f"checkpoint={cfg.checkpoint} asks that agent in its own task, and trains nothing"
+    else:
+        unread = ["shrinks" if cfg.suite == "dmc_distracting" else "difficulties"]
+        why = f"suite={cfg.suite} has none"
+    for override in overrides:
+        if override.partition("=")[0] in unread:
+            raise ValueError(f"{override} is not read: {why}. Leave it out.")
 
 
 def composed(cell: Cell, overrides: list[str]) -> DictConfig:
@@ -161,11 +175,13 @@ def claim(out: Path, settings: dict) -> None:
             f"{out} holds results with {name}={before.get(name)}, and this command says {settings.get(name)}. Repeat the "
             "former, or give another directory with out=DIR."
         )
+    make_output(out)
     replace_text(path, json.dumps(settings))
 
 
 @script("latents", foreign=True)
 def main(cfg: DictConfig) -> None:
+    refuse_unread(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else ())
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     given = OmegaConf.to_container(cfg)

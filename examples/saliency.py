@@ -23,7 +23,7 @@ from r2dreamer.examples.attacks.occlusion import OcclusionSaliency, inside_fract
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device
 from r2dreamer.examples.training.evaluation import LONGEST_FILM, evaluate
-from r2dreamer.examples.training.files import output_path
+from r2dreamer.examples.training.files import make_output, output_path
 from r2dreamer.examples.training.loading import Trained, load_trained
 from r2dreamer.examples.training.video import write_video
 
@@ -63,10 +63,10 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(trained.run.threads)
     key = trained.pixels_key(cfg.pixels_key)
     out = output_path(cfg.out, trained.directory, "saliency")
+    make_output(out)
     seen = watch(trained, cfg, key, trained.run.seed if cfg.seed is None else cfg.seed)
     masks = torch.stack(seen["masks"]) if seen["masks"] else None
 
-    out.mkdir(parents=True, exist_ok=True)
     films = {"seen": np.stack(seen["frames"])}
     record = {
         "agent": trained.identity,

@@ -120,6 +120,16 @@ def test_ctrl_c_keeps_the_best_patch_so_far(server, trained, tmp_path):
     best = min(found["curve"], key=lambda point: point["loss"])
     assert found["best_step"] == best["step"] and len(found["curve"]) >= 2
     assert AdversarialPatch.load(tmp_path / "out" / "patch.npz").patch_hw == (4, 6)
+    again = server.run(tmp_path, f"checkpoint={trained}", "out=out", *QUICK, script="attack")
+    assert again.status == 1 and "out holds an attack already" in again.stderr
+
+
+@pytest.mark.parametrize("script", ["attack", "saliency"])
+def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_computed(server, trained, tmp_path, script):
+    quick = [*QUICK, "progress=true"] if script == "attack" else ["max_steps=3"]
+    run = server.run(tmp_path, f"checkpoint={trained}", "out=stdout/x", *quick, script=script)
+    assert run.status == 1 and "stdout/x cannot be written: Not a directory. Give another place" in run.stderr
+    assert "%" not in run.stderr  # no bar of progress
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +206,7 @@ def test_a_user_reads_why_in_one_paragraph(server, damaged, tmp_path, script):
         ("optimize.steps=0", "steps=0"),
         ("attack.loss.belief=both", "attack.loss.belief=both"),
         ("attack.allowed=[0,0,4,4]", "allowed is a mask for placement='saliency'"),
+        ("evaluate.episodes=1", "evaluate.episodes=1"),  # has no interval to judge by
         ("collect.context=99", "fewer than context=99"),
     ],
 )
@@ -214,6 +225,9 @@ def test_a_patch_that_cannot_be_compared_is_no_control(opened, tmp_path):
         attack.prepare_other(cfg, mine)
     cfg.other = str(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        attack.prepare_other(cfg, mine)
+    cfg.other = str(opened.directory)
+    with pytest.raises(ValueError, match="is the agent that is attacked"):
         attack.prepare_other(cfg, mine)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import signal
 import sys
@@ -70,6 +71,30 @@ def test_runs_that_would_share_a_directory_are_refused():
     assert names == ["runs/tiny/seed3", "runs/tiny/seed4"]
     with pytest.raises(ValueError, match="share logdir=runs/tiny/seed0.*name of its own"):
         plan([*CARTPOLE, "algorithm.optimizer.lr=1e-3,1e-4"])
+    with pytest.raises(ValueError, match="share name=tiny and seed=0, and a mean is over the seeds of one name"):
+        plan([*CARTPOLE, "algorithm.optimizer.lr=1e-3,1e-4", "logdir='runs/${algorithm.optimizer.lr}/seed${seed}'"])
+
+
+def test_files_of_something_else_and_places_that_cannot_be_written_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("of a user")
+    for out, says in (("README.png", "would overwrite README.md"), ("README.md/x.png", "README.md cannot be written")):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *CARTPOLE[:3], "--out", out, *CARTPOLE[3:]])
+        with pytest.raises(SystemExit, match=says):
+            compare.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_reader_that_has_left_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *CARTPOLE, "--status"])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as left:
+            compare.main()
+    assert left.value.code is None
 
 
 def test_bootstrap_intervals_are_those_of_all_resamples():

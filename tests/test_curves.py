@@ -89,6 +89,17 @@ def test_runs_are_compared_only_where_all_have_values():
     assert values.tolist() == [[5, 10, 15], [1, 1, 1]]
 
 
+def test_a_mean_that_ends_early_or_cannot_be_formed_is_said(tmp_path, drawn, capsys):
+    runs = [make_run(tmp_path / name, steps) for name, steps in (("long", range(90, 991, 90)), ("begun", [1]))]
+    (runs[1] / "metrics.jsonl").write_text('{"step": 0, "eval/return": 2, "train/return": 1}\n')
+    draw_runs(runs, ["mine", "mine"], tmp_path / "runs.png")
+    assert "'mine' is drawn up to frame 0," in capsys.readouterr().out
+    (line,) = drawn[0].axes[0].get_lines()
+    assert line.get_xydata().tolist() == [[0, 1.5]] and line.get_marker() == "o"  # a line of one point is not seen
+    draw_runs(runs, ["mine", "mine"], tmp_path / "runs.png", key="train/return")
+    assert "'mine' have no frames in common" in capsys.readouterr().out and not drawn[1].axes[0].get_lines()
+
+
 def test_nothing_to_draw_or_to_draw_with_is_a_notice(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/a": 2}\n')
     assert len(read_curve(tmp_path, "eval/return")[0]) == 0
@@ -110,6 +121,28 @@ def test_the_command_draws_the_seeds_of_a_folder_together(tmp_path, drawn, monke
     monkeypatch.setattr(sys, "argv", ["curves.py", runs[0], str(tmp_path)])
     with pytest.raises(SystemExit, match="No metrics.jsonl in"):
         curves.main()
+
+
+def test_folders_of_one_name_are_two_experiments_and_a_run_named_twice_is_one_seed(tmp_path, drawn, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(tmp_path / which / "mine" / "seed0", [90, 180], offset=i) for i, which in enumerate("ab")]
+    more = [f"{runs[0]}/", "--out", "runs.png", str(make_run(tmp_path / "other" / "seed0", [90, 180]))]
+    monkeypatch.setattr(sys, "argv", ["curves.py", *map(str, runs), *more])
+    curves.main()
+    assert labels(drawn[0]) == ["a/mine", "b/mine", "other"]
+
+
+def test_a_key_that_no_run_holds_leaves_the_picture_as_it_is(tmp_path, drawn, monkeypatch):
+    run, out = make_run(tmp_path / "mine" / "seed0", [90]), tmp_path / "runs.png"
+    out.write_text("drawn before")
+    arguments = ["curves.py", str(run), "--out", str(out), "--key"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "eval/retrun"])
+    with pytest.raises(SystemExit, match="no run holds eval/retrun. Did you mean eval/return"):
+        curves.main()
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="mine/seed0 has no entries yet"):
+        curves.main()
+    assert out.read_text() == "drawn before" and not drawn
 
 
 def test_the_command_draws_what_can_be_read_and_names_the_rest(tmp_path, drawn, monkeypatch, capsys):

@@ -3,6 +3,9 @@
 import functools
 import io
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +17,7 @@ import torch
 
 from r2dreamer.dreamer.pretrained import load_pretrained, save_pretrained
 from r2dreamer.examples import evaluate
+from r2dreamer.examples import export as export_script
 from r2dreamer.examples.export import export
 from r2dreamer.examples.training.checkpoint import Checkpoints
 from r2dreamer.examples.training.episodes import Episode
@@ -113,6 +117,28 @@ def test_an_exported_agent_plays_as_its_run_does_and_holds_nothing_else(server, 
         export(trained, out / "README.md" / "mine")
 
 
+def test_the_card_states_the_return_of_its_own_run_or_none(trained, tmp_path, monkeypatch):
+    said = lambda checkpoint, name: (export(checkpoint, tmp_path / name) / "README.md").read_text()
+    run = shutil.copytree(trained, tmp_path / "run")
+    newest = max((run / "checkpoints").glob("step_*"))
+    monkeypatch.chdir(newest.parent)
+    last = lines(run, '"eval/return"')[-1]["eval/return"]
+    assert f"{last:.4g} ±" in said(Path(newest.name), "here")
+    assert Trained(None, None, Path(newest.name), 200, None).directory == run  # where a tool writes, too
+    assert "was measured at" not in said(newest, "measured")
+    earlier = min(newest.parent.glob("step_*"))  # between two evaluations
+    assert "measured at 80 frames, the last time before" in said(earlier, "earlier"), earlier
+    copy = shutil.copytree(newest, run / "kept" / newest.name)
+    assert "greedy return | not measured" in said(copy, "elsewhere")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 200, "eval/return": null, "eval/return_std": null}\n')
+    assert "greedy return | not measured" in said(run, "diverged")
+    monkeypatch.setattr(sys, "argv", ["export.py", str(run), str(tmp_path / "public"), "--private"])
+    with pytest.raises(SystemExit):
+        export_script.main()
+    assert not (tmp_path / "public").exists()
+
+
 def test_an_agent_exported_to_play_has_no_heads_of_the_objective_and_acts_alike(server, trained, tmp_path):
     whole, player = export(trained, tmp_path / "whole"), export(trained, tmp_path / "player", play=True)
     assert load_pretrained(whole).heads and not load_pretrained(player).heads
@@ -131,7 +157,7 @@ def test_an_agent_without_its_run_is_not_evaluated(trained, tmp_path):
     "what, says",
     [
         ("nothing", "checkpoint=DIR is missing"),
-        ("elsewhere", "there is no checkpoint at"),
+        ("elsewhere", "nowhere. Give a run's directory, for example runs/quickstart/seed0, or one of its checkpoints"),
         ("corrupt", "state.pt"),
         ("format", "has format 99"),
         ("foreign", "was not saved by examples/train.py"),

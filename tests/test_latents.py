@@ -1,6 +1,7 @@
 """examples/latents.py: readouts score what features hold and no more, on a toy whose image shows one fact and hides another."""
 
 import json
+import re
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import numpy as np
@@ -173,6 +174,8 @@ GRID = ["tasks=[reacher]", "shrinks=[1]", "seeds=[0]", "members=[r2dreamer,dream
 def test_the_command_writes_lines_table_and_figure_and_repeats_nothing(command, monkeypatch):
     with pytest.raises(ValueError, match="reacherr"):  # and leaves the directory to the right command
         command("tasks=[reacherr]", "updates=3")
+    with pytest.raises(OSError, match=r"/dev/null/x cannot be written: Not a directory. Give another place, out=DIR"):
+        command(*GRID, "out=/dev/null/x")
     out = command(*GRID, "threads=null")
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [line["member"] for line in lines] == ["baselines", "untrained", *MEMBERS]
@@ -225,6 +228,22 @@ def test_distractions_make_the_grid_and_none_of_them_is_the_stock_task():
     assert (runs[1].env.make.split, runs[1].env.make_evaluation.split) == ("train", "val")
     with pytest.raises(ValueError, match="no task 'reacher'.*reacher_easy"):
         latents.cells(config("suite=dmc_distracting", "tasks=[reacher]", name="latents"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["suite=dmc_distracting", "tasks=[reacher_easy]", "shrinks=[1/2]"],
+        ["suite=dmc_subtle", "tasks=[reacher]", "difficulties=[easy]"],
+        ["checkpoint=run", "seeds=[3]"],
+        ["checkpoint=run", "updates=7"],
+    ],
+)
+def test_a_setting_that_would_not_be_read_is_refused(overrides):
+    cfg = config(*overrides, name="latents")
+    with pytest.raises(ValueError, match=re.escape(f"{overrides[-1]} is not read: {overrides[0].partition('=')[0]}")):
+        latents.refuse_unread(cfg, overrides)
+    latents.refuse_unread(cfg, overrides[:-1])
 
 
 def test_members_are_asked_what_they_know_behind_moving_backgrounds(tmp_path):

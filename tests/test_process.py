@@ -10,6 +10,7 @@ from launcher import EXAMPLES
 
 from r2dreamer.envs import count_workers, make_gym, make_vector_env
 from r2dreamer.envs.replay.buffer import free_bytes
+from r2dreamer.examples.cli.main import main
 
 MAPPED = """
 import ctypes, sys
@@ -79,3 +80,14 @@ except ImportError as error:
     print(error)
 """
     assert "which linux does not have. Run them on Linux (WSL," in " ".join(python(code))
+
+
+def test_ctrl_c_while_a_command_is_imported_leaves_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runpy.run_module", interrupted)
+    monkeypatch.setattr(sys, "argv", ["r2dreamer", "curves", "run"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130 and capsys.readouterr().err == "Left at once.\n"

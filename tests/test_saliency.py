@@ -156,3 +156,5 @@ def test_objects_have_names_parts_and_bodies_and_elsewhere_colours():
     assert object_mask(probe, "small_target", colour=[255, 255, 255])(probe.reset()["pixels"]).sum() == 4
     with pytest.raises(ValueError, match="only environments of the DeepMind Control suite"):
         object_mask(probe, "small_target", ["target"])
+    with pytest.raises(ValueError, match="both say what the object is"):
+        object_mask(probe, "small_target", ["target"], [255, 255, 255])

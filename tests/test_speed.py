@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from agents import tiny_agent, tiny_records
 from hydra import compose, initialize_config_module
+from launcher import config
 from tensordict.nn import TensorDictModuleBase
 
 from r2dreamer.dreamer import ObservationSpace, TwoHotMLP, compile_parts
@@ -235,6 +236,8 @@ def test_the_benchmark_says_whom_it_cannot_compare(server, tmp_path):
     done = server.run(tmp_path, "compare=algorithm", "algorithm@other=dreamerv2", script="benchmark")
     assert done.status == 1 and "Traceback" not in done.stderr
     assert "dreamerv2 has sizes of its own" in done.stderr and "algorithm=dreamerv2" in done.stderr
+    with pytest.raises(ValueError, match="compare=algorithm compares updates: add update to measure"):
+        benchmark.benchmark(config("compare=algorithm", "measure=[acting]", name="benchmark"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What DMCSubtle says to a size, a name or an environment that it cannot work with."""
 
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from subtle_user import RENAMED, SMALLER, user_env, written
 from torchrl.envs import DMControlEnv, GymEnv, ParallelEnv, TransformedEnv
 
 from r2dreamer.envs import DMCSubtle, make_dmc_subtle
+from r2dreamer.examples import contact_sheet
 
 
 @pytest.mark.parametrize("shrink", [0, -0.5, float("nan"), float("inf"), 3, True, "a third", "1/0", [0.5]])
@@ -97,3 +99,20 @@ def test_what_is_frozen_may_be_smaller_than_any_mass_compiles_to():
 def test_workers_are_told_to_carry_it_inside():
     with pytest.raises(ValueError, match="inside its worker"):
         TransformedEnv(ParallelEnv(2, partial(stock, "reacher")), DMCSubtle())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--suite", "dmc_distracting", "--shrink", "1/20"], "--shrink 1/20 is of --suite dmc_subtle"),
+        (["--size", "0"], "--size 0 must be at least 1"),
+        (["--out", "sheet.txt"], "must end like a picture"),
+        (["--shrink", "7"], "shrink='7' must be a number above 0 and at most 1"),
+    ],
+)
+def test_a_contact_sheet_that_cannot_be_drawn_is_refused(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["contact_sheet.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        contact_sheet.main()
+    assert says in f"{left.value} {capsys.readouterr().err}" and not any(tmp_path.iterdir())

@@ -22,6 +22,8 @@ def object_mask(
     Args:
         objects: names of geoms, sites, tendons or bodies; "pole" is "pole_1" and "pole_2", too.
     """
+    if colour is not None and objects is not None:
+        raise ValueError(f"objects={list(objects)} and colour={list(colour)} both say what the object is: give one.")
     if colour is not None:
         wanted = torch.tensor(list(colour), dtype=torch.uint8).view(-1, 1, 1)
         return lambda pixels: (pixels.cpu() == wanted).all(0)

@@ -36,7 +36,11 @@ def main() -> None:
         hint = f"Did you mean 'r2dreamer {near[0]}'?" if near else f"The commands are {', '.join(known)}."
         sys.exit(f"r2dreamer has no command {name!r}. {hint}")
     sys.argv = [f"r2dreamer {name}", *sys.argv[2:]]
-    runpy.run_module(f"r2dreamer.examples.{name}", run_name="__main__")
+    try:
+        runpy.run_module(f"r2dreamer.examples.{name}", run_name="__main__")
+    except KeyboardInterrupt:  # most of a short command is imports, which handle nothing
+        print("Left at once.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

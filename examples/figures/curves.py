@@ -93,10 +93,17 @@ def _draw_mean(axes, logdirs, label, index, key, bootstrap):
             print(f"No {key} in the runs called {label!r}.")
         return 0
     frames, values = _common_grid(runs)
+    ends = sorted(run[0][-1] for run in runs)
+    if not len(frames):
+        print(f"The runs called {label!r} have no frames in common, and no mean is drawn.")
+        return 0
+    if ends[0] < ends[-1]:
+        print(f"The mean of {label!r} is drawn up to frame {ends[0]:.0f}, where the shortest of its runs ends.")
     color = PALETTE[index % len(PALETTE)]
     band = bootstrap_band(values) if bootstrap else (values.min(0), values.max(0))
     seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
-    axes.plot(frames, values.mean(0), color=color, linewidth=2, label=f"{label}{seeds}", zorder=3)
+    style = dict(color=color, linewidth=2, marker="o" if len(frames) == 1 else None)  # a line needs two points
+    axes.plot(frames, values.mean(0), label=f"{label}{seeds}", zorder=3, **style)
     axes.fill_between(frames, *band, color=color, alpha=0.15, linewidth=0)
     return frames[-1]
 
@@ -112,9 +119,18 @@ def read_curve(logdir: str | os.PathLike, key: str) -> tuple[np.ndarray, np.ndar
     return np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float)
 
 
+def folder_names(logdirs: Sequence[Path]) -> list[str]:
+    """The folder that each run lies in: by its name, or by its path where another folder has the same name."""
+    folders = [logdir.resolve().parent for logdir in logdirs]
+    names = [folder.name for folder in dict.fromkeys(folders)]
+    return [folder.name if names.count(folder.name) == 1 else os.path.relpath(folder) for folder in folders]
+
+
 def known_keys(logdir: str | os.PathLike, key: str) -> str:
     """What a run has in place of a key that it has not: those it resembles, or all."""
     known = sorted({name for line in read_metrics(logdir) for name in line} - {"step"})
+    if not known:
+        return f"{logdir} has no entries yet."
     near = difflib.get_close_matches(key, known, n=3)
     return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}."
 
@@ -165,9 +181,7 @@ def _common_grid(runs):
     """Every run's values [run, N] at the frames of all of them, as far as all of them go."""
     first, last = max(run[0][0] for run in runs), min(run[0][-1] for run in runs)
     frames = np.unique(np.concatenate([run[0] for run in runs]))
-    frames = frames[(frames >= first) & (frames <= last)]
-    if not len(frames):  # one run ended before another began to report
-        frames = np.array([last])
+    frames = frames[(frames >= first) & (frames <= last)]  # none where one run ended before another began to report
     return frames, np.stack([np.interp(frames, *run) for run in runs])
 
 

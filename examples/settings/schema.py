@@ -109,7 +109,7 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
         "collect.max_steps": maybe(count), "collect.held_out": number(above=0, below=1), "collect.context": count,
         "optimize": section, "optimize.steps": count, "optimize.batch_size": count, "optimize.lr": number(above=0),
         "optimize.final_lr_fraction": share, "optimize.eval_every": count, "optimize.eval_windows": count,
-        "evaluate": section, "evaluate.episodes": count, "evaluate.seed": maybe(seed), "attack": section,
+        "evaluate": section, "evaluate.episodes": whole(2), "evaluate.seed": maybe(seed), "attack": section,
         "attack.patch": section, "attack.allowed": maybe(list_of(whole(), 4)), "attack.loss": section,
         "attack.loss.belief": choice("clean", "patched"), "attack.loss.starts": choice("all", "last"),
         "attack.loss.actions": choice("mode", "sample"), "attack.loss.bootstrap": flag,

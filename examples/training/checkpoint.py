@@ -182,7 +182,10 @@ class Checkpoints:
         found = survey(root)
         directories = [*found.readable, *found.damaged, *found.foreign]
         if path is not None and not directories:
-            raise CheckpointError(f"there is no checkpoint at {root}.")
+            raise CheckpointError(
+                f"there is no checkpoint at {root}. Give a run's directory, for example runs/quickstart/seed0, or one of its "
+                "checkpoints."
+            )
         for directory, error in found.damaged.items():
             _warn(directory, error)
         newest = max((manifest["serial"] for manifest in found.readable.values()), default=0)

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def refuse_links(directory: str | os.PathLike) -> Path:
 def output_path(out: str | None, directory: Path, name: str) -> Path:
     """Where a tool writes: where the user said, or into the directory of the run."""
     return Path(out) if out else refuse_links(directory) / name
+
+
+def make_output(out: Path, option: str = "out=DIR") -> None:
+    """Makes the directory of a tool's results before anything is computed, and finds out whether it can be written.
+
+    option: by which the user gives another one.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror or error}. Give another place, {option}.") from error
 
 
 def own_directories(root: Path) -> list[Path]:

@@ -55,6 +55,7 @@ def plan(arguments: Sequence[str]) -> list[Run]:
 def plan_rows(rows: Sequence[tuple[Sequence[str], float | None]]) -> list[Run]:
     """The runs of several grids, each with the bar of its runs."""
     runs: dict[Path, Run] = {}
+    seeds: dict[tuple[str, int], Run] = {}
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         for overrides, bar in ((overrides, bar) for arguments, bar in rows for overrides in expand(arguments)):
             cfg = hydra.compose("config", list(overrides))
@@ -66,6 +67,13 @@ def plan_rows(rows: Sequence[tuple[Sequence[str], float | None]]) -> list[Run]:
                     f"{' '.join(runs[run.logdir].overrides)} and {' '.join(overrides)} share logdir={run.logdir}: vary "
                     "the seed or an experiment with a name of its own (for a member of the family experiment=ablation_... or "
                     "member_...), or put what you vary into the name, for example 'name=lr-${algorithm.optimizer.lr}'."
+                )
+            other = seeds.setdefault((cfg.name, cfg.seed), run)
+            if other is not run:
+                raise ValueError(
+                    f"{' '.join(other.overrides)} and {' '.join(overrides)} share name={cfg.name} and seed={cfg.seed}, and a "
+                    "mean is over the seeds of one name: put what you vary into the name, for example "
+                    "'name=lr-${algorithm.optimizer.lr}'."
                 )
             check_finished(run, cfg)
             runs[run.logdir] = run

@@ -44,7 +44,8 @@ class Trained:
         """Where results go: the run's directory, that of a checkpoint or an agent which stands alone."""
         if self.folder is not None:
             return self.folder
-        return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path
+        inside = self.path.absolute().parent  # the path may begin in the run's own `checkpoints`
+        return inside.parent if inside.name == "checkpoints" else self.path
 
     @property
     def identity(self) -> dict[str, str | int]:

@@ -20,19 +20,25 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path
         if importlib.util.find_spec("imageio") and importlib.util.find_spec("imageio_ffmpeg"):
             import imageio.v2 as imageio
 
-            path = path.with_suffix(".mp4")
+            path = with_ending(path, ".mp4")
             replace(path, lambda partial: imageio.mimwrite(partial, list(frames), fps=fps, macro_block_size=1))
             return path
         gif = encode_gif(frames, fps)
         if gif is None:
             print('No video: encoding one needs pip install "torchrl-r2dreamer[plot]"')
             return None
-        path = path.with_suffix(".gif")
+        path = with_ending(path, ".gif")
         replace(path, lambda partial: partial.write_bytes(gif))
         return path
     except Exception as error:  # noqa: BLE001 - encoders fail in many ways, and none is worth a lost run
-        print(f"No video: {type(error).__name__}: {error}")
+        said = (str(error).splitlines() or [""])[0]  # ffmpeg's errors go on with its command
+        print(f"No video: {type(error).__name__}: {said}")
         return None
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """In place of a film's ending, or after any other name: "lr0.01" and "lr0.03" are two films."""
+    return path.with_suffix(ending) if path.suffix in (".mp4", ".gif") else path.with_name(path.name + ending)
 
 
 def encode_gif(frames: np.ndarray, fps: float) -> bytes | None:
