@@ -103,10 +103,12 @@ class RSSMRollout(TensorDictModuleBase):
         state, belief, action, is_init, embedding = values
         prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
         keep = _reset_mask(is_init, action)  # [B, T, 1]
+        # where, not a product: what is there before an episode may be anything, NaN included.
+        action = torch.where(keep.bool(), action, 0)
+        first = [torch.where(keep[..., 0, :].bool(), latent[..., 0, :].float(), 0) for latent in (state, belief)]
         # Once for the whole sequence: nothing here depends on the recurrence.
-        actions = prior.project_action(action * keep).unbind(-2)
+        actions = prior.project_action(action).unbind(-2)
         embeddings = posterior.project_embedding(embedding).unbind(-2)
-        first = state[..., 0, :].float(), belief[..., 0, :].float()
         states, beliefs, logits = self.unroll(self.step, *first, keep.unbind(-2), actions, embeddings)
         for key, value in zip(self.out_keys, (prior.logits(beliefs), logits, states, beliefs), strict=True):
             tensordict.set(key, value)
