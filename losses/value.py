@@ -128,8 +128,9 @@ class DreamerValueLoss(DreamerLoss):
         self._read_heads()
 
     def _read_heads(self) -> None:
+        keys, bins = self.tensor_keys, self.num_value_bins
         self.prediction = ScalarPrediction(
-            list(self.value_model.out_keys), self.tensor_keys.value_logits, self.num_value_bins, self.scalar_likelihood
+            self.value_model, keys.value, keys.value_logits, bins, self.scalar_likelihood
         )
 
     def _reads(self) -> list[NestedKey]:
@@ -192,4 +193,4 @@ class DreamerValueLoss(DreamerLoss):
         loss = losses[..., 0]
         if self.slow_critic_regularization:
             loss = loss + self.slow_critic_regularization * losses[..., 1]
-        return loss, predicted.get(keys.value).detach()
+        return loss, entry(predicted, keys, "value").detach()

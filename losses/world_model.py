@@ -172,7 +172,7 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         keys, at = self.tensor_keys, self._next
         written = [unravel_key(key) for key in self.world_model.out_keys]
         self.reward_prediction = ScalarPrediction(
-            written, at(keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
+            self.world_model, at(keys.reward), at(keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
         )
         needed = [*getattr(self.kl, "reads", ()), *getattr(self.representation, "reads", ())]
         self.unwritten = [name for name in needed if at(getattr(keys, name)) not in written]
