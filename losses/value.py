@@ -169,6 +169,11 @@ class DreamerValueLoss(DreamerLoss):
             for name in ("reward", "done", "terminated")
         )
         check_finite(reward, "reward")
+        if reward.shape[1] < 2:
+            raise ValueError(
+                f"The replayed sequences have shape {list(reward.shape)}; expected [B, T, 1] with T of at least 2: a step's "
+                "target comes from the step after it. Sample longer sequences."
+            )
         bootstrap = entry(tensordict, keys, "bootstrap").reshape(reward.shape).float()
         with torch.no_grad():
             target = lambda_return(reward, bootstrap, done, terminated, discount=1 - 1 / horizon, lmbda=lmbda)
