@@ -226,6 +226,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         self._check_fresh(tensordict)
         # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it.
         records = tensordict.select(*tensordict.keys(True, True)).exclude(at(keys.reward))
+        if records.batch_size != reward.shape[:-1]:
+            records.batch_size = reward.shape[:-1]  # [B, T]: rollouts and decoders tell time and features apart by it
         for key in self.world_model.in_keys:
             # Observations; latents and actions at the root are of the policy, which diverges where training does.
             value = records.get(key, None) if key[0] == "next" else None
