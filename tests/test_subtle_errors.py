@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 from subtle_oracle import assert_same, run, stock, subtle, trajectory
 from subtle_user import RENAMED, SMALLER, user_env, written
-from torchrl.envs import DMControlEnv, GymEnv, ParallelEnv, TransformedEnv
+from torchrl.envs import DMControlEnv, GymEnv, ParallelEnv, SerialEnv, TransformedEnv
 
-from r2dreamer.envs import DMCSubtle, make_dmc_subtle
+from r2dreamer.envs import DMCSubtle, RenderPixels, make_dmc, make_dmc_subtle
 
 
 @pytest.mark.parametrize("shrink", [0, -0.5, float("nan"), float("inf"), 3, True, "a third", "1/0", [0.5]])
@@ -97,3 +97,12 @@ def test_what_is_frozen_may_be_smaller_than_any_mass_compiles_to():
 def test_workers_are_told_to_carry_it_inside():
     with pytest.raises(ValueError, match="inside its worker"):
         TransformedEnv(ParallelEnv(2, partial(stock, "reacher")), DMCSubtle())
+
+
+def test_an_image_is_rendered_of_a_control_environment_alone():
+    gym = GymEnv("CartPole-v1")
+    for env, name in ((gym, "GymEnv"), (SerialEnv(2, partial(stock, "reacher")), "SerialEnv")):
+        with pytest.raises(ValueError, match=f"RenderPixels works on a DMControlEnv.*not on {name}.*inside its worker"):
+            TransformedEnv(env, RenderPixels(16)).reset()
+    ours = make_dmc("reacher_easy", seed=0, from_pixels=False)
+    assert TransformedEnv(ours, RenderPixels(16)).reset()["pixels"].shape == (3, 16, 16)
