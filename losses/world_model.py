@@ -20,7 +20,7 @@ from .continuation import check_logit, continue_name
 from .kl import CategoricalKL
 from .likelihood import ScalarPrediction
 from .objectives.barlow import BarlowTwins
-from .objectives.base import Objective
+from .objectives.base import Objective, check_results
 from .wiring import (
     ENVIRONMENT,
     NEXT,
@@ -159,6 +159,14 @@ class R2DreamerWorldModelLoss(DreamerLoss):
                 f"kl={type(self.kl).__name__} and representation={type(self.representation).__name__} both write "
                 f"{sorted(both)}. Pass an objective as representation, BarlowTwins() for example, and a divergence as kl."
             )
+        for part in (self.kl, self.representation):
+            reads = getattr(part, "reads", ())
+            unknown = [name for name in reads if not hasattr(self.tensor_keys, name)]
+            if unknown:
+                raise ValueError(
+                    f"{type(part).__name__}.reads={reads!r}: expected a tuple of accepted keys, of which {unknown[0]!r} is none.\n"
+                    f"They are {listed(vars(self.tensor_keys), most=20)}."
+                )
         categorical = self._next(self.tensor_keys.prior_logits)
         for module in self.world_model.modules():
             if isinstance(module, GaussianRollout) and categorical in module.out_keys:
@@ -238,7 +246,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         posterior.set(at(keys.true_reward), reward)
 
         terms, diagnostics = self.kl(posterior, keys)
-        objective_terms, objective_diagnostics = self.representation(posterior, keys)
+        results = self.representation(posterior, keys)
+        objective_terms, objective_diagnostics = check_results(self.representation, results, terms, diagnostics)
         terms |= objective_terms
         diagnostics |= objective_diagnostics
 
