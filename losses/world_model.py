@@ -232,8 +232,11 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         check_records(reward, at(keys.reward))
         check_finite(reward, "reward")
         self._check_fresh(tensordict)
-        # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it.
-        records = tensordict.select(*tensordict.keys(True, True)).exclude(at(keys.reward))
+        # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it,
+        # unless the model observes the reward.
+        records = tensordict.select(*tensordict.keys(True, True))
+        if at(keys.reward) not in map(unravel_key, self.world_model.in_keys):
+            records = records.exclude(at(keys.reward))
         if records.batch_size != reward.shape[:-1]:
             records.batch_size = reward.shape[:-1]  # [B, T]: rollouts and decoders tell time and features apart by it
         for key in self.world_model.in_keys:

@@ -141,3 +141,19 @@ def test_records_without_time_in_their_batch_size_are_read_all_the_same(batch_si
             results.append(total_loss(losses))
             assert posterior.batch_size == records.batch_size
         assert given.batch_size == torch.Size(batch_size) and torch.equal(*results)
+
+
+def test_a_world_model_may_observe_the_reward_that_it_predicts():
+    _, *others = torchrl_parts()[0].module
+    seen = []
+
+    def encode(observation, reward):
+        seen.append(reward)
+        return torch.cat([observation, reward, observation, reward], -1)
+
+    encoder = TensorDictModule(encode, [("next", "observation"), ("next", "reward")], [("next", "encoded")])
+    loss, records = R2DreamerWorldModelLoss(TensorDictSequential(encoder, *others)), sample()
+    loss.set_keys(encoded_latents="encoded")
+    losses, posterior = loss(records)
+    assert torch.equal(*seen, records["next", "reward"]) and losses["loss_reward"].requires_grad
+    assert torch.equal(posterior["next", "true_reward"], *seen) and not torch.equal(posterior["next", "reward"], *seen)
