@@ -318,6 +318,8 @@ def test_encoder_mixes_images_and_vectors_and_refuses_odd_sizes():
     assert agent.encoder.out_features == 4 * 4 * 4 + 12
     with pytest.raises(ValueError, match="divisible by the encoder's stride 16"):
         ImageEncoder((3, 60, 64), depth=2)
+    with pytest.raises(ValueError, match=r"seem to be \[H, W, C\].*ToTensorImage"):
+        ImageEncoder((64, 64, 3), depth=2)
     with pytest.raises(ValueError, match="one size"):
         build_agent(ObservationSpace({"a": (3, 64, 64), "b": (3, 32, 32)}, {}), ActionSpace(2, True), **widths("1M"))
     with pytest.raises(ValueError, match="model.hidden=0"):
