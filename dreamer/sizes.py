@@ -21,7 +21,10 @@ class ObservationSpace:
 
     @classmethod
     def from_spec(cls, spec: Composite, ignore: tuple[str, ...] = ("is_init", "metrics")) -> ObservationSpace:
-        """Sorts the entries of an environment's observation spec: three dimensions are images, one are vectors."""
+        """Sorts the entries of an environment's observation spec: three dimensions are images, one are vectors.
+
+        What transforms add is an entry, too (``step_count``, ``episode_reward``): name in ``ignore`` what is not to be seen.
+        """
         images, vectors = {}, {}
         for key, entry in sorted(spec.items()):
             if key in ignore:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
+from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 from torchrl.modules import SymExpTwoHot
 from torchrl.modules.functional import symlog
@@ -47,15 +48,23 @@ class UnitGaussian(nn.Module):
 
 
 class ScalarPrediction(nn.Module):
-    """The logits of a head whose ``out_keys`` hold them, read two-hot, or its value, by ``scalar``: :class:`SymlogMSE`."""
+    """The logits of a head whose ``model`` writes them, read two-hot, or its value, by ``scalar``: :class:`SymlogMSE`."""
 
     def __init__(
-        self, out_keys: list[NestedKey], logits_key: NestedKey, num_bins: int, scalar: nn.Module | None = None
+        self,
+        model: nn.Module,
+        value_key: NestedKey,
+        logits_key: NestedKey,
+        num_bins: int,
+        scalar: nn.Module | None = None,
     ):
         super().__init__()
-        self.reads_logits = logits_key in out_keys
+        self.reads_logits = unravel_key(logits_key) in _written(model)
         scalar = SymlogMSE() if scalar is None else scalar
         self.likelihood = TwoHotLikelihood(num_bins) if self.reads_logits else scalar
+        writers = [each for each in model.modules() if isinstance(each, TensorDictModule)]
+        heads = [keys for keys in map(_written, writers) if unravel_key(value_key) in keys]
+        self.beside = [key for key in (heads[-1] if heads else []) if key != unravel_key(value_key)]
 
     def forward(
         self, tensordict: TensorDictBase, keys: Any, value: str, targets: torch.Tensor, prefix: tuple[str, ...] = ()
@@ -65,6 +74,22 @@ class ScalarPrediction(nn.Module):
         prediction = entry(tensordict, keys, name, prefix)
         if not self.reads_logits:
             check_scalar(prediction.shape, prediction.shape, value)
+            if torch.is_grad_enabled() and not prediction.requires_grad:
+                self._check_trained(tensordict, value, len(prefix))
         if targets.shape[:-1] != prediction.shape[:-1]:
             check_scalar(targets.shape, prediction.shape, f"the target of {value}")
         return self.likelihood(prediction, targets)
+
+    def _check_trained(self, tensordict: TensorDictBase, value: str, depth: int) -> None:
+        """Refuses a scalar without a gradient that is written beside an output with one: logits of another name."""
+        for key in self.beside:
+            if getattr(tensordict.get(key, None), "requires_grad", False):
+                name = unravel_key(key[depth:]) if depth else key
+                raise ValueError(
+                    f"{value} has no gradient, and {key!r}, which the same head writes, has one: nothing would train the head.\n"
+                    f"If these are its logits, call set_keys({value}_logits={name!r}) on the loss."
+                )
+
+
+def _written(model: Any) -> list[NestedKey]:
+    return [unravel_key(key) for key in model.out_keys]

@@ -128,8 +128,9 @@ class DreamerValueLoss(DreamerLoss):
         self._read_heads()
 
     def _read_heads(self) -> None:
+        keys, bins = self.tensor_keys, self.num_value_bins
         self.prediction = ScalarPrediction(
-            list(self.value_model.out_keys), self.tensor_keys.value_logits, self.num_value_bins, self.scalar_likelihood
+            self.value_model, keys.value, keys.value_logits, bins, self.scalar_likelihood
         )
 
     def _reads(self) -> list[NestedKey]:
@@ -168,6 +169,11 @@ class DreamerValueLoss(DreamerLoss):
             for name in ("reward", "done", "terminated")
         )
         check_finite(reward, "reward")
+        if reward.shape[1] < 2:
+            raise ValueError(
+                f"The replayed sequences have shape {list(reward.shape)}; expected [B, T, 1] with T of at least 2: a step's "
+                "target comes from the step after it. Sample longer sequences."
+            )
         bootstrap = entry(tensordict, keys, "bootstrap").reshape(reward.shape).float()
         with torch.no_grad():
             target = lambda_return(reward, bootstrap, done, terminated, discount=1 - 1 / horizon, lmbda=lmbda)
@@ -192,4 +198,4 @@ class DreamerValueLoss(DreamerLoss):
         loss = losses[..., 0]
         if self.slow_critic_regularization:
             loss = loss + self.slow_critic_regularization * losses[..., 1]
-        return loss, predicted.get(keys.value).detach()
+        return loss, entry(predicted, keys, "value").detach()

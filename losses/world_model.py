@@ -20,7 +20,7 @@ from .continuation import check_logit, continue_name
 from .kl import CategoricalKL
 from .likelihood import ScalarPrediction
 from .objectives.barlow import BarlowTwins
-from .objectives.base import Objective
+from .objectives.base import Objective, check_results
 from .wiring import (
     ENVIRONMENT,
     NEXT,
@@ -159,6 +159,14 @@ class R2DreamerWorldModelLoss(DreamerLoss):
                 f"kl={type(self.kl).__name__} and representation={type(self.representation).__name__} both write "
                 f"{sorted(both)}. Pass an objective as representation, BarlowTwins() for example, and a divergence as kl."
             )
+        for part in (self.kl, self.representation):
+            reads = getattr(part, "reads", ())
+            unknown = [name for name in reads if not hasattr(self.tensor_keys, name)]
+            if unknown:
+                raise ValueError(
+                    f"{type(part).__name__}.reads={reads!r}: expected a tuple of accepted keys, of which {unknown[0]!r} is none.\n"
+                    f"They are {listed(vars(self.tensor_keys), most=20)}."
+                )
         categorical = self._next(self.tensor_keys.prior_logits)
         for module in self.world_model.modules():
             if isinstance(module, GaussianRollout) and categorical in module.out_keys:
@@ -172,7 +180,7 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         keys, at = self.tensor_keys, self._next
         written = [unravel_key(key) for key in self.world_model.out_keys]
         self.reward_prediction = ScalarPrediction(
-            written, at(keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
+            self.world_model, at(keys.reward), at(keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
         )
         needed = [*getattr(self.kl, "reads", ()), *getattr(self.representation, "reads", ())]
         self.unwritten = [name for name in needed if at(getattr(keys, name)) not in written]
@@ -224,8 +232,13 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         check_records(reward, at(keys.reward))
         check_finite(reward, "reward")
         self._check_fresh(tensordict)
-        # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it.
-        records = tensordict.select(*tensordict.keys(True, True)).exclude(at(keys.reward))
+        # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it,
+        # unless the model observes the reward.
+        records = tensordict.select(*tensordict.keys(True, True))
+        if at(keys.reward) not in map(unravel_key, self.world_model.in_keys):
+            records = records.exclude(at(keys.reward))
+        if records.batch_size != reward.shape[:-1]:
+            records.batch_size = reward.shape[:-1]  # [B, T]: rollouts and decoders tell time and features apart by it
         for key in self.world_model.in_keys:
             # Observations; latents and actions at the root are of the policy, which diverges where training does.
             value = records.get(key, None) if key[0] == "next" else None
@@ -236,7 +249,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         posterior.set(at(keys.true_reward), reward)
 
         terms, diagnostics = self.kl(posterior, keys)
-        objective_terms, objective_diagnostics = self.representation(posterior, keys)
+        results = self.representation(posterior, keys)
+        objective_terms, objective_diagnostics = check_results(self.representation, results, terms, diagnostics)
         terms |= objective_terms
         diagnostics |= objective_diagnostics
 

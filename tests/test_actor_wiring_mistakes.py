@@ -181,6 +181,41 @@ def test_a_replayed_sequence_without_its_bootstrap():
         DreamerValueLoss(agent.value_model).replay_value_loss(tiny_records(agent))
 
 
+def test_a_replayed_sequence_of_one_step():
+    agent = tiny_agent(images=False)
+    replayed = tiny_records(agent, time=1).set("bootstrap", torch.zeros(3, 1))
+    with refused("shape [3, 1, 1]", "at least 2", "longer sequences"):
+        DreamerValueLoss(agent.value_model).replay_value_loss(replayed)
+
+
+def test_a_critic_of_logits_alone():
+    logits = TensorDictModule(Joined(nn.Linear(FEATURES, 255)), ["state", "belief"], ["state_value_logits"])
+    imagined = latents(tiny_agent(images=False)).set("lambda_target", torch.zeros(15, 1)).unsqueeze(1)
+    for weight in (0.0, 1.0):
+        with refused("there is no 'state_value'", "value_model"):
+            DreamerValueLoss(logits, slow_critic_regularization=weight)(imagined)
+
+
+def test_logits_of_another_name_that_nothing_would_train():
+    """The head's value is decoded from detached logits: read as a scalar it has no gradient."""
+    agent, model = our_model(without=["reward"])
+    after = [("next", key) for key in ("my_logits", "reward")]
+    loss = R2DreamerWorldModelLoss(TensorDictSequential(model, TensorDictModule(agent.reward, LATENTS, after)))
+    with refused("reward has no gradient", "('next', 'my_logits')", "set_keys(reward_logits='my_logits')"):
+        loss(tiny_records(agent))
+    with torch.no_grad():
+        assert loss(tiny_records(agent))[0]["loss_reward"].isfinite()
+    loss.set_keys(reward_logits="my_logits")
+    assert loss(tiny_records(agent))[0]["loss_reward"].requires_grad
+
+    value = TensorDictModule(agent.value, ["state", "belief"], ["my_logits", "state_value"])
+    loss, imagined = DreamerValueLoss(value), latents(agent).set("lambda_target", torch.zeros(15, 1)).unsqueeze(1)
+    with refused("value has no gradient", "'my_logits'", "set_keys(value_logits='my_logits')"):
+        loss(imagined)
+    loss.set_keys(value_logits="my_logits")
+    assert loss(imagined)[0]["loss_value"].requires_grad
+
+
 # --- TorchRL's names ---
 
 

@@ -70,6 +70,17 @@ def test_in_torchrls_parallel_env_they_are_carried_as_well(monkeypatch):
     follows(agent, steps)
 
 
+def test_records_of_random_actions_hold_no_latents_and_the_policy_begins_from_none():
+    agent, steps = collect(parallel=False, init_random_frames=len(SEEDS) * 30)
+    random, acted = steps[:, :30], steps[:, 30:]
+    records = RecordBuilder(len(SEEDS), ["observation"])(random)
+    for key in ("state", "belief"):
+        assert records["next", key].abs().max() < 1e-9
+        steps[key][:, :30] = 0
+    assert not acted["is_init"][:, 0].all()  # in mid-episode
+    follows(agent, steps[:, 29:])
+
+
 def test_workers_one_process_and_both_collectors_give_the_same_steps():
     _, expected = collect(parallel=False)
     for parallel in (False, True):

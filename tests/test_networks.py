@@ -199,6 +199,19 @@ def test_an_episode_start_cuts_every_memory():
     assert torch.equal(beliefs[0][:, 3], beliefs[1][:, 3])
 
 
+def test_what_stands_before_an_episode_may_be_anything():
+    agent = tiny_agent()
+    records = tiny_records(agent)
+    records["is_init"][:, 0] = True
+    beliefs = []
+    for value in (0.5, torch.nan, torch.inf):
+        for key in ("state", "belief", "action"):
+            records[key][:, 0] = value
+        torch.manual_seed(7)
+        beliefs.append(agent.world_model(records.clone())["next", "belief"])
+    assert all(torch.equal(each, beliefs[0]) for each in beliefs)
+
+
 def test_two_different_images_give_two_different_actions():
     """A blind policy, acting on the prior, would pass most tests but this one."""
     agent = tiny_agent(vectors=False)
@@ -305,6 +318,8 @@ def test_encoder_mixes_images_and_vectors_and_refuses_odd_sizes():
     assert agent.encoder.out_features == 4 * 4 * 4 + 12
     with pytest.raises(ValueError, match="divisible by the encoder's stride 16"):
         ImageEncoder((3, 60, 64), depth=2)
+    with pytest.raises(ValueError, match=r"seem to be \[H, W, C\].*ToTensorImage"):
+        ImageEncoder((64, 64, 3), depth=2)
     with pytest.raises(ValueError, match="one size"):
         build_agent(ObservationSpace({"a": (3, 64, 64), "b": (3, 32, 32)}, {}), ActionSpace(2, True), **widths("1M"))
     with pytest.raises(ValueError, match="model.hidden=0"):

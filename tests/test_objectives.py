@@ -13,6 +13,7 @@ from r2dreamer.losses import (
     BarlowTwins,
     InfoNCE,
     NoObjective,
+    Objective,
     R2DreamerWorldModelLoss,
     Reconstruction,
     VICReg,
@@ -178,3 +179,44 @@ def test_collapse_shows_in_rank_and_spread():
     assert metrics["point_rank"].item() == metrics["point_std"].item() == pytest.approx(0, abs=1e-6)
     noisy = collapse_metrics(view=0.3 + 1e-3 * torch.randn(9, 11, 6))
     assert noisy["view_std"] < 2e-3 and noisy["view_rank"] > 4  # noise has directions, too
+
+
+class Own(Objective):
+    """An objective of a user's own: of terms and diagnostics that a test gives."""
+
+    terms = ("own",)
+
+    def __init__(self, results, reads=()):
+        super().__init__()
+        self.results, self.reads = results, reads
+
+    def forward(self, tensordict, keys):
+        return self.results
+
+
+ONE = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        (({"reward": ONE}, {}), "'reward'.*writes itself"),
+        (({"own": ONE, "dynamics": ONE}, {}), "'dynamics'.*writes itself"),
+        (({"own": ONE}, {"kl": ONE}), "'kl'.*writes itself"),
+        (({"own": ONE}, {"loss_own": ONE}), "'loss_own'.*are summed"),
+        (({"own": torch.ones(3, 5)}, {}), r"'own' of shape \[3, 5\].*mean"),
+        (ONE, "returned a Tensor; expected two dicts"),
+    ],
+)
+def test_what_an_objective_of_ones_own_returns_replaces_nothing_and_is_a_number(results, said):
+    agent = tiny_agent(images=False)
+    with pytest.raises(ValueError, match=f"Own.*{said}"):
+        R2DreamerWorldModelLoss(agent.world_model, Own(results))(tiny_records(agent))
+    losses, _ = R2DreamerWorldModelLoss(agent.world_model, Own(({"own": ONE}, {"seen": ONE})))(tiny_records(agent))
+    assert losses["loss_own"] == losses["seen"] == 1
+
+
+@pytest.mark.parametrize("reads", [("projected_latent",), "encoded_latents"])
+def test_what_an_objective_reads_are_accepted_keys(reads):
+    with pytest.raises(ValueError, match="Own.reads=.*expected a tuple.*(?s:.*)'projected_latents'"):
+        R2DreamerWorldModelLoss(tiny_agent(images=False).world_model, Own(ONE, reads))

@@ -103,6 +103,14 @@ def test_wrong_number_of_streams_is_refused():
         RecordBuilder(3, ["count"])(CountingStreams(2, 5).collect(4))
 
 
+def test_entries_that_are_missing_are_named():
+    transitions = CountingStreams(2, 5).collect(4)
+    with pytest.raises(ValueError, match="lack 'is_init'.*(?s:.*)InitTracker"):
+        RecordBuilder(2, ["count"])(transitions.exclude("is_init"))
+    with pytest.raises(ValueError, match=r"lack 'c', .*\('next', 't'\).*(?s:.*)a list of keys"):
+        RecordBuilder(2, "count")(transitions)
+
+
 def test_latents_that_no_policy_wrote_are_zeros_of_known_width():
     streams = CountingStreams(2, 5)
     builder = RecordBuilder(2, ["count"], latent_sizes={"state": 2, "belief": 3})

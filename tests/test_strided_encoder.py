@@ -33,6 +33,9 @@ def test_uint8_and_float_images_several_images_and_leading_dimensions_agree(make
     assert together.shape == (3, 5, encoder.out_features)
     torch.testing.assert_close(together, encoder(torch.cat([first, second], -3)))
     torch.testing.assert_close(together, encoder(first / 255, second))
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float16, 0.02)):
+        floats = torch.cat([first, second], -3).div(255).to(dtype)
+        torch.testing.assert_close(encoder(floats), together, rtol=0, atol=tolerance)
     torch.testing.assert_close(together[1, 2], encoder(first[1, 2], second[1, 2]), rtol=1e-4, atol=1e-5)
 
 

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 from subtle_oracle import assert_same, run, stock, subtle, trajectory
 from subtle_user import RENAMED, SMALLER, user_env, written
-from torchrl.envs import DMControlEnv, GymEnv, ParallelEnv, TransformedEnv
+from torchrl.envs import DMControlEnv, GymEnv, ParallelEnv, SerialEnv, TransformedEnv
 
-from r2dreamer.envs import DMCSubtle, make_dmc_subtle
+from r2dreamer.envs import DMCSubtle, RenderPixels, make_dmc, make_dmc_subtle
 from r2dreamer.examples import contact_sheet
 
 
@@ -116,3 +116,12 @@ def test_a_contact_sheet_that_cannot_be_drawn_is_refused(arguments, says, tmp_pa
     with pytest.raises(SystemExit) as left:
         contact_sheet.main()
     assert says in f"{left.value} {capsys.readouterr().err}" and not any(tmp_path.iterdir())
+
+
+def test_an_image_is_rendered_of_a_control_environment_alone():
+    gym = GymEnv("CartPole-v1")
+    for env, name in ((gym, "GymEnv"), (SerialEnv(2, partial(stock, "reacher")), "SerialEnv")):
+        with pytest.raises(ValueError, match=f"RenderPixels works on a DMControlEnv.*not on {name}.*inside its worker"):
+            TransformedEnv(env, RenderPixels(16)).reset()
+    ours = make_dmc("reacher_easy", seed=0, from_pixels=False)
+    assert TransformedEnv(ours, RenderPixels(16)).reset()["pixels"].shape == (3, 16, 16)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from agents import tiny_agent, tiny_records
 from tensordict import TensorDict
 from tensordict.nn import (
     NormalParamExtractor,
@@ -16,8 +17,8 @@ from torchrl.modules import MLP, RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3, Ta
 from torchrl.objectives import DreamerV3ActorLoss, DreamerV3Loss, DreamerV3ValueLoss, SoftUpdate
 from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3Optimizer
 
-from r2dreamer.dreamer import ProjectionHead
-from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss
+from r2dreamer.dreamer import ObservationDecoder, ProjectionHead
+from r2dreamer.losses import DreamerActorLoss, DreamerValueLoss, R2DreamerWorldModelLoss, Reconstruction, total_loss
 
 
 def torchrl_parts():
@@ -123,3 +124,36 @@ def test_torchrls_dreamer_trains_with_our_losses(our_actor, our_value):
         assert all(value.isfinite().all() for value in metrics.values())
         barlow.append(metrics["loss_barlow"].item())
     assert sum(barlow[-10:]) < 0.8 * sum(barlow[:10])  # latents are sampled: the loss of one update tells little
+
+
+@pytest.mark.parametrize("batch_size", [[2], []])
+def test_records_without_time_in_their_batch_size_are_read_all_the_same(batch_size):
+    world_model = torchrl_parts()[0]
+    loss = R2DreamerWorldModelLoss(world_model)
+    loss.set_keys(encoded_latents="encoded")
+    decoder = tiny_agent(images=False, heads={"decoder": ObservationDecoder})
+    reconstruction = R2DreamerWorldModelLoss(decoder.world_model, Reconstruction())
+    for each, records in ((loss, sample()), (reconstruction, tiny_records(decoder, batch=2))):
+        results = []
+        for given in (records, TensorDict(records.to_dict(), batch_size)):
+            torch.manual_seed(0)
+            losses, posterior = each(given)
+            results.append(total_loss(losses))
+            assert posterior.batch_size == records.batch_size
+        assert given.batch_size == torch.Size(batch_size) and torch.equal(*results)
+
+
+def test_a_world_model_may_observe_the_reward_that_it_predicts():
+    _, *others = torchrl_parts()[0].module
+    seen = []
+
+    def encode(observation, reward):
+        seen.append(reward)
+        return torch.cat([observation, reward, observation, reward], -1)
+
+    encoder = TensorDictModule(encode, [("next", "observation"), ("next", "reward")], [("next", "encoded")])
+    loss, records = R2DreamerWorldModelLoss(TensorDictSequential(encoder, *others)), sample()
+    loss.set_keys(encoded_latents="encoded")
+    losses, posterior = loss(records)
+    assert torch.equal(*seen, records["next", "reward"]) and losses["loss_reward"].requires_grad
+    assert torch.equal(posterior["next", "true_reward"], *seen) and not torch.equal(posterior["next", "reward"], *seen)

@@ -30,7 +30,7 @@ def centred(images: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(images) > 1:
         images = [torch.cat([image if image.is_floating_point() else image / 255 for image in images], -3)]
     image = images[0].reshape(-1, *images[0].shape[-3:]).contiguous(memory_format=torch.channels_last)
-    return image - 0.5 if image.is_floating_point() else image.float().div_(255).sub_(0.5)
+    return image.float() - 0.5 if image.is_floating_point() else image.float().div_(255).sub_(0.5)
 
 
 class ImageEncoder(nn.Module):

@@ -31,14 +31,20 @@ def init_convolution(convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float)
 
 def smallest_map(image_shape: tuple[int, int, int], stages: int, verb: str) -> tuple[int, int]:
     """Height and width of an image halved ``stages`` times; the error of other sizes says what it could not ``verb``."""
-    _, height, width = image_shape
+    channels, height, width = image_shape
     stride = 2**stages
     if height % stride or width % stride:
+        remedy = (
+            f"Resize the observation, for example to {max(1, round(height / stride)) * stride}x"
+            f"{max(1, round(width / stride)) * stride} (env.make.image_size in the example trainer)."
+        )
+        if width <= 4 < channels:
+            remedy = (
+                "They seem to be [H, W, C], and [C, H, W] is read: use torchrl's ToTensorImage or PermuteTransform."
+            )
         raise ValueError(
             f"Images of {height}x{width} cannot be {verb}d: height and width must be divisible by the {verb}r's stride "
-            f"{stride} (2 for each of {stages} stages). Resize the observation, for example to "
-            f"{max(1, round(height / stride)) * stride}x{max(1, round(width / stride)) * stride} "
-            f"(env.make.image_size in the example trainer)."
+            f"{stride} (2 for each of {stages} stages). {remedy}"
         )
     return height // stride, width // stride
 

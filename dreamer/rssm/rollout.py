@@ -103,10 +103,12 @@ class RSSMRollout(TensorDictModuleBase):
         state, belief, action, is_init, embedding = values
         prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
         keep = _reset_mask(is_init, action)  # [B, T, 1]
+        # where, not a product: what is there before an episode may be anything, NaN included.
+        action = torch.where(keep.bool(), action, 0)
+        first = [torch.where(keep[..., 0, :].bool(), latent[..., 0, :].float(), 0) for latent in (state, belief)]
         # Once for the whole sequence: nothing here depends on the recurrence.
-        actions = prior.project_action(action * keep).unbind(-2)
+        actions = prior.project_action(action).unbind(-2)
         embeddings = posterior.project_embedding(embedding).unbind(-2)
-        first = state[..., 0, :].float(), belief[..., 0, :].float()
         states, beliefs, logits = self.unroll(self.step, *first, keep.unbind(-2), actions, embeddings)
         for key, value in zip(self.out_keys, (prior.logits(beliefs), logits, states, beliefs), strict=True):
             tensordict.set(key, value)
@@ -175,12 +177,12 @@ class RSSMStateEstimator(TensorDictModuleBase):
         A batched environment hands back only entries of its own specs; without this a ``ParallelEnv`` would drop the
         latents after every step.
 
-        What a reset writes is never read (``is_init``), so it is -1, a value no latent takes: a TorchRL 0.14 collector
-        with a ``policy_device`` carries on only those outputs of which, at its first step, no element equals the input,
-        and would drop a one-hot ``state`` that came in as zeros, silently again.
+        A reset writes 1e-12, as good as zero: random actions (``init_random_frames``) leave it in the data, where zeros mean
+        that no policy has been there. It is not 0, since a TorchRL 0.14 collector with a ``policy_device`` carries on only
+        those outputs of which, at its first step, no element equals the input. It would drop a one-hot ``state``, silently.
         """
         latents = {key: Unbounded(self.sizes[key]) for key in ("state", "belief")}
-        return TensorDictPrimer(latents, default_value=-1.0, expand_specs=True)
+        return TensorDictPrimer(latents, default_value=1e-12, expand_specs=True)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         embedding, is_init = (tensordict.get(key, None) for key in self.in_keys)

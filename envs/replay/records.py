@@ -86,6 +86,7 @@ class RecordBuilder:
                 f"transitions of {self.num_streams} streams have the shape [{self.num_streams}, k], got "
                 f"{list(transitions.shape)}; num_streams is the number of environments of the collector."
             )
+        self._refuse_missing(transitions)
         nxt = cast(TensorDictBase, transitions["next"])
         is_init = transitions["is_init"]  # [N, k, 1]
         done = nxt["done"]  # [N, k, 1]
@@ -117,6 +118,17 @@ class RecordBuilder:
             if latent is not None:
                 records[unravel_key(("next", key))] = merge(latent, None)
         return records
+
+    def _refuse_missing(self, transitions: TensorDictBase) -> None:
+        after: list[NestedKey] = [unravel_key(("next", key)) for key in (*self.observation_keys, "reward", *FLAG_KEYS)]
+        missing = [
+            key for key in (*self.observation_keys, "is_init", "action", *after) if key not in transitions.keys(True)
+        ]
+        if missing:
+            raise ValueError(
+                f"The transitions lack {', '.join(map(repr, missing))}. They hold {sorted(map(str, transitions.keys(True, True)))}.\n"
+                "'is_init' is written by torchrl's InitTracker transform, in the environment; observation_keys is a list of keys."
+            )
 
     def _refuse_gaps(self, transitions: TensorDictBase) -> None:
         """A batch must begin where the last one ended: else action and reward would go to a wrong observation."""

@@ -27,15 +27,19 @@ class ControlTransform(Transform):
         while isinstance(env, Transform):  # a Compose, perhaps not on an environment yet: then this is called again
             env = env.__dict__["_container"]
             env = None if env is None else env()
-        if env is None:
-            return
-        while isinstance(env, TransformedEnv):
-            env = env.base_env
-        simulation, name = vars(env).get("_env"), type(self).__name__
-        if getattr(simulation, "physics", None) is None:
-            raise ValueError(
-                f"{name} works on a DMControlEnv or DMControlWrapper of this process, not on {type(env).__name__}. "
-                "Of several environments each gets its own, inside its worker: ParallelEnv(4, lambda: TransformedEnv("
-                f'DMControlEnv("reacher", "easy", from_pixels=True), {name}())).'
-            )
-        self.change.put_on(simulation, getattr(env, "task_name", None))
+        if env is not None:
+            self.change.put_on(*simulation_and_task(env, type(self).__name__))
+
+
+def simulation_and_task(env: Any, name: str) -> tuple[Any, str | None]:
+    """The environment of dm_control below `env`, and its task; the error says where the transform `name` belongs."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    simulation = vars(env).get("_env")
+    if getattr(simulation, "physics", None) is None:
+        raise ValueError(
+            f"{name} works on a DMControlEnv or DMControlWrapper of this process, not on {type(env).__name__}. "
+            "Of several environments each gets its own, inside its worker: ParallelEnv(4, lambda: TransformedEnv("
+            f'DMControlEnv("reacher", "easy", from_pixels=True), {name}())).'
+        )
+    return simulation, getattr(env, "task_name", None)

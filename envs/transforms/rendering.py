@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import Bounded, Composite
-from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Transform
 
 from ..base.errors import require_positive
 from ..control.rendering import render_pixels
+from .hooks import simulation_and_task
 
 
 class RenderPixels(Transform):
@@ -27,10 +25,8 @@ class RenderPixels(Transform):
         self.size, self.camera = size, camera
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        env: Any = self.parent
-        while isinstance(env, TransformedEnv):
-            env = env.base_env
-        pixels = render_pixels(env._env.physics, self.size, self.camera)
+        simulation, _ = simulation_and_task(self.parent, type(self).__name__)
+        pixels = render_pixels(simulation.physics, self.size, self.camera)
         return next_tensordict.set("pixels", torch.from_numpy(pixels))
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:

@@ -6,6 +6,8 @@ An objective is a module called with the posterior TensorDict and the loss's key
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,6 +47,29 @@ class Objective(nn.Module):
 
     def after_update(self) -> None:
         """Called once after every step of the optimiser: networks that follow others do it here."""
+
+
+def check_results(objective: nn.Module, results: Any, terms: Terms, diagnostics: Terms) -> tuple[Terms, Terms]:
+    """What an objective returned; refuses what would replace the loss's own ``terms`` and ``diagnostics``, or be summed wrongly."""
+    name = type(objective).__name__
+    if not (isinstance(results, tuple) and len(results) == 2 and all(isinstance(each, Mapping) for each in results)):
+        raise ValueError(
+            f"{name}.forward returned a {type(results).__name__}; expected two dicts: weighted terms by name, and diagnostics."
+        )
+    mine = [*results[0].keys() & {*terms, "reward", "continue"}, *results[1].keys() & diagnostics.keys()]
+    if mine:
+        raise ValueError(f"{name} returned {sorted(mine)}, which the loss writes itself. Give them other names.")
+    losses = [each for each in results[1] if each.startswith("loss_")]
+    if losses:
+        raise ValueError(
+            f"{name} returned the diagnostics {losses}: entries that begin with 'loss_' are summed. Give them other names."
+        )
+    for term, value in results[0].items():
+        if math.prod(getattr(value, "shape", ())) != 1:
+            raise ValueError(
+                f"{name} returned the term {term!r} of shape {list(value.shape)}; expected one number. Take its mean."
+            )
+    return results[0], results[1]
 
 
 def two_views(
