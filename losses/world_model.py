@@ -238,7 +238,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         if at(keys.reward) not in map(unravel_key, self.world_model.in_keys):
             records = records.exclude(at(keys.reward))
         if records.batch_size != reward.shape[:-1]:
-            records.batch_size = reward.shape[:-1]  # [B, T]: rollouts and decoders tell time and features apart by it
+            # [B, T]: rollouts and decoders tell time and features apart by it.
+            cast(Any, records).batch_size = reward.shape[:-1]
         for key in self.world_model.in_keys:
             # Observations; latents and actions at the root are of the policy, which diverges where training does.
             value = records.get(key, None) if key[0] == "next" else None

@@ -104,8 +104,12 @@ class RSSMRollout(TensorDictModuleBase):
         prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
         keep = _reset_mask(is_init, action)  # [B, T, 1]
         # where, not a product: what is there before an episode may be anything, NaN included.
-        action = torch.where(keep.bool(), action, 0)
-        first = [torch.where(keep[..., 0, :].bool(), latent[..., 0, :].float(), 0) for latent in (state, belief)]
+        goes_on = keep.bool()
+        action = torch.where(goes_on, action, 0)
+        first = (
+            torch.where(goes_on[..., 0, :], state[..., 0, :].float(), 0),
+            torch.where(goes_on[..., 0, :], belief[..., 0, :].float(), 0),
+        )
         # Once for the whole sequence: nothing here depends on the recurrence.
         actions = prior.project_action(action).unbind(-2)
         embeddings = posterior.project_embedding(embedding).unbind(-2)
