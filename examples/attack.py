@@ -166,7 +166,7 @@ def main(cfg: DictConfig) -> None:
     if trained.run.threads:
         torch.set_num_threads(trained.run.threads)
     out = output_path(cfg.out, trained.directory, "attack")
-    if (out / "metrics.json").exists():
+    if (out / "patch.npz").exists():
         raise ValueError(f"{out} holds an attack already: remove it, or give another directory, out=DIR.")
     attack = Attack(trained, cfg, device)
     other = None if cfg.other is None else prepare_other(cfg, attack)

@@ -99,12 +99,14 @@ def check_output(out: Path) -> None:
     """Finds out before anything is trained whether the picture and its two companions can be written."""
     there = [path for path in (out.with_suffix(".json"), out.with_suffix(".md")) if path.exists()]
     if len(there) == 1:  # a comparison leaves both
-        raise ValueError(f"--out {out} would overwrite {there[0]}, which is of something else: give another name.")
+        raise ValueError(
+            f"--out {out} would overwrite {there[0]}, which no comparison has left alone: remove it, or give another name."
+        )
     make_output(out.parent, "--out FILE")
 
 
 def main() -> None:
-    with guarded_output(lambda: None):  # trainings go on where nobody reads what is printed
+    with guarded_output(lambda: None):  # nobody has to read what is printed
         compare()
 
 

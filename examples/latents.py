@@ -169,12 +169,13 @@ def results_in(out: Path, members: Sequence[str]) -> list[dict]:
 def claim(out: Path, settings: dict) -> None:
     """A directory holds results of one setting; whatever else is asked for goes elsewhere."""
     path = out / "settings.json"
-    if path.exists() and (before := json.loads(path.read_text())) != settings:
-        name = next(name for name in {**before, **settings} if before.get(name) != settings.get(name))
-        raise ValueError(
-            f"{out} holds results with {name}={before.get(name)}, and this command says {settings.get(name)}. Repeat the "
-            "former, or give another directory with out=DIR."
-        )
+    before = json.loads(path.read_text()) if path.exists() else settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{out} holds results with {name}={before.get(name)}, and this command says {value}. Repeat the former, or "
+                "give another directory with out=DIR."
+            )
     make_output(out)
     replace_text(path, json.dumps(settings))
 
@@ -190,7 +191,7 @@ def main(cfg: DictConfig) -> None:
         trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run
         out = output_path(cfg.out, trained.directory, "latents")
-        settings["checkpoint"] = str(trained.path)
+        settings = {"record": settings["record"], "checkpoint": str(trained.path)}
         shrink = run.env.get("shrink") or (OFFICIAL[run.env.task].shrink if run.env.suite == "dmc_subtle" else 1)
         level = run.env.get("difficulty") or float(Fraction(str(shrink)))
         whose = [(BASELINES, None), (UNTRAINED, None), (run.name, trained.agent)]

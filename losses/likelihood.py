@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 from torchrl.modules import SymExpTwoHot
@@ -59,12 +59,13 @@ class ScalarPrediction(nn.Module):
         scalar: nn.Module | None = None,
     ):
         super().__init__()
-        self.reads_logits = unravel_key(logits_key) in _written(model)
+        self.reads_logits, value_key = unravel_key(logits_key) in _written(model), unravel_key(value_key)
         scalar = SymlogMSE() if scalar is None else scalar
         self.likelihood = TwoHotLikelihood(num_bins) if self.reads_logits else scalar
-        writers = [each for each in model.modules() if isinstance(each, TensorDictModule)]
-        heads = [keys for keys in map(_written, writers) if unravel_key(value_key) in keys]
-        self.beside = [key for key in (heads[-1] if heads else []) if key != unravel_key(value_key)]
+        self.num_bins = num_bins
+        modules = [each for each in model.modules() if isinstance(each, TensorDictModule)]
+        heads = [_written(each) for each in modules if not isinstance(each, TensorDictSequential)]
+        self.beside = [key for keys in heads if value_key in keys for key in keys if key != value_key]
 
     def forward(
         self, tensordict: TensorDictBase, keys: Any, value: str, targets: torch.Tensor, prefix: tuple[str, ...] = ()
@@ -81,10 +82,11 @@ class ScalarPrediction(nn.Module):
         return self.likelihood(prediction, targets)
 
     def _check_trained(self, tensordict: TensorDictBase, value: str, depth: int) -> None:
-        """Refuses a scalar without a gradient that is written beside an output with one: logits of another name."""
+        """Refuses a scalar without a gradient that is written beside bins with one: logits of another name."""
         for key in self.beside:
-            if getattr(tensordict.get(key, None), "requires_grad", False):
-                name = unravel_key(key[depth:]) if depth else key
+            bins = tensordict.get(key, None)
+            if isinstance(bins, torch.Tensor) and bins.requires_grad and bins.shape[-1] == self.num_bins:
+                name = unravel_key(key[depth:]) if depth and isinstance(key, tuple) else key
                 raise ValueError(
                     f"{value} has no gradient, and {key!r}, which the same head writes, has one: nothing would train the head.\n"
                     f"If these are its logits, call set_keys({value}_logits={name!r}) on the loss."

@@ -187,8 +187,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         if at(keys.encoded_latents) in [unravel_key(key) for key in self.world_model.in_keys]:
             # Features that come with the batch.
             self.unwritten = [name for name in self.unwritten if name != "encoded_latents"]
-        missing = list(self.unwritten)
-        if at(keys.reward) not in written and not self.reward_prediction.reads_logits:
+        missing, self.writes_reward = list(self.unwritten), at(keys.reward) in written
+        if not self.writes_reward and not self.reward_prediction.reads_logits:
             missing.append("reward_logits")
         self._check_written(missing, written)
         self.continue_name = continue_name(keys, self.world_model, NEXT)
@@ -237,9 +237,10 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         records = tensordict.select(*tensordict.keys(True, True))
         if at(keys.reward) not in map(unravel_key, self.world_model.in_keys):
             records = records.exclude(at(keys.reward))
-        if records.batch_size != reward.shape[:-1]:
-            # [B, T]: rollouts and decoders tell time and features apart by it.
-            cast(Any, records).batch_size = reward.shape[:-1]
+        steps = reward.shape[:-1]
+        if records.batch_size != steps:  # [B, T]: rollouts and decoders tell time and features apart by it
+            of_steps = {key: value for key, value in records.items(True, True) if value.shape[:2] == steps}
+            records = TensorDict(of_steps, steps, device=records.device)  # without the indices of a replay, for example
         for key in self.world_model.in_keys:
             # Observations; latents and actions at the root are of the policy, which diverges where training does.
             value = records.get(key, None) if key[0] == "next" else None
@@ -247,11 +248,14 @@ class R2DreamerWorldModelLoss(DreamerLoss):
                 check_finite(value, repr(key))
         with self.world_model_params.to_module(self.world_model):
             posterior = self.world_model(records)
+        if not self.writes_reward:  # a reward that the model observes is no prediction
+            posterior = posterior.exclude(at(keys.reward))
         posterior.set(at(keys.true_reward), reward)
 
         terms, diagnostics = self.kl(posterior, keys)
         results = self.representation(posterior, keys)
-        objective_terms, objective_diagnostics = check_results(self.representation, results, terms, diagnostics)
+        own_terms = {*terms, "reward", *["continue"] * self.predicts_continue}
+        objective_terms, objective_diagnostics = check_results(self.representation, results, own_terms, {*diagnostics})
         terms |= objective_terms
         diagnostics |= objective_diagnostics
 

@@ -216,6 +216,17 @@ def test_logits_of_another_name_that_nothing_would_train():
     assert loss(imagined)[0]["loss_value"].requires_grad
 
 
+def test_a_head_that_is_frozen_on_purpose():
+    agent, model = our_model(without=["reward", "continue"])
+    both = nn.Linear(FEATURES, 2)
+    split = lambda *latents: both(torch.cat(latents, -1)).split(1, -1)
+    frozen = lambda *latents: (split(*latents)[0].detach(), split(*latents)[1])
+    written = [("next", key) for key in ("reward", "continue_pred")]
+    loss = R2DreamerWorldModelLoss(TensorDictSequential(model, TensorDictModule(frozen, LATENTS, written)))
+    losses, _ = loss(tiny_records(agent))
+    assert not losses["loss_reward"].requires_grad and losses["loss_continue"].requires_grad
+
+
 # --- TorchRL's names ---
 
 

@@ -257,3 +257,10 @@ def test_members_are_asked_what_they_know_behind_moving_backgrounds(tmp_path):
     assert all(line["level"] == "easy" for line in lines)
     assert all({"finger", "target"} == line["scores"]["latents"].keys() for line in lines[1:])
     assert "reacher_easy: target, easy" in (tmp_path / "table.md").read_text() and (tmp_path / "latents.png").exists()
+
+
+def test_a_directory_is_claimed_by_the_settings_that_a_command_reads(tmp_path):
+    latents.claim(tmp_path, {"record": {}, "updates": 7, "checkpoint": "run"})
+    latents.claim(tmp_path, {"record": {}, "checkpoint": "run"})
+    with pytest.raises(ValueError, match="holds results with checkpoint=run, and this command says other"):
+        latents.claim(tmp_path, {"record": {}, "checkpoint": "other"})

@@ -112,6 +112,7 @@ def test_videos_fall_back_and_never_raise(tmp_path, monkeypatch, capsys):
     assert "No video" in capsys.readouterr().out
     for name in ("lr0.01", "lr0.03"):  # a name with a dot is no ending
         assert write_video(tmp_path / name, frames, fps=30) == tmp_path / f"{name}.mp4"
+    assert write_video(tmp_path / "eval.WebM", frames, fps=30) == path
     (tmp_path / "there.mp4").mkdir()
     capsys.readouterr()
     assert write_video(tmp_path / "there.mp4", frames, fps=30) is None

@@ -210,6 +210,12 @@ def test_what_stands_before_an_episode_may_be_anything():
         torch.manual_seed(7)
         beliefs.append(agent.world_model(records.clone())["next", "belief"])
     assert all(torch.equal(each, beliefs[0]) for each in beliefs)
+    dtypes, project = [], agent.prior.project_action
+    agent.prior.project_action = lambda action: dtypes.append(action.dtype) or project(action)
+    agent.world_model(
+        records.set("action", torch.ones_like(records["action"], dtype=torch.int64))
+    )  # one-hot, as in TorchRL
+    assert dtypes == [torch.float32]
 
 
 def test_two_different_images_give_two_different_actions():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from agents import BATCH, TIME, tiny_agent, tiny_records
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 
 from r2dreamer.dreamer import ObservationDecoder, projection_head
 from r2dreamer.losses import (
@@ -214,6 +215,9 @@ def test_what_an_objective_of_ones_own_returns_replaces_nothing_and_is_a_number(
         R2DreamerWorldModelLoss(agent.world_model, Own(results))(tiny_records(agent))
     losses, _ = R2DreamerWorldModelLoss(agent.world_model, Own(({"own": ONE}, {"seen": ONE})))(tiny_records(agent))
     assert losses["loss_own"] == losses["seen"] == 1
+    model = TensorDictSequential(*[each for each in agent.world_model.module if "continue" not in str(each.out_keys)])
+    for results in ([{"own": ONE}, TensorDict()], ({"continue": ONE}, {})):  # a model without a continue head
+        R2DreamerWorldModelLoss(model, Own(results))(tiny_records(agent))
 
 
 @pytest.mark.parametrize("reads", [("projected_latent",), "encoded_latents"])

@@ -11,6 +11,7 @@ from launcher import EXAMPLES
 from r2dreamer.envs import count_workers, make_gym, make_vector_env
 from r2dreamer.envs.replay.buffer import free_bytes
 from r2dreamer.examples.cli.main import main
+from r2dreamer.examples.cli.output import guarded_output
 
 MAPPED = """
 import ctypes, sys
@@ -80,6 +81,12 @@ except ImportError as error:
     print(error)
 """
     assert "which linux does not have. Run them on Linux (WSL," in " ".join(python(code))
+
+
+def test_a_process_without_standard_output_prints_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with guarded_output(pytest.fail):
+        print("nobody reads this", flush=True)
 
 
 def test_ctrl_c_while_a_command_is_imported_leaves_without_a_traceback(monkeypatch, capsys):

@@ -36,6 +36,7 @@ def test_uint8_and_float_images_several_images_and_leading_dimensions_agree(make
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.float16, 0.02)):
         floats = torch.cat([first, second], -3).div(255).to(dtype)
         torch.testing.assert_close(encoder(floats), together, rtol=0, atol=tolerance)
+    assert make((6, 64, 64)).double()(first, second).dtype == torch.float64
     torch.testing.assert_close(together[1, 2], encoder(first[1, 2], second[1, 2]), rtol=1e-4, atol=1e-5)
 
 

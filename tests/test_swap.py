@@ -136,6 +136,8 @@ def test_records_without_time_in_their_batch_size_are_read_all_the_same(batch_si
     for each, records in ((loss, sample()), (reconstruction, tiny_records(decoder, batch=2))):
         results = []
         for given in (records, TensorDict(records.to_dict(), batch_size)):
+            if given is not records:  # what a replay buffer adds
+                given["index"] = torch.zeros(2, dtype=torch.int64)
             torch.manual_seed(0)
             losses, posterior = each(given)
             results.append(total_loss(losses))
@@ -157,3 +159,11 @@ def test_a_world_model_may_observe_the_reward_that_it_predicts():
     losses, posterior = loss(records)
     assert torch.equal(*seen, records["next", "reward"]) and losses["loss_reward"].requires_grad
     assert torch.equal(posterior["next", "true_reward"], *seen) and not torch.equal(posterior["next", "reward"], *seen)
+    *others, head = others
+    renamed = TensorDictModule(head.module, head.in_keys, [("next", "reward_hat")])
+    loss = R2DreamerWorldModelLoss(TensorDictSequential(encoder, *others, renamed))
+    loss.set_keys(encoded_latents="encoded")
+    with pytest.raises(
+        ValueError, match=r"set_keys\(reward=.reward_hat"
+    ):  # the observed reward is not taken for a prediction
+        loss(records)

@@ -21,7 +21,7 @@ from torchrl.modules.functional import symlog
 from .layers import NormSiLU, init_convolution, mlp, smallest_map
 
 
-def centred(images: Sequence[torch.Tensor]) -> torch.Tensor:
+def centred(images: Sequence[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """uint8 (or float in [0, 1]) images [..., C, H, W] stacked on channels and moved to [-0.5, 0.5]: [N, C, H, W].
 
     Channels last: the norms then run over contiguous channels, and convolutions are 2x faster on CPUs. uint8 is laid out
@@ -30,7 +30,7 @@ def centred(images: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(images) > 1:
         images = [torch.cat([image if image.is_floating_point() else image / 255 for image in images], -3)]
     image = images[0].reshape(-1, *images[0].shape[-3:]).contiguous(memory_format=torch.channels_last)
-    return image.float() - 0.5 if image.is_floating_point() else image.float().div_(255).sub_(0.5)
+    return image.to(dtype) - 0.5 if image.is_floating_point() else image.to(dtype).div_(255).sub_(0.5)
 
 
 class ImageEncoder(nn.Module):
@@ -65,7 +65,7 @@ class ImageEncoder(nn.Module):
         self.out_features = widths[-1] * height * width
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
-        value = centred(images)
+        value = centred(images, self.convolutions[0].weight.dtype)  # pyright: ignore[reportArgumentType] - of a Conv2d
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             pooled = self.pooled(convolution, value)  # pyright: ignore[reportArgumentType] - a ModuleList of Conv2d
             value = norm(pooled).permute(0, 3, 1, 2)
@@ -128,7 +128,7 @@ class StridedEncoder(nn.Module):
         self.out_features = channels[-1] * size[0] * size[1]
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
-        value = centred(images)
+        value = centred(images, self.convolutions[0].weight.dtype)  # pyright: ignore[reportArgumentType] - of a Conv2d
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             value = norm(convolution(value).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return value.reshape(*images[0].shape[:-3], self.out_features)

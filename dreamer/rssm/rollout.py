@@ -105,7 +105,7 @@ class RSSMRollout(TensorDictModuleBase):
         keep = _reset_mask(is_init, action)  # [B, T, 1]
         # where, not a product: what is there before an episode may be anything, NaN included.
         goes_on = keep.bool()
-        action = torch.where(goes_on, action, 0)
+        action = torch.where(goes_on, action.float(), 0)
         first = (
             torch.where(goes_on[..., 0, :], state[..., 0, :].float(), 0),
             torch.where(goes_on[..., 0, :], belief[..., 0, :].float(), 0),

@@ -13,19 +13,21 @@ from typing import Any, TextIO
 class Output:
     """A text stream; once nobody reads it any more, what is written is dropped, and `lost` is called."""
 
-    def __init__(self, stream: TextIO, lost: Callable[[], None]):
+    def __init__(self, stream: TextIO | None, lost: Callable[[], None]):
         self.stream, self.lost = stream, lost
 
     def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
+        self._try("write", text)
         return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
+        self._try("flush")
 
-    def _try(self, call: Callable, *arguments: Any) -> None:
+    def _try(self, name: str, *arguments: Any) -> None:
+        if self.stream is None:  # the process began without it
+            return
         try:
-            call(*arguments)
+            getattr(self.stream, name)(*arguments)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise

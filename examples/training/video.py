@@ -38,7 +38,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path
 
 def with_ending(path: Path, ending: str) -> Path:
     """In place of a film's ending, or after any other name: "lr0.01" and "lr0.03" are two films."""
-    return path.with_suffix(ending) if path.suffix in (".mp4", ".gif") else path.with_name(path.name + ending)
+    is_film = path.suffix.lower() in (".mp4", ".gif", ".avi", ".mov", ".mkv", ".webm")
+    return path.with_suffix(ending) if is_film else path.with_name(path.name + ending)
 
 
 def encode_gif(frames: np.ndarray, fps: float) -> bytes | None:

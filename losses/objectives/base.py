@@ -49,17 +49,19 @@ class Objective(nn.Module):
         """Called once after every step of the optimiser: networks that follow others do it here."""
 
 
-def check_results(objective: nn.Module, results: Any, terms: Terms, diagnostics: Terms) -> tuple[Terms, Terms]:
-    """What an objective returned; refuses what would replace the loss's own ``terms`` and ``diagnostics``, or be summed wrongly."""
+def check_results(objective: nn.Module, results: Any, terms: set[str], diagnostics: set[str]) -> tuple[Terms, Terms]:
+    """What an objective returned; refuses names of the loss's own ``terms`` and ``diagnostics``, and what would be summed wrongly."""
     name = type(objective).__name__
-    if not (isinstance(results, tuple) and len(results) == 2 and all(isinstance(each, Mapping) for each in results)):
+    if not (
+        isinstance(results, tuple | list) and len(results) == 2 and all(isinstance(each, Mapping) for each in results)
+    ):
         raise ValueError(
             f"{name}.forward returned a {type(results).__name__}; expected two dicts: weighted terms by name, and diagnostics."
         )
-    mine = [*results[0].keys() & {*terms, "reward", "continue"}, *results[1].keys() & diagnostics.keys()]
+    mine = [*terms.intersection(results[0].keys()), *diagnostics.intersection(results[1].keys())]
     if mine:
         raise ValueError(f"{name} returned {sorted(mine)}, which the loss writes itself. Give them other names.")
-    losses = [each for each in results[1] if each.startswith("loss_")]
+    losses = [each for each in results[1].keys() if each.startswith("loss_")]
     if losses:
         raise ValueError(
             f"{name} returned the diagnostics {losses}: entries that begin with 'loss_' are summed. Give them other names."
