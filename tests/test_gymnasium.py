@@ -116,7 +116,7 @@ def reacher():
     env.close()
 
 
-OF_DM_CONTROL = "Setting the shape on a NumPy array"  # with NumPy 2.5
+OF_DM_CONTROL = "Setting the shape on a NumPy array"  # with NumPy 2.5 dm_control itself warns of this
 
 
 def test_the_checker_of_gymnasium_finds_nothing(reacher):

@@ -212,9 +212,7 @@ def test_what_stands_before_an_episode_may_be_anything():
     assert all(torch.equal(each, beliefs[0]) for each in beliefs)
     dtypes, project = [], agent.prior.project_action
     agent.prior.project_action = lambda action: dtypes.append(action.dtype) or project(action)
-    agent.world_model(
-        records.set("action", torch.ones_like(records["action"], dtype=torch.int64))
-    )  # one-hot, as in TorchRL
+    agent.world_model(records.set("action", records["action"].isfinite().long()))  # one-hot, as in TorchRL
     assert dtypes == [torch.float32]
 
 

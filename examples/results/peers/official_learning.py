@@ -33,6 +33,7 @@ SETTINGS = f"""
 with hydra.initialize_config_dir(os.path.abspath(os.path.join(clone, "configs")), version_base=None):
     config = hydra.compose("configs", overrides=[*SETTINGS.split(), *sys.argv[6:]])
 
+# Modules of the clone, which comes first on the path: its own dreamer.py and envs/, not those of this repository.
 import buffer  # noqa: E402
 import tools  # noqa: E402
 import trainer  # noqa: E402
