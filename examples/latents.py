@@ -32,6 +32,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from r2dreamer import configs
 from r2dreamer.dreamer import Agent
 from r2dreamer.envs.base.errors import unknown_task
 from r2dreamer.envs.control.subtle import OFFICIAL
@@ -74,6 +75,11 @@ def cells(cfg: DictConfig) -> list[Cell]:
     known = suites()[cfg.suite].tasks()
     if unknown := [task for task in cfg.tasks if task not in known]:
         raise unknown_task(unknown[0], known, f"suite={cfg.suite}")
+    algorithms = [path.stem for path in (Path(configs.__path__[0]) / "algorithm").glob("*.yaml") if path.stem != "base"]
+    if unknown := [member for member in cfg.members if member not in algorithms]:
+        raise ValueError(
+            f"members names {unknown[0]!r}, which is no algorithm. There are: {', '.join(sorted(algorithms))}."
+        )
     size = lambda task, shrink: OFFICIAL[task].shrink if shrink == "paper" else float(Fraction(str(shrink)))
     levels = lambda task: (
         cfg.difficulties if cfg.suite == "dmc_distracting" else [size(task, each) for each in cfg.shrinks]

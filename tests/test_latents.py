@@ -230,6 +230,11 @@ def test_distractions_make_the_grid_and_none_of_them_is_the_stock_task():
         latents.cells(config("suite=dmc_distracting", "tasks=[reacher]", name="latents"))
 
 
+def test_a_member_that_is_no_algorithm_is_refused_by_name():
+    with pytest.raises(ValueError, match="'dreamerv9', which is no algorithm. There are: dreamer, .*, vicreg"):
+        latents.cells(config("members=[r2dreamer,dreamerv9]", name="latents"))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
