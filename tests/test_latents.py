@@ -204,10 +204,17 @@ def test_a_checkpoint_is_asked_the_same(tmp_path):
     }
 
 
-def test_the_table_shows_the_mean_of_seeds_and_their_range():
-    line = lambda seed, r2: {"task": "reacher", "level": 1 / 3, "member": "dreamer", "seed": seed,
-                             "scores": {"latents": {"target": {"r2": r2}}}}  # fmt: skip
-    assert "| dreamer, latents | 0.50 (0.25 to 0.75) |" in markdown([line(0, 0.25), line(1, 0.75)])
+def test_each_task_has_a_table_of_means_over_seeds_and_their_range():
+    line = lambda task, fact, seed, r2: {"task": task, "level": 1 / 3, "member": "dreamer", "seed": seed,
+                                         "scores": {"latents": {fact: {"r2": r2}}}}  # fmt: skip
+    results = [
+        line("reacher", "target", 0, 0.25),
+        line("finger_turn", "finger", 0, 1.0),
+        line("reacher", "target", 1, 0.75),
+    ]
+    reacher, finger = markdown(results).split("\n\n")
+    assert "target, 0.3333 |" in reacher and "| dreamer, latents | 0.50 (0.25 to 0.75) |" in reacher
+    assert finger.splitlines()[-1] == "| dreamer, latents | 1.00 |" and "reacher" not in finger
 
 
 def test_sizes_and_members_make_the_grid():

@@ -49,14 +49,16 @@ def gather(results: Sequence[dict]) -> dict[tuple, dict[str, list[float]]]:
 
 
 def markdown(results: Sequence[dict]) -> str:
-    """A row for each thing read, a column for each fact and level; the mean over seeds, and their range."""
-    found = gather(results)
-    labels = dict.fromkeys(label for scores in found.values() for label in scores)
-    heads = [f"{task}: {fact}, {said(level)}" for task, fact, level in found]
-    rows = [["R2 on held-out episodes", *heads], ["---"] + ["---:"] * len(heads)]
-    for label in labels:
-        rows.append([label, *(_mean(scores.get(label, [])) for scores in found.values())])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    """A table for each task: a row for each thing read, a column for each fact and level; the mean over seeds, and their range."""
+    found, tables = gather(results), []
+    for task in dict.fromkeys(task for task, _, _ in found):
+        columns = {place[1:]: scores for place, scores in found.items() if place[0] == task}
+        heads = [f"{fact}, {said(level)}" for fact, level in columns]
+        rows = [[f"{task}, R2 on held-out episodes", *heads], ["---"] + ["---:"] * len(heads)]
+        for label in dict.fromkeys(label for scores in columns.values() for label in scores):
+            rows.append([label, *(_mean(scores.get(label, [])) for scores in columns.values())])
+        tables.append("".join("| " + " | ".join(row) + " |\n" for row in rows))
+    return "\n".join(tables)
 
 
 def _mean(values: Sequence[float]) -> str:
