@@ -44,7 +44,8 @@ class ModelCard:
         observations, actions = packed["observations"], packed["actions"]
         seen = {**observations["images"], **observations["vectors"]}
         does = f"one of {actions['size']}" if actions["discrete"] else f"{actions['size']} numbers in [-1, 1]"
-        count = sum(value.numel() for weights in packed["weights"].values() for value in weights.values())
+        added = [head["weights"] for head in packed["more_heads"].values()]
+        count = sum(value.numel() for weights in [*packed["weights"].values(), *added] for value in weights.values())
         limits = [
             "Trained in this task alone, with one seed; another seed can give another return.",
             "It acts on the observations named above, in their order and units.",
@@ -66,7 +67,7 @@ A world-model agent of {LIBRARY}.
 | environment frames | {f"{self.frames:,}" if self.frames is not None else "not stated"} |
 | observes | {", ".join(f"`{key}` {list(size) if isinstance(size, Sequence) else size}" for key, size in seen.items())} |
 | acts | {does} |
-| parameters | {count:,} |
+| numbers in `model.safetensors` | {count:,} |
 | command | {f"`{self.command}`" if self.command else "not stated"} |
 | commit | {said(self.commit)} |
 

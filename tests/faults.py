@@ -272,7 +272,7 @@ def report(rows, options):
     head = [
         "# Fault injection",
         "",
-        f"{passed} of {len(rows)} faults lost nothing that was saved. Tiny runs of a few seconds; each row says how the run",
+        f"{passed} of {len(rows)} checks found all that was saved. Tiny runs of a few seconds; each row says how the run",
         "ended, and what the same command did afterwards.",
         "",
         f"- command: `python tests/faults.py {counts}`",

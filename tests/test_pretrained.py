@@ -302,6 +302,7 @@ def test_a_model_card_says_what_is_known_and_what_is_not(tmp_path):
     known = ModelCard("walker", "dmc-walker_walk", (450.25, 31.5), 10, 3, 100_000, "r2dreamer train", "abc", ["Slow."])
     for name, card in (("known", known), ("unknown", None)):
         save_pretrained(tiny_agent(heads={}), RECIPE, tmp_path / name, card=card)
+    numbers = sum(value.numel() for value in load_file(tmp_path / "known" / "model.safetensors").values())
     _, front, text = (tmp_path / "known" / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)
     (result,) = front["model-index"][0]["results"]
@@ -312,6 +313,7 @@ def test_a_model_card_says_what_is_known_and_what_is_not(tmp_path):
         "episodes of that return | 10",
         "training seed | 3",
         "frames | 100,000",
+        f"numbers in `model.safetensors` | {numbers:,}",
     ):
         assert f"{row} |" in text
     assert "`r2dreamer train`" in text and "- Slow." in text and "| commit | abc |" in text
