@@ -132,7 +132,13 @@ def test_facts_are_the_simulators_own():
     env = make_dmc_subtle("finger_turn", seed=3, from_pixels=False)
     env.reset()
     known, physics = facts(env), env.base_env._env.physics
-    assert np.allclose(known["target"] - known["fingertip"], physics.to_target(), atol=1e-5)
+    tip = physics.named.data.xpos["spinner", ["x", "z"]] + 0.13 * known["spinner"][[1, 0]]
+    assert np.allclose(known["target"] - tip, physics.to_target(), atol=1e-5)
+    for joint, moved in (("proximal", "fingertip"), ("distal", "fingertip"), ("hinge", "spinner")):
+        physics.named.data.qpos[joint] += 0.5
+        physics.forward()
+        known, before = facts(env), known
+        assert [name for name in known if not np.allclose(known[name], before[name], atol=1e-5)] == [moved]
     assert facts(make_dmc("walker_walk", seed=0, from_pixels=False)).keys() == {"orientations", "height", "velocity"}
 
 

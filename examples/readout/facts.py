@@ -13,7 +13,7 @@ PLACES = {
     "reacher": {"target": ("geom_xpos", "target", ["x", "y"]), "finger": ("geom_xpos", "finger", ["x", "y"])},
     "finger": {
         "target": ("site_xpos", "target", ["x", "z"]),
-        "fingertip": ("site_xpos", "tip", ["x", "z"]),
+        "fingertip": ("geom_xpos", "fingertip", ["x", "z"]),  # the site "tip" is the spinner's
         "spinner": ("xmat", "spinner", ["xx", "xz"]),
     },
     "point_mass": {"target": ("geom_xpos", "target", ["x", "y"]), "mass": ("geom_xpos", "pointmass", ["x", "y"])},
