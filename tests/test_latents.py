@@ -274,7 +274,7 @@ def test_members_are_asked_what_they_know_behind_moving_backgrounds(tmp_path):
     assert [line["member"] for line in lines] == ["baselines", "untrained", "r2dreamer", "dreamer", "dreamerpro"]
     assert all(line["level"] == "easy" for line in lines)
     assert all({"finger", "target"} == line["scores"]["latents"].keys() for line in lines[1:])
-    assert "reacher_easy: target, easy" in (tmp_path / "table.md").read_text() and (tmp_path / "latents.png").exists()
+    assert "reacher_easy, R2" in (tmp_path / "table.md").read_text() and (tmp_path / "latents.png").exists()
 
 
 def test_a_directory_is_claimed_by_the_settings_that_a_command_reads(tmp_path):
