@@ -138,7 +138,8 @@ def measure_replay(cfg: DictConfig, agent: Agent, device: torch.device, repeats:
     records = record.expand(streams * per_stream).clone()
     records["stream"] = torch.arange(streams).repeat_interleave(per_stream)
     replay.extend(records)
-    latents = [torch.zeros(cfg.batch_size, cfg.batch_length, size) for size in agent.latent_sizes.values()]
+    shape = cfg.batch_size, cfg.batch_length
+    latents = [torch.zeros(*shape, size, device=device) for size in agent.latent_sizes.values()]  # as an update's
 
     def step() -> None:
         replay.write_back(replay.sample(device=device), *latents)

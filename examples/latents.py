@@ -157,7 +157,7 @@ def fitted(agent: Agent, run: DictConfig, cfg: DictConfig, records, path: Path) 
         losses = train_world_model(agent, run.algorithm, records, run.seed, precision=precision, **amount)
         saved = {"weights": agent.world_model.state_dict(), "losses": losses}
         replace(path, lambda partial: torch.save(saved, partial))
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     agent.world_model.load_state_dict(saved["weights"])
     return saved["losses"]
 

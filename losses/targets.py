@@ -29,7 +29,8 @@ class CopyEvery(nn.Module):
         unregistered(self, loss=loss)  # its owner saves it
         self.interval = round(1 / rate)
         loss._has_update_associated["value_model"] = True  # or TorchRL warns that nothing moves the target
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        device = next(iter(loss.value_model_params.values(True, True))).device  # from elsewhere each copy would wait
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long, device=device))
 
     @torch.no_grad()
     def step(self) -> None:

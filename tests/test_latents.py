@@ -7,6 +7,7 @@ import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import numpy as np
 import pytest
 import torch
+from agents import tiny_agent
 from launcher import TINY, config, train_here
 
 from r2dreamer.envs import make_dmc, make_dmc_subtle
@@ -282,3 +283,11 @@ def test_a_directory_is_claimed_by_the_settings_that_a_command_reads(tmp_path):
     latents.claim(tmp_path, {"record": {}, "checkpoint": "run"})
     with pytest.raises(ValueError, match="holds results with checkpoint=run, and this command says other"):
         latents.claim(tmp_path, {"record": {}, "checkpoint": "other"})
+
+
+def test_a_world_model_that_a_gpu_trained_is_read_without_one(tmp_path, monkeypatch):
+    agent, path = tiny_agent(), tmp_path / "weights.pt"
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"weights": agent.world_model.state_dict(), "losses": {"kl": 1.0}}, path)
+    assert latents.fitted(agent, None, None, None, path) == {"kl": 1.0}
