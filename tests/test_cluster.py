@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -150,6 +151,19 @@ def test_a_job_that_may_not_be_requeued_ends(slurm, tmp_path, trainer):
     signal_once_started(run.logdir / "started", signal.SIGTERM)
     assert cluster.Training(run, (sys.executable, str(trainer), *run.overrides))() is False
     assert "requeue 5" in asked.read_text()
+
+
+def test_a_job_that_is_ended_before_its_training_runs_ends_it(tmp_path, trainer, monkeypatch):
+    begin = subprocess.Popen
+
+    def ended_meanwhile(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", ended_meanwhile)
+    run = a_run(tmp_path, "long", "wait")
+    assert cluster.Training(run, (sys.executable, str(trainer), *run.overrides))() is False
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_job_has_ended_once_squeue_does_not_list_it(tmp_path, monkeypatch):

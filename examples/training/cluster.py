@@ -52,15 +52,25 @@ class Training:
             return self.run.finished
         self.run.logdir.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, PARENT: str(os.getpid())}
+        child: subprocess.Popen | None = None
+        signals: list[int] = []
+
+        def pass_on(number: int, _: object) -> None:
+            signals.append(number)
+            if child is not None:
+                child.send_signal(number)
+
         with open(self.run.logdir / "output.txt", "a") as output:
             streams = {"stdout": output, "stderr": subprocess.STDOUT}
-            child = subprocess.Popen(
-                self.command, env=environment, start_new_session=True, preexec_fn=_ignore_warnings, **streams
-            )
-            self.child = child.pid
             # Of scancel, a requeue, or a preemption without a warning: the training saves and leaves.
-            before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
+            before = signal.signal(signal.SIGTERM, pass_on)
             try:
+                child = subprocess.Popen(
+                    self.command, env=environment, start_new_session=True, preexec_fn=_ignore_warnings, **streams
+                )
+                self.child = child.pid
+                if signals:  # it came before there was a process to pass it on to
+                    child.send_signal(signals[0])
                 child.wait()
                 self.child = None
                 # Slurm sends it several times, to all processes of the job.
