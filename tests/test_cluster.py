@@ -154,7 +154,7 @@ def test_a_job_that_may_not_be_requeued_ends(slurm, tmp_path, trainer):
 
 
 def test_a_job_that_is_ended_before_its_training_runs_ends_it(tmp_path, trainer, monkeypatch):
-    begin = subprocess.Popen
+    begin, before = subprocess.Popen, signal.getsignal(signal.SIGTERM)
 
     def ended_meanwhile(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -163,7 +163,7 @@ def test_a_job_that_is_ended_before_its_training_runs_ends_it(tmp_path, trainer,
     monkeypatch.setattr(subprocess, "Popen", ended_meanwhile)
     run = a_run(tmp_path, "long", "wait")
     assert cluster.Training(run, (sys.executable, str(trainer), *run.overrides))() is False
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_job_has_ended_once_squeue_does_not_list_it(tmp_path, monkeypatch):
