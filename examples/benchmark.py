@@ -159,6 +159,11 @@ def benchmark(total: DictConfig, ranks: Ranks | None = None) -> dict:
     """total: with the batch of all ranks."""
     if total.compare and "update" not in total.measure:
         raise ValueError(f"compare={total.compare} compares updates: add update to measure, or leave compare out.")
+    if total.compare == "torchrl" and "encoder_multipliers" not in total.model:
+        raise ValueError(
+            "compare=torchrl gives TorchRL's DreamerV3 the networks of ours, and those of this algorithm are none of "
+            "DreamerV3's. Take another algorithm, such as algorithm=r2dreamer."
+        )
     result = {} if set(total.measure) == {"environment"} else measure_agent(total, ranks or Ranks(total.device))
     if "environment" in total.measure:
         result |= {"env": total.env.suite, "task": total.env.task, "collect_steps": total.collect_steps}

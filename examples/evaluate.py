@@ -35,7 +35,8 @@ def main(cfg: DictConfig) -> None:
 
     seeds = r2dreamer.envs.env_seeds(seed, episodes, "eval")
     how = {"record": cfg.video, "make_environment": make_environment}
-    with closing(r2dreamer.envs.make_vector_env(make_environment, seeds, parallel=run.env.parallel)) as environments:
+    together = seeds[: run.eval.episodes]  # no more environments at once than the run's own evaluations had
+    with closing(r2dreamer.envs.make_vector_env(make_environment, together, parallel=run.env.parallel)) as environments:
         result = evaluate_seeds(environments, agent, seeds, seed=seed, max_steps=max_steps, **how)
 
     for episode, (score, length) in enumerate(zip(result.returns, result.lengths, strict=True)):

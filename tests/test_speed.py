@@ -238,6 +238,8 @@ def test_the_benchmark_says_whom_it_cannot_compare(server, tmp_path):
     assert "dreamerv2 has sizes of its own" in done.stderr and "algorithm=dreamerv2" in done.stderr
     with pytest.raises(ValueError, match="compare=algorithm compares updates: add update to measure"):
         benchmark.benchmark(config("compare=algorithm", "measure=[acting]", name="benchmark"))
+    with pytest.raises(ValueError, match="those of this algorithm are none of DreamerV3's"):
+        benchmark.benchmark(config("compare=torchrl", "algorithm=dreamerv2", name="benchmark"))
 
 
 @pytest.mark.parametrize(

@@ -196,18 +196,25 @@ def evaluate_seeds(
 ) -> EvaluationResult:
     """One episode from each of `seeds` with mode actions; the first one is filmed if `record`.
 
+    More seeds than environments are played in rounds.
+
     Args:
         seed: for the sampling inside the policy.
         max_steps: where an episode is cut off, with a warning; None plays on until it ends.
         make_environment: films the episode where the observations hold no image; None leaves such a film out.
     """
-    environments.reseed(seeds)
-    actions = []  # of the first environment
+    actions, count = [], environments.batch_size.numel()  # actions of the first environment, in the first round
     keep = lambda module, inputs, acted: actions.append(acted["action"][0].cpu().clone())
     image = next(iter(agent.observations.images), None)
-    how: dict[str, Any] = {"episodes": len(seeds), "max_steps": max_steps, "seed": seed, "record": record}
-    with agent.policy.register_forward_hook(keep):
-        result = evaluate(environments, agent.policy, pixels_key=image or "pixels", **how)
+    how: dict[str, Any] = {"max_steps": max_steps, "pixels_key": image or "pixels"}
+    result = EvaluationResult()
+    for first in range(0, len(seeds), count):
+        mine = seeds[first : first + count]
+        environments.reseed([*mine, *mine * count][:count])  # the last round may have fewer seeds than environments
+        how |= {"episodes": len(mine), "seed": seed + first, "record": record and not first}
+        with contextlib.nullcontext() if first else agent.policy.register_forward_hook(keep):
+            played = evaluate(environments, agent.policy, **how)
+        result = EvaluationResult(result.episodes + played.episodes, played.frames if not first else result.frames)
     if cut_off := sum(episode.cut_off for episode in result.episodes):
         warn(
             f"{cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and were cut "
