@@ -27,6 +27,7 @@ from .rssm.latents import CategoricalLatent
 from .rssm.rollout import RSSMRollout, RSSMStateEstimator
 from .sizes import ActionSpace, ObservationSpace, Sizes
 
+PARTS = ("encoder", "rssm", "reward", "continue", "value", "actor")  # of any agent, beside the objective's heads
 HeadFactory = Callable[[Sizes], TensorDictModuleBase]
 
 
@@ -273,6 +274,11 @@ def assemble(
         differentiable: lets gradients pass through what is imagined.
         fast: as in :func:`build_agent`.
     """
+    if taken := [name for name in heads if name in PARTS or "." in name]:
+        raise ValueError(
+            f"heads has {taken[0]!r}, but weights are saved by name, and {', '.join(PARTS)} name other parts; a dot has "
+            "a meaning there, too. Choose another name."
+        )
     after = ("next",)
     rollout = RSSMRollout(
         TensorDictModule(

@@ -24,6 +24,8 @@ def locate(name: str | os.PathLike, revision: str | None = None) -> Path:
             raise ValueError(f"revision={revision} is of a repository on the Hub, owner/name, and {path} is a folder.")
         return path
     repository, written = match.groups()
+    if revision is not None and written not in (None, revision):
+        raise ValueError(f"{name} names a revision, and revision={revision} another one: give one of them.")
     return _download(repository, revision or written)
 
 

@@ -46,7 +46,7 @@ class Attack:
             trained.agent,
             env_seeds(cfg.seed, cfg.collect.episodes, "train"),
             parallel=trained.run.env.parallel,
-            max_steps=cfg.collect.max_steps,
+            max_steps=trained.max_steps if cfg.collect.max_steps is None else cfg.collect.max_steps,
             seed=cfg.seed,
         )
         kept = min(max(round(len(episodes) * (1 - cfg.collect.held_out)), 1), len(episodes) - 1)
@@ -95,13 +95,15 @@ class Attack:
             for name, patch in tqdm(patches.items(), desc="evaluate", disable=not cfg.progress):
                 if interrupt.requested:
                     break
-                results[name] = play(environments, self.trained, patch, seeds, key=self.key, seed=seed)
+                how = {"key": self.key, "seed": seed, "max_steps": self.trained.max_steps}
+                results[name] = play(environments, self.trained, patch, seeds, **how)
         return results
 
 
 def play(
-    environments: VectorEnv, trained: Trained, patch: AdversarialPatch | None, seeds: list[int], *, key: str, seed: int
-) -> EvaluationResult:
+    environments: VectorEnv, trained: Trained, patch: AdversarialPatch | None, seeds: list[int], *, key: str, seed: int,
+    max_steps: int | None = None,
+) -> EvaluationResult:  # fmt: skip
     """One episode from each seed, with mode actions and the same draws inside the policy, whatever the patch."""
     environments.reseed(seeds)
     transform = Compose()  # the undisturbed condition takes the same way through TorchRL
@@ -109,7 +111,8 @@ def play(
         transform = patch.clone()
         transform.reseed(patch.seed)
     seen = TransformedEnv(environments, transform)
-    return evaluate(seen, trained.agent.policy, episodes=len(seeds), record=True, pixels_key=key, seed=seed)
+    how = {"max_steps": max_steps, "pixels_key": key, "seed": seed}
+    return evaluate(seen, trained.agent.policy, episodes=len(seeds), record=True, **how)
 
 
 def controls(patch: AdversarialPatch, seed: int) -> dict[str, AdversarialPatch]:

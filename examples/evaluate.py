@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device
-from r2dreamer.examples.training.evaluation import LONGEST_EPISODE, evaluate_seeds
+from r2dreamer.examples.training.evaluation import evaluate_seeds
 from r2dreamer.examples.training.files import output_path
 from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.video import write_video
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     out = output_path(cfg.out, trained.directory, "eval.mp4") if cfg.video else None
     seed = run.seed if cfg.seed is None else cfg.seed
     episodes = run.eval.episodes if cfg.episodes is None else cfg.episodes
-    max_steps = run.eval.get("max_steps", LONGEST_EPISODE) if cfg.max_steps is None else cfg.max_steps
+    max_steps = trained.max_steps if cfg.max_steps is None else cfg.max_steps
     if run.threads:
         torch.set_num_threads(run.threads)
 

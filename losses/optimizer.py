@@ -20,7 +20,7 @@ class DreamerOptimizer(DreamerV3Optimizer):
         parameters: as in the parent. A group may say ``joint``: tuples of positions in its ``params``, the pieces of one
             tensor each; ``r2dreamer.dreamer.joint_positions`` finds those of an agent.
         lr: the learning rate.
-        lr_factors: what the learning rate of a group with this ``name`` is multiplied by.
+        lr_factors: the learning rate of a group with this ``name`` is ``lr`` times this number.
         options: the parent's.
 
     Clips gradients in place. ``joint`` describes the model: loading a state keeps what was given here.
@@ -44,6 +44,10 @@ class DreamerOptimizer(DreamerV3Optimizer):
         **options: Any,
     ):
         factors = lr_factors or {}
+        parameters = list(parameters)
+        names = [group.get("name") for group in parameters if isinstance(group, dict)]
+        if unknown := [name for name in factors if name not in names]:
+            raise ValueError(f"lr_factors names {unknown[0]!r}, but the parameter groups are called {names}.")
         named = lambda group: isinstance(group, dict) and group.get("name") in factors
         parameters = [{**each, "lr": lr * factors[each["name"]]} if named(each) else each for each in parameters]
         super().__init__(parameters, lr=lr, **options)

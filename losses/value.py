@@ -122,8 +122,8 @@ class DreamerValueLoss(DreamerLoss):
             raise ValueError(f"slow_critic_regularization must not be negative, got {slow_critic_regularization}.")
         self.slow_critic_regularization, self.num_value_bins = slow_critic_regularization, num_value_bins
         self.scalar_likelihood = scalar_likelihood
-        has_target = slow_critic_regularization > 0 or bootstrap_target
-        self.convert_to_functional(cast(Any, value_model), "value_model", create_target_params=has_target)
+        self.has_target = slow_critic_regularization > 0 or bootstrap_target
+        self.convert_to_functional(cast(Any, value_model), "value_model", create_target_params=self.has_target)
         unregistered(self, bootstrap_model=TargetValue(self) if bootstrap_target else value_model)
         self._read_heads()
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import field
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 from torchrl.objectives.common import LossModule
@@ -161,6 +162,17 @@ class DreamerLoss(LossModule):
     @classmethod
     def default_keys(cls) -> Any:
         return cls._AcceptedKeys()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy whose parameters are those of the modules that it reads, as in the original."""
+        for part in self.modules():
+            if isinstance(part, TensorDictParams):  # which copies itself without the memo
+                leaves = {name: copy.deepcopy(leaf, memo) for name, leaf in part.items(True, True)}
+                memo[id(part)] = TensorDictParams(TensorDict(leaves, part.batch_size), no_convert=True)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
 
     def _refuse(self, arguments: Mapping[str, object]) -> None:
         """Raises for arguments that the constructor does not know."""

@@ -169,8 +169,8 @@ def test_half_precision_finds_a_patch_too(agent, episodes):
 def played(agent):
     trained = Trained(agent, None, None, 0, PROBE)
     environments = make_vector_env(PROBE, [11, 13, 17], parallel=False)
-    yield lambda patch, seeds=(11, 13, 17), make=None: play(
-        environments, trained, patch, list(seeds), key="pixels", seed=2
+    yield lambda patch, seeds=(11, 13, 17), **more: play(
+        environments, trained, patch, list(seeds), key="pixels", seed=2, **more
     )
     environments.close()
 
@@ -181,7 +181,7 @@ def test_all_conditions_play_the_same_episodes_and_an_identity_patch_changes_non
     identity = played(patch_of((16, 16), mode="perturb", eps=0.5, delta=0.0))
     assert identity.returns == clean.returns and np.array_equal(identity.frames, clean.frames)
     black = played(patch_of((16, 16), delta=0.0))
-    assert black.frames.max() == 0
+    assert black.frames.max() == 0 and played(None, max_steps=3).lengths == [3, 3, 3]
     assert played(None).returns == clean.returns  # what was pasted before is gone
 
 

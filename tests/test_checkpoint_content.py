@@ -179,3 +179,22 @@ def test_a_checkpoint_of_another_format_is_named_with_its_program_and_never_dele
         again.save(step, run.state(), run.replay)
     assert newest.is_dir() and segments <= {path.name for path in (tmp_path / "journal").iterdir()}
     assert Checkpoints(tmp_path).load().step == 7 and "WARNING" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["empty", "loads", "load_state_dict"])
+def test_a_checkpoint_after_another_replay_took_this_ones_place_holds_the_other(tmp_path, how):
+    run, other, checkpoints = Run(), Run(seed=1), Checkpoints(tmp_path / "checkpoints")
+    run.collect(20), other.collect(20)
+    checkpoints.save(1, run.state(), run.replay)
+    if how == "empty":
+        run.replay.empty()
+        run.collect(8)
+    elif how == "loads":
+        other.replay.dumps(tmp_path / "other")
+        run.replay.loads(tmp_path / "other")
+    else:
+        run.replay.load_state_dict(other.replay.state_dict())
+    checkpoints.save(2, run.state(), run.replay)
+    restored = Run()
+    assert Checkpoints(tmp_path / "checkpoints").load().restore_replay(restored.replay)
+    assert digest(restored.replay) == digest(run.replay if how == "empty" else other.replay)

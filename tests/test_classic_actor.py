@@ -10,7 +10,7 @@ from test_losses import has_gradient
 from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.examples import train
 from r2dreamer.examples.training.setup import make_agent
-from r2dreamer.losses import CopyEvery, DreamerValueLoss, UnitGaussian, lambda_return
+from r2dreamer.losses import CopyEvery, DreamerValueLoss, NoTarget, UnitGaussian, lambda_return
 
 
 @every_generation
@@ -134,6 +134,14 @@ def test_an_update_of_the_second_generation_bootstraps_from_the_copy():
         learner.slow_critic.step()
     imagine()
     assert (targets[2] > targets[1] + 0.05).all()
+
+
+def test_a_critic_without_the_slow_one_learns():
+    cfg = config(*CARTPOLE, "algorithm.value.slow_critic_regularization=0")
+    agent = make_agent(cfg.algorithm, cfg.model, ObservationSpace({}, {"observation": 4}), ActionSpace(2, True))
+    learner = train.Learner(agent, cfg.algorithm, torch.float32)
+    learner.slow_critic.step()
+    assert isinstance(learner.slow_critic, NoTarget) and not list(learner.slow_critic.parameters())
 
 
 def test_a_world_through_which_no_gradient_passes_is_refused():

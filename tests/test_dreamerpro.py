@@ -1,5 +1,6 @@
 """DreamerPro against naive loops and recorded values; who gets a gradient, who follows, what a checkpoint keeps."""
 
+import copy
 import pathlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from r2dreamer.dreamer import RandomShift
 from r2dreamer.examples.training.learner import parameter_counts
-from r2dreamer.losses import DreamerPro, R2DreamerWorldModelLoss, sinkhorn
+from r2dreamer.losses import DreamerActorLoss, DreamerPro, DreamerValueLoss, R2DreamerWorldModelLoss, sinkhorn
 
 RECORDED = pathlib.Path(__file__).parent / "data" / "loss_values.npz"
 SMALL = dict(prototypes=6, size=3, temperature=0.3)
@@ -22,6 +23,26 @@ def made(**options):
     agent = tiny_agent(heads={})
     objective = DreamerPro.of(agent, **{**SMALL, **options})
     return agent, objective, R2DreamerWorldModelLoss(agent.world_model, objective)
+
+
+def test_a_copied_loss_teaches_the_modules_that_its_copy_reads():
+    agent, _, loss = made()
+    ids = lambda tensors: {id(tensor) for tensor in tensors}
+    weights = lambda part: ids(p for p in part.world_model_params.values(True, True) if p.requires_grad)
+    value = DreamerValueLoss(agent.value_model)
+    actor = DreamerActorLoss(agent.actor, agent.value_model, agent.imagination, imagination_horizon=3)
+    copied, critic, policy = copy.deepcopy(torch.nn.ModuleList([loss, value, actor]))
+    assert ids(copied.representation.encoder.parameters()) <= weights(copied) and not weights(copied) & weights(loss)
+    assert ids(policy.model_based_env.prior.parameters()) <= weights(copied)
+    critics = ids(critic.value_model_params.values(True, True))
+    assert ids(policy.value_model.parameters()) <= critics >= ids(critic.bootstrap_model.parameters())
+    for one, other in ((loss, copied), (value, critic), (actor, policy)):
+        assert list(one.state_dict()) == list(other.state_dict())
+    records, out = tiny_records(agent), []
+    for each in (loss, copied):
+        torch.manual_seed(0)
+        out.append(each(records.clone())[0])
+    assert (out[0] == out[1]).all()
 
 
 def gradient_sum(module):

@@ -68,6 +68,8 @@ def test_an_agent_is_downloaded_by_its_name_and_revision(hub, folders):
     for revision in ("v1", first):
         assert torch.equal(weights(load_pretrained("ann/agent", revision=revision)), one)
         assert torch.equal(weights(load_pretrained(f"ann/agent@{revision}")), one)
+    with pytest.raises(ValueError, match="ann/agent@v1 names a revision, and revision=v2 another one"):
+        load_pretrained("ann/agent@v1", revision="v2")
     asked = " ".join(hub.requests)
     assert "model.safetensors" in asked and "state.pt" not in asked
 

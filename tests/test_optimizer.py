@@ -129,6 +129,12 @@ def test_a_run_of_torchrls_optimizer_is_resumed():
         check_same_run(before, OmegaConf.merge(now, {"algorithm": {"optimizer": {"lr": 2.0}}}), Path("checkpoint"))
 
 
+def test_a_factor_for_no_group_is_refused():
+    group = {"params": [nn.Parameter(torch.ones(1))], "name": "model"}
+    with pytest.raises(ValueError, match=r"lr_factors names 'models', but the parameter groups are called \['model'\]"):
+        DreamerOptimizer([group], lr_factors={"models": 0.1})
+
+
 @pytest.mark.parametrize("joint", [[(0, 2)], [(0, 1), (1,)], [(-1, 0)]])
 def test_pairs_that_cannot_be_are_refused(joint):
     with pytest.raises(ValueError, match=r"joint=\[.*must be positions in the group's 2 params"):

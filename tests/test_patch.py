@@ -198,6 +198,12 @@ def test_saliency_finds_a_planted_hot_spot_inside_of_what_is_allowed():
     patch = patch_of(placement="saliency", allowed=allowed)
     patch.place_by_saliency(heat)
     assert patch.corners(1, (H, W)).tolist() == [[5, 4]]
+    random = patch_of(placement="random", seed=3)
+    random.reseed(7)
+    assert random.settings["seed"] == 7
+    assert torch.equal(random.corners(9, (H, W)), patch_of(placement="random", seed=7).corners(9, (H, W)))
+    with pytest.raises(ValueError, match=r"one image \[3, 8, 8\], not a batch"):
+        random(TensorDict({"pixels": torch.zeros(3, 8, 8)}, []))
     with pytest.raises(ValueError, match="call place_by_saliency"):
         patch_of(placement="saliency").corners(1, (H, W))
     with pytest.raises(ValueError, match="lies wholly inside"):
@@ -270,6 +276,9 @@ def test_a_loaded_patch_is_the_saved_one(mode, placement, tmp_path):
         patch.place_by_saliency(torch.arange(float(H * W)).reshape(H, W))
     loaded = AdversarialPatch.load(patch.save(tmp_path / "deep" / "patch.npz"))
     assert loaded.settings == patch.settings and torch.equal(loaded.content(), patch.content())
+    other = patch_of(**mode, **placement)
+    other.load_state_dict(patch.state_dict())
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in patch.state_dict().items())
     patch.reseed(patch.seed), loaded.reseed(loaded.seed)
     for (one, bright), (other, also) in zip(patch.views(4, (H, W)), loaded.views(4, (H, W)), strict=True):
         assert torch.equal(one, other) and (bright is also or torch.equal(bright, also))

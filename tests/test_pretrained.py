@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from r2dreamer.dreamer import ModelCard, load_pretrained, save_pretrained
+from r2dreamer.dreamer import ModelCard, load_pretrained, projection_head, save_pretrained
 from r2dreamer.dreamer.folder import write_folder
 from r2dreamer.dreamer.pretrained import pack
 from r2dreamer.dreamer.recipe import construct
@@ -88,6 +88,12 @@ def test_a_copy_that_a_user_made_beside_the_checkpoints_is_opened_by_its_name_al
     weights = lambda path: next(load_pretrained(path).encoder.parameters())
     assert torch.equal(weights(copy), weights(older))
     assert torch.equal(weights(tmp_path), weights(run[0]))
+
+
+@pytest.mark.parametrize("name", ["encoder", "reward", "my.head"])
+def test_a_head_with_the_name_of_another_part_is_refused(name):
+    with pytest.raises(ValueError, match=f"heads has '{name}', .* name other parts; .* Choose another name"):
+        tiny_agent(heads={name: lambda sizes: projection_head(sizes, size=4)})
 
 
 def test_heads_of_ones_own_are_loaded_where_they_are_trusted(tmp_path, monkeypatch):

@@ -263,6 +263,32 @@ def test_memory_is_predicted_to_the_byte_and_refused_beyond_what_is_free(tmp_pat
         check_memory(12_600, 10**12)
 
 
+def test_an_emptied_replay_holds_only_what_is_written_after():
+    replay, _, streams, builder = filled()
+    replay.empty()
+    assert len(replay) == 0 and not replay.can_sample()
+    records = builder(streams.collect(LENGTH + 1))
+    for record in records:
+        replay.add(record)
+    new, drawn = (
+        {tuple(count) for count in counts.flatten(0, -2).tolist()}
+        for counts in (records["next", "count"], replay.sample(200)["next", "count"])
+    )
+    assert len(replay) == len(records) and drawn < new
+
+
+def test_latents_of_other_names_are_written_back_by_their_names():
+    replay = make_replay(40, 1, 2, LENGTH, latent_keys=("h", "z"))
+    rows = {"pixels": torch.zeros(20, 1), "h": torch.zeros(20, 2), "z": torch.zeros(20, 3)}
+    replay.extend(TensorDict({"stream": torch.zeros(20, dtype=torch.int64), "next": rows}, [20]))
+    batch = replay.sample()
+    replay.write_back(batch, h=torch.ones(2, LENGTH, 2), z=2 * torch.ones(2, LENGTH, 3))
+    written = replay.stored[batch["index"].flatten()]["next"]
+    assert (written["h"] == 1).all() and (written["z"] == 2).all()
+    with pytest.raises(ValueError, match=r"write_back got \['belief', 'state'\], and .* latent_keys are \['h', 'z'\]"):
+        replay.write_back(batch, torch.ones(2, LENGTH, 2), torch.ones(2, LENGTH, 3))
+
+
 def test_sampling_and_writing_back_take_milliseconds_whatever_the_size():
     torch.manual_seed(0)
     replay = make_replay(20_000, 4, 16, 64)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -73,6 +74,9 @@ class RecordReplay(TensorDictReplayBuffer):
         """All slots written so far, as a view of the storage."""
         return self._storage.get(slice(None))
 
+    def add(self, record: TensorDictBase) -> torch.Tensor:
+        return self.extend(record.unsqueeze(0))[0]
+
     def extend(self, records: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
         """Appends records, each to its own stream; returns their slots."""
         records = records.copy()
@@ -112,16 +116,27 @@ class RecordReplay(TensorDictReplayBuffer):
         batch.update(info)
         return (batch, info) if return_info else batch
 
-    def write_back(self, batch: TensorDictBase, state: torch.Tensor, belief: torch.Tensor) -> int:
+    def write_back(
+        self,
+        batch: TensorDictBase,
+        state: torch.Tensor | None = None,
+        belief: torch.Tensor | None = None,
+        **latents: torch.Tensor,
+    ) -> int:
         """Stores new posterior latents ``[B, T, ...]`` of a batch's records, unless they were overwritten meanwhile.
 
         Where windows of a batch overlap the last one counts. Returns how many records were updated.
+
+        Args:
+            latents: those that ``latent_keys`` names otherwise.
         """
+        values = {**latents, **{key: value for key, value in (("state", state), ("belief", belief)) if value is not None}}
+        if set(values) != set(self.latent_keys):
+            raise ValueError(f"write_back got {sorted(values)}, and this replay's latent_keys are {self.latent_keys}.")
         index = batch["index"].reshape(-1).cpu()  # [B*T]
         ordered, order = index.sort(stable=True)
         is_last = torch.cat([ordered[1:] != ordered[:-1], torch.ones(1, dtype=torch.bool)])
         rows = order[is_last]
-        values = {"state": state, "belief": belief}
         patch: dict[NestedKey, torch.Tensor] = {
             ("next", key): value.detach().flatten(0, 1).to(self.latent_dtype).to(self._storage.device)[rows]
             for key, value in values.items()
@@ -158,6 +173,20 @@ class RecordReplay(TensorDictReplayBuffer):
             stored = self.stored
             for key, value in data.items(True, True):
                 stored[key][slots.to(value.device)] = value.to(stored[key].device)
+
+    # What a journal saved of the records that were here says nothing of those that are.
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        super().empty(empty_write_count)
+        self.clear_changes()
+
+    def loads(self, path: str | os.PathLike) -> None:
+        super().loads(path)
+        self.clear_changes()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.clear_changes()
 
     def clear_changes(self) -> None:
         self.changed_records.zero_()

@@ -58,6 +58,10 @@ class RingWriter(RoundRobinWriter):
             self._write_count += int((~last).sum())
         return slots
 
+    def _empty(self, empty_write_count: bool = True) -> None:
+        self.rings.written.zero_()
+        super()._empty(empty_write_count=empty_write_count)
+
     def state_dict(self) -> dict[str, Any]:
         return {"written": self.rings.written.tolist(), "length": self.rings.length}
 

@@ -100,6 +100,10 @@ class AdversarialPatch(Transform):
         for name, value in dict(eot_translations=eot_translations, eot_max_shift=eot_max_shift, onset=onset).items():
             _require(isinstance(value, int) and value >= 0, f"{name}={value} must be a whole number, not negative.")
         _require(0 <= eot_max_brightness <= 1, f"eot_max_brightness={eot_max_brightness} must lie in [0, 1].")
+        _require(
+            eot_translations or not eot_max_brightness,
+            f"eot_max_brightness={eot_max_brightness} is drawn with each of eot_translations, and these are 0.",
+        )
         self.settings: dict[str, Any] = dict(
             patch_hw=[height, width], mode=mode, eps=eps, base=colour.tolist(), placement=placement, x0=x0, y0=y0,
             eot_translations=eot_translations, eot_max_shift=eot_max_shift, eot_max_brightness=eot_max_brightness,
@@ -107,7 +111,7 @@ class AdversarialPatch(Transform):
         )  # fmt: skip
         self.patch_hw, self.mode, self.placement, self.onset = (height, width), mode, placement, onset
         self.eot = eot_translations, eot_max_shift, eot_max_brightness
-        self.reseed(seed)
+        self.seed, self.draws = int(seed), 0
         if mode == "direct":
             low, high = torch.zeros(channels), torch.ones(channels)
         elif mode == "eps":  # on `colour` it must stay a colour
@@ -240,7 +244,8 @@ class AdversarialPatch(Transform):
 
     def reseed(self, seed: int) -> None:
         """Draws begin anew, as those of a patch made with this seed."""
-        self.seed, self.draws = int(seed), 0
+        self.seed, self.draws = int(seed), 1  # the first draw gave a new patch its pixels
+        self.settings = self.settings | {"seed": self.seed}
 
     def _generator(self) -> torch.Generator:
         # A new one for each draw: a generator of torch's own cannot be sent to another process.
@@ -270,6 +275,9 @@ class AdversarialPatch(Transform):
         if not keys:
             raise KeyError(f"{self}: neither {key!r} nor ('next', {key!r}) is in {tensordict}.")
         pixels = tensordict.get(keys[0])
+        _require(
+            pixels.ndim > 3, f"{keys[0]!r} holds one image {list(pixels.shape)}, not a batch [N, C, H, W]: unsqueeze it."
+        )
         corners = self.corners(pixels.shape[0], pixels.shape[-2:])
         for each in keys:
             tensordict.set(each, self.paste(tensordict.get(each), corners))
@@ -319,6 +327,12 @@ class AdversarialPatch(Transform):
 
     # -- on disk
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name in ("heat", "found"):  # None until saliency places a patch
+            saved = state_dict.get(prefix + name)
+            setattr(self, name, None if saved is None else torch.empty_like(saved, device=self.delta.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def save(self, path: str | os.PathLike) -> Path:
         """Writes everything that it is, as an archive of plain arrays: nothing in it is executed when it is loaded."""
         path = Path(path)
@@ -337,7 +351,6 @@ class AdversarialPatch(Transform):
                 settings = json.loads(archive["settings"].item())
                 state = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "settings"}
             patch = cls(allowed=state.get("allowed"), **settings)
-            patch.heat, patch.found = state.get("heat"), state.get("found")
             patch.load_state_dict(state)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, EOFError, BadZipFile) as error:
             raise ValueError(f"{path} is not a patch that was saved by AdversarialPatch.save: {error}") from error

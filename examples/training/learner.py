@@ -13,7 +13,14 @@ from torch import nn
 
 from r2dreamer.dreamer import Agent, compile_parts, joint_positions
 from r2dreamer.dreamer.fast.capture import captured
-from r2dreamer.losses import DreamerActorLoss, Objective, R2DreamerWorldModelLoss, collapse_metrics, total_loss
+from r2dreamer.losses import (
+    DreamerActorLoss,
+    NoTarget,
+    Objective,
+    R2DreamerWorldModelLoss,
+    collapse_metrics,
+    total_loss,
+)
 
 from .ranks import Ranks
 
@@ -67,7 +74,7 @@ class Learner(nn.Module):
         self.optimizer = make(algorithm.optimizer, parameter_groups(self, agent, apart))
         fractions = algorithm.final_lr_fraction, algorithm.final_entropy_fraction
         self.anneal = LinearFall(self.optimizer, self.actor_loss, *fractions)
-        self.slow_critic = make(algorithm.slow_critic)(self.value_loss)
+        self.slow_critic = (make(algorithm.slow_critic) if value_loss.has_target else NoTarget)(value_loss)
         self.precision, self.device = precision, device
         if compile == "parts":
             compile_parts(agent.rollout, *agent.parts().values(), self)

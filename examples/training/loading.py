@@ -22,6 +22,7 @@ from r2dreamer.dreamer.pretrained import unpack, unpack_folder
 from r2dreamer.losses import PlanningAttackLoss
 
 from .checkpoint import Checkpoints
+from .evaluation import LONGEST_EPISODE
 from .saved_config import runnable_config
 from .setup import spaces
 
@@ -50,6 +51,11 @@ class Trained:
     @property
     def identity(self) -> dict[str, str | int]:
         return {"name": self.run.name, "seed": self.run.seed, "frames": self.step}
+
+    @property
+    def max_steps(self) -> int | None:
+        """Policy steps after which the run's own evaluations cut an episode off."""
+        return self.run.eval.get("max_steps", LONGEST_EPISODE)
 
     def pixels_key(self, wanted: str | None = None) -> str:
         images = self.agent.observations.images

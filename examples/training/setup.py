@@ -61,6 +61,11 @@ TRAINING = (
     "warmup_steps",
     "precision",
     "replay.prefill",
+    "replay.prefill_counts",
+    "collect_steps",
+    "collector._target_",
+    "eval.episodes",
+    "eval.max_steps",
 )
 
 
