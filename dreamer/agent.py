@@ -204,7 +204,12 @@ def build_agent(
         make_vector=lambda size: VectorEncoder(size, units, vector_layers, vector_frequencies or ()),
     )
     latent = CategoricalLatent(categoricals, classes, unimix)
-    cell = (core or partial(BlockGRU, num_blocks=blocks))(latent.size, actions.size, belief, hidden)
+    try:
+        cell = (core or partial(BlockGRU, num_blocks=blocks))(latent.size, actions.size, belief, hidden)
+    except TypeError as error:
+        raise ValueError(
+            f"The recurrent core (model.core) cannot be built from the sizes of state, action, belief and hidden layers: {error}."
+        ) from error
     check_core(cell, latent.size, belief, actions.size)
     prior = RSSMPrior(cell, latent, hidden, belief_size=belief)
     posterior = RSSMPosterior(belief, encoder.out_features, latent, hidden)

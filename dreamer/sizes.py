@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
 
 
@@ -23,11 +24,12 @@ class ObservationSpace:
     def from_spec(cls, spec: Composite, ignore: tuple[str, ...] = ("is_init", "metrics")) -> ObservationSpace:
         """Sorts the entries of an environment's observation spec: three dimensions are images, one are vectors.
 
-        What transforms add is an entry, too (``step_count``, ``episode_reward``): name in ``ignore`` what is not to be seen.
+        What transforms add is an entry, too (``episode_reward``): name in ``ignore`` what is not to be seen. The whole
+        ``step_count`` of TorchRL's ``StepCounter`` is not.
         """
         images, vectors = {}, {}
         for key, entry in sorted(spec.items()):
-            if key in ignore:
+            if key in ignore or (key == "step_count" and entry is not None and entry.dtype == torch.int64):
                 continue
             if entry is None or isinstance(entry, Composite) or entry.ndim not in (1, 3):
                 raise ValueError(

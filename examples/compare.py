@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from r2dreamer.examples.cli.children import Children
 from r2dreamer.examples.cli.messages import cannot_compose
 from r2dreamer.examples.cli.output import guarded_output
+from r2dreamer.examples.cli.script import search_here
 from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
 from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture, read_curve
 from r2dreamer.examples.figures.plans import read_plan, report, summary
@@ -131,6 +132,7 @@ def compare() -> None:
     if not (arguments.plan or arguments.overrides):
         parser.error("give overrides as for train.py, or --plan FILE")
     try:
+        search_here()
         overrides, where = split(arguments.overrides)
         if where and arguments.jobs > 1:
             raise ValueError(

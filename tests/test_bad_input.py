@@ -87,7 +87,11 @@ COMMANDS = {
         [*CARTPOLE, "model.believe=3"],
         ["Could not override 'model.believe'", "Did you mean model.belief"],
     ),
-    "unknown env group": (["env=atari", *TINY], ["env/atari", "dmc_proprio", "gym", "probe"]),
+    "unknown env group": (
+        ["env=atari", *TINY],
+        ["env/atari", "Did you mean atari100k?", "dmc_proprio", "gym", "probe"],
+    ),
+    "a run for resume": ([*CARTPOLE, "checkpoint=log"], ["must be a section, of which", "say resume=PATH"]),
     "a former group": (
         [*CARTPOLE, "probe_decoder=observation"],
         ["probe_decoder is the former name of detached_decoder"],

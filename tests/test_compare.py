@@ -126,10 +126,10 @@ def test_one_command_trains_draws_and_goes_on(server, tmp_path):
     assert f"{names[0]}: {numbers[names[0]]['mean']:.4g} of one seed" in done.stdout
     for wrong, reason in (
         ([*command, "--key", "eval/retrun"], "No finished run has eval/retrun. Did you mean eval/return"),
-        ([*command, "algorithm.optimizer.lr=1e-9"], "finished run with algorithm.optimizer.lr="),
-        ([*command, "batch_size=2"], "finished run with batch_size=3, and .* asks for batch_size=2"),
-        ([*command, "eval.episodes=3"], "finished run with eval.episodes="),
-        ([*command, "collector=async"], "finished run with collector._target_="),
+        ([*command, "algorithm.optimizer.lr=1e-9"], "run of 40 frames with algorithm.optimizer.lr="),
+        ([*command, "batch_size=2"], "run of 40 frames with batch_size=3, and .* asks for batch_size=2"),
+        ([*command, "eval.episodes=3"], "run of 40 frames with eval.episodes="),
+        ([*command, "collector=async"], "run of 40 frames with collector._target_="),
     ):
         refused = server.run(tmp_path, *wrong, script="compare")
         assert refused.status == 1 and re.search(reason, refused.stderr), refused.stderr

@@ -108,16 +108,13 @@ def test_the_suites_of_the_readme_are_those_there_are():
 def test_the_swap_in_the_readme_trains():
     torch.manual_seed(0)
     world_model, env, actor, value = torchrl_parts()
-    encoder, rssm_rollout, _, reward_head = world_model.module
     actor_loss = DreamerV3ActorLoss(actor, value, env, imagination_horizon=3)
     value_loss = DreamerV3ValueLoss(value, actor_loss=actor_loss, slow_critic_regularization=1.0)
     names = {
         **vars(torchrl.objectives),
         "TensorDictModule": TensorDictModule,
         "TensorDictSequential": TensorDictSequential,
-        "encoder": encoder,
-        "rssm_rollout": rssm_rollout,
-        "reward_head": reward_head,
+        "world_model": world_model,
         "actor_loss": actor_loss,
         "value_loss": value_loss,
     }
@@ -173,6 +170,9 @@ def test_the_objective_of_the_guide_learns(server, tmp_path):
     logged = lines(tmp_path / "run", '"train/cosine"')
     assert logged[-1]["loss/cosine"] == pytest.approx(-10 * logged[-1]["train/cosine"], rel=1e-4)
     assert logged[-1]["train/cosine"] > logged[0]["train/cosine"]
+    grid = ["hydra.searchpath=[file://.]", "experiment=quickstart", "algorithm=mine", "seed=0,1", "--status"]
+    status = server.run(tmp_path, *grid, script="compare")
+    assert status.status == 0 and "2 runs: 0 done" in status.stdout, status.stderr
 
 
 def test_the_objectives_of_the_guide_are_those_there_are():

@@ -1,7 +1,7 @@
 """DreamerPro against naive loops and recorded values; who gets a gradient, who follows, what a checkpoint keeps."""
 
-import copy
 import pathlib
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_copied_loss_teaches_the_modules_that_its_copy_reads():
     weights = lambda part: ids(p for p in part.world_model_params.values(True, True) if p.requires_grad)
     value = DreamerValueLoss(agent.value_model)
     actor = DreamerActorLoss(agent.actor, agent.value_model, agent.imagination, imagination_horizon=3)
-    copied, critic, policy = copy.deepcopy(torch.nn.ModuleList([loss, value, actor]))
+    copied, critic, policy = deepcopy(torch.nn.ModuleList([loss, value, actor]))
     assert ids(copied.representation.encoder.parameters()) <= weights(copied) and not weights(copied) & weights(loss)
     assert ids(policy.model_based_env.prior.parameters()) <= weights(copied)
     critics = ids(critic.value_model_params.values(True, True))

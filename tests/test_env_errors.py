@@ -9,9 +9,10 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
-from torchrl.envs import DMControlEnv, GymEnv, GymWrapper, InitTracker, TransformedEnv
+from torchrl.envs import DMControlEnv, GymEnv, GymWrapper, InitTracker, StepCounter, TransformedEnv
 from toys import FACTORIES
 
+from r2dreamer.dreamer import ObservationSpace
 from r2dreamer.envs import (
     check_environment,
     env_seeds,
@@ -118,6 +119,15 @@ def test_other_mistakes_are_named():
 def test_a_factory_that_is_not_there_is_answered_with_what_is(factory, said):
     with pytest.raises(ValueError, match=said):
         make_custom(factory, seed=0)
+
+
+def test_the_number_of_a_step_counter_is_not_observed():
+    make = lambda seed: make_custom(lambda: TransformedEnv(GymEnv("CartPole-v1"), StepCounter(5)), seed=seed)
+    check_environment(make(0))
+    assert ObservationSpace.from_spec(make(0).observation_spec).vectors == {"observation": 4}
+    env = make_vector_env(make, [0, 1], parallel=False)
+    played = env.rollout(7, break_when_any_done=False)
+    assert played["next", "truncated"][:, :, 0].nonzero().tolist() == [[0, 4], [1, 4]]
 
 
 def test_the_validator_names_what_is_wrong_and_the_remedy():

@@ -21,12 +21,10 @@ def names():
     """What the blocks define, executed one after another."""
     torch.manual_seed(0)
     world_model, env, actor, value = torchrl_parts()
-    encoder, rssm_rollout, _, reward_head = world_model.module
     names = {
         **dict(torch=torch, MLP=MLP, SoftUpdate=SoftUpdate),
         **dict(TensorDictModule=TensorDictModule, TensorDictSequential=TensorDictSequential),
-        **dict(encoder=encoder, rssm_rollout=rssm_rollout, reward_head=reward_head),
-        **dict(env=env, actor=actor, value=value, batch=sample()),
+        **dict(world_model=world_model, env=env, actor=actor, value=value, batch=sample()),
     }
     for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL):
         exec(block, names)

@@ -168,6 +168,10 @@ def test_a_core_of_ones_own_trains_and_acts():
     [
         (lambda *sizes: torch.nn.Identity(), "Identity .* fails on .* takes \\(state, belief, action\\)"),
         (lambda state, action, belief, hidden: PlainGRU(state, action, belief + 1, hidden), "PlainGRU .* fails on"),
+        (
+            lambda state, action: Pair(),
+            "cannot be built from the sizes of state, action, belief and hidden layers: .* 4",
+        ),
         (lambda *sizes: Pair(), "Pair .* returns tuple .* must return the next belief"),
     ],
 )

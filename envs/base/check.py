@@ -52,9 +52,11 @@ def _raised_by_libraries(error: Exception) -> bool:
 
 
 def _observations(env: Any) -> Iterator[str]:
-    # What stands below "metrics" is reported, not observed.
-    named = env.observation_spec.keys(True, True)
-    keys = [key for key in named if key != "is_init" and not (isinstance(key, tuple) and key[0] == "metrics")]
+    # What stands below "metrics" is reported, not observed; a StepCounter's number is its own.
+    named = env.observation_spec.items(True, True)
+    counted = [key for key, spec in named if key == "step_count" and spec.dtype == torch.int64]
+    unseen = lambda key: key in ("is_init", *counted) or (isinstance(key, tuple) and key[0] == "metrics")
+    keys = [key for key, _ in named if not unseen(key)]
     if not keys:
         yield "it observes nothing: it needs an image, under 'pixels', or a vector"
     if not _is_flag(env.observation_spec, "is_init"):

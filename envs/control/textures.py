@@ -78,7 +78,9 @@ def films(folder: str | Path, split: str) -> list[list[Path]]:
         found = [each for number, each in enumerate(found) if (number % 3 == 1) == (split == "val")]
     if not any(found):
         raise ValueError(
-            f"frames={str(folder)!r} has no images for split={split!r}. Name a folder of folders, each with the frames of "
+            f"The folder of background frames {str(folder)!r} "
+            + (f"has no images for split={split!r}. " if folder.is_dir() else "is not there. ")
+            + "Name a folder of folders, each with the frames of "
             f"one film ({', '.join(SUFFIXES)}), two films at least, or one folder with three images or more."
         )
     return found

@@ -130,7 +130,10 @@ class RecordReplay(TensorDictReplayBuffer):
         Args:
             latents: those that ``latent_keys`` names otherwise.
         """
-        values = {**latents, **{key: value for key, value in (("state", state), ("belief", belief)) if value is not None}}
+        values = {
+            **latents,
+            **{key: value for key, value in (("state", state), ("belief", belief)) if value is not None},
+        }
         if set(values) != set(self.latent_keys):
             raise ValueError(f"write_back got {sorted(values)}, and this replay's latent_keys are {self.latent_keys}.")
         index = batch["index"].reshape(-1).cpu()  # [B*T]

@@ -276,7 +276,8 @@ class AdversarialPatch(Transform):
             raise KeyError(f"{self}: neither {key!r} nor ('next', {key!r}) is in {tensordict}.")
         pixels = tensordict.get(keys[0])
         _require(
-            pixels.ndim > 3, f"{keys[0]!r} holds one image {list(pixels.shape)}, not a batch [N, C, H, W]: unsqueeze it."
+            pixels.ndim > 3,
+            f"{keys[0]!r} holds one image {list(pixels.shape)}, not a batch [N, C, H, W]: unsqueeze it.",
         )
         corners = self.corners(pixels.shape[0], pixels.shape[-2:])
         for each in keys:

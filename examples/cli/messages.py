@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 import traceback
+from collections.abc import Iterable
 from typing import TextIO
 
 import hydra
@@ -67,7 +68,8 @@ def cannot_compose(error: Exception, config_name: str) -> str:
         return f"{sized[1]} has sizes of its own and cannot be a second member; run it alone, algorithm={sized[1]}."
     if isinstance(error, MissingConfigException):
         options = textwrap.shorten(", ".join(error.options or ["none"]), 350, placeholder=" ...")
-        return f"{lines[0]}. There are: {options}."
+        wrong = (error.missing_cfg_file or "").rpartition("/")[2]
+        return f"{lines[0]}. {did_you_mean(wrong, error.options or [])}There are: {options}."
     if unknown := re.search(r"Could not override '([^']+)'", text):
         if new := new_name(unknown[1]):
             return f"{unknown[1]} is the former name of {new}. Say {new}=VALUE."
@@ -79,8 +81,13 @@ def cannot_compose(error: Exception, config_name: str) -> str:
         group, _, value = override.partition("=")
         if group in choices and value not in choices[group]:
             options = textwrap.shorten(", ".join(choices[group]), 350, placeholder=" ...")
-            return f"{override} must name one of {options}. Its keys are set by {group}.KEY=VALUE."
+            return f"{override} must name one of {options}. {did_you_mean(value, choices[group])}Its keys are set by {group}.KEY=VALUE."
     return " ".join(lines[:4])
+
+
+def did_you_mean(wrong: str, options: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, options, 1)
+    return f"Did you mean {close[0]}? " if close else ""
 
 
 def composed(config_name: str, overrides: list[str]) -> DictConfig:

@@ -48,8 +48,8 @@ def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Call
         def command(cfg: DictConfig | None = None) -> None:
             if foreign:
                 os.environ["PYTHONSAFEPATH"] = "1"  # for the workers, too
-            elif os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())  # a _target_ may be a module of the user's
+            else:
+                search_here()
             leave_with_parent()
             with ignored(signal.SIGHUP):  # Python's own helper process, which TorchRL starts
                 resource_tracker.ensure_running()
@@ -59,6 +59,12 @@ def script(config_name: str, foreign: bool = False) -> Callable[[Callable], Call
         return command
 
     return decorate
+
+
+def search_here() -> None:
+    """A _target_ may be a module in the user's working directory."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def compose(main: Callable, config_name: str, cfg: DictConfig | None) -> None:

@@ -70,7 +70,7 @@ def hours_left(runs: Sequence[Run]) -> float | None:
         frames, spent = map(sum, zip(*(alike or measured.values()), strict=True))
         if not frames:
             return None
-        left += max(0.0, run.total_frames - measured[run][0]) * spent / frames / 3600
+        left += max(0.0, run.total_frames - max(measured[run][0], run.saved)) * spent / frames / 3600
     return left
 
 
@@ -78,7 +78,7 @@ def summary(runs: Sequence[Run]) -> str:
     """One line: how many runs are done, are running and are missing, and the hours that they take."""
     done, running = sum(run.finished for run in runs), sum(run.running for run in runs)
     left = hours_left(runs)
-    hours = "not known before one has run" if left is None else f"about {left:.1f} hours, one run at a time"
+    hours = "not known yet" if left is None else f"about {left:.1f} hours, one run at a time"
     return f"{len(runs)} runs: {done} done, {running} running, {len(runs) - done - running} missing. Left: {hours}."
 
 
@@ -91,6 +91,7 @@ def report(runs: Sequence[Run], key: str = "eval/return") -> str:
 
 def _row(run: Run, key: str) -> list[str]:
     frames, spent = seconds(run)
+    frames = max(frames, run.saved)  # a short run measures no speed
     _, scores = read_curve(run.logdir, key)
     state = "done" if run.finished else "running" if run.running else "stopped" if frames else "missing"
     score = f"{scores[-1]:.4g}" if len(scores) else ""

@@ -194,7 +194,9 @@ def check(cfg: DictConfig, script: str) -> None:
             elif value is None and "null" not in expected:
                 expected += ", and must be given"
             elif "section" in expected:
-                expected += " with keys of its own, not one value"
+                expected = expected.replace("a section", f"a section, of which {place.key}.KEY=VALUE is one entry")
+                if place.key == "checkpoint":
+                    expected += ". To continue a run say resume=PATH"
             raise SettingError(place.key, f"{place.key}={say(value)} must be {expected}.") from None
         if used != plain or type(used) is not type(plain):
             OmegaConf.update(cfg, place.key, used)

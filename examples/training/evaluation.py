@@ -209,8 +209,8 @@ def evaluate_seeds(
     how: dict[str, Any] = {"max_steps": max_steps, "pixels_key": image or "pixels"}
     result = EvaluationResult()
     for first in range(0, len(seeds), count):
-        mine = seeds[first : first + count]
-        environments.reseed([*mine, *mine * count][:count])  # the last round may have fewer seeds than environments
+        mine = list(seeds[first : first + count])
+        environments.reseed((mine * count)[:count])  # the last round may have fewer seeds than environments
         how |= {"episodes": len(mine), "seed": seed + first, "record": record and not first}
         with contextlib.nullcontext() if first else agent.policy.register_forward_hook(keep):
             played = evaluate(environments, agent.policy, **how)
@@ -218,8 +218,8 @@ def evaluate_seeds(
     if cut_off := sum(episode.cut_off for episode in result.episodes):
         warn(
             f"{cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and were cut "
-            "off. Give the environment a time limit: torchrl.envs.StepCounter(max_steps=...), or env.episode_frames=... "
-            "for env=gym. Or set another eval.max_steps."
+            "off. To end them give the environment a time limit, torchrl.envs.StepCounter(max_steps=...), or "
+            "env.episode_frames=... for env=gym; to see more of them, a larger max_steps (while training, eval.max_steps)."
         )
     if record and image is None and make_environment is not None:
         result.frames = film(make_environment, seeds[0], actions[: min(result.lengths[0], LONGEST_FILM)])

@@ -42,7 +42,7 @@ def check_finished(run: Run, cfg: DictConfig) -> None:
     if found := first_difference(before, cfg, TRAINING, run.overrides):
         key, old, new = found
         raise ValueError(
-            f"{run.logdir} holds a finished run with {key}={old}, and {' '.join(run.overrides)} asks for {key}={new}: "
+            f"{run.logdir} holds a run of {run.saved} frames with {key}={old}, and {' '.join(run.overrides)} asks for {key}={new}: "
             "move it away, or put the new one elsewhere, for example with 'logdir=runs/other/${name}/seed${seed}'."
         )
 

@@ -30,10 +30,15 @@ class Run:
         return self.name.removeprefix(f"{self.task}-")
 
     @property
+    def saved(self) -> int:
+        """The frames of its newest checkpoint."""
+        steps = [int(path.name.split("_")[1]) for path in own_directories(self.logdir / "checkpoints")]
+        return max(steps, default=0)
+
+    @property
     def finished(self) -> bool:
         """Whether a checkpoint of its last frame is there; earlier ones are resumed."""
-        steps = [int(path.name.split("_")[1]) for path in own_directories(self.logdir / "checkpoints")]
-        return max(steps, default=-1) >= self.total_frames
+        return self.saved >= self.total_frames
 
     @property
     def running(self) -> bool:

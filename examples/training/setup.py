@@ -224,7 +224,7 @@ def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
         key, old, new = found
         raise ValueError(
             f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
-            f"Repeat {key}={old}, or start afresh in another logdir."
+            "Repeat the command that trained it, or start afresh in another logdir: add name=MINE, or logdir=PATH."
         )
 
 
