@@ -66,7 +66,6 @@ def test_random_corners_are_fresh_for_each_sequence_reach_every_place_and_repeat
     assert len(corners.unique(dim=0)) == 10 * 6
     assert not torch.equal(corners, patch.corners(3000, (H, W)))
     patch.reseed(7)
-    patch.corners(0, (H, W))  # the draw of the first delta
     assert torch.equal(patch_of(placement="random", seed=7).corners(9, (H, W)), patch.corners(9, (H, W)))
 
 
