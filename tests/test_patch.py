@@ -254,6 +254,15 @@ def test_a_patch_that_does_not_fit_the_images_is_refused(settings, says):
 # -- on disk ---------------------------------------------------------------------------------------------------------
 
 
+def test_an_older_file_with_a_brightness_that_nothing_drew_loads(tmp_path):
+    with pytest.raises(ValueError, match="eot_max_brightness=0.5 is drawn with each of eot_translations"):
+        patch_of(eot_max_brightness=0.5)
+    patch = patch_of(delta=0.5)
+    patch.settings["eot_max_brightness"] = 0.5
+    loaded = AdversarialPatch.load(patch.save(tmp_path / "patch.npz"))
+    assert torch.equal(loaded.delta, patch.delta) and loaded.settings["eot_max_brightness"] == 0
+
+
 @pytest.mark.parametrize(
     "mode", [{}, {"mode": "eps", "eps": 0.1, "base": [0.1, 0.5, 0.9]}, {"mode": "perturb", "eps": 0.1}]
 )

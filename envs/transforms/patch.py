@@ -351,6 +351,8 @@ class AdversarialPatch(Transform):
             with np.load(path, allow_pickle=False) as archive:
                 settings = json.loads(archive["settings"].item())
                 state = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "settings"}
+            if not settings.get("eot_translations"):  # older files may hold a brightness that nothing drew
+                settings["eot_max_brightness"] = 0.0
             patch = cls(allowed=state.get("allowed"), **settings)
             patch.load_state_dict(state)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, EOFError, BadZipFile) as error:
