@@ -198,14 +198,16 @@ def test_a_copy_of_a_users_is_no_checkpoint(tmp_path):
 
 
 CHILD = """
-import signal, sys
+import os, signal, sys
+def say(word):
+    os.write(1, word.encode() + b" ")  # one call: two trainings write one file, and a handler may interrupt another
 def leave(number, frame):
-    print(signal.Signals(number).name, flush=True)
+    say(signal.Signals(number).name)
     if number == signal.SIGINT:
         sys.exit(130)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, leave)
-print("ready", flush=True)
+say("ready")
 while True:
     signal.pause()
 """
