@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import pickle
+import pkgutil
 import re
 import warnings
 import zipfile
@@ -127,8 +128,28 @@ def save_pretrained(
     if recipe is None:
         raise ValueError("recipe=None is for what load_pretrained made; give what builds this agent, as in pack().")
     packed = pack(agent, recipe, {name: (made_by, agent.heads[name]) for name, made_by in agent.more_heads.items()})
+    _check_recipe(packed)
     write_folder(Path(directory), packed, (card or ModelCard()).text(packed), more or {})
     return Path(directory)
+
+
+def _check_recipe(packed: Mapping[str, Any]) -> None:
+    """Refuses a recipe of another agent now, while the weights can still be saved with the right one."""
+    try:
+        unpack(packed, trust=_modules([packed["recipe"], packed["more_heads"]]))
+    except Exception as error:  # whatever a builder of the user's own raises
+        raise ValueError(f"recipe does not give this agent back: {' '.join(str(error).split())[:300]}") from error
+
+
+def _modules(recipe: Any) -> list[str]:
+    """Where a recipe's functions lie: who saves an agent has built it with them."""
+    if isinstance(recipe, list | tuple):
+        return [module for entry in recipe for module in _modules(entry)]
+    if not isinstance(recipe, Mapping):
+        return []
+    target = recipe.get("_target_")
+    found = [target, getattr(pkgutil.resolve_name(target), "__module__", target)] if isinstance(target, str) else []
+    return [re.split("[.:]", module)[0] for module in found] + _modules(list(recipe.values()))
 
 
 def load_pretrained(

@@ -116,9 +116,13 @@ def composed(cell: Cell, overrides: list[str]) -> DictConfig:
     return compose(*chosen, *overrides)
 
 
+def result_path(cell: Cell, out: Path) -> Path:
+    return out / "cells" / f"{cell.name}.json"
+
+
 def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent | None = None) -> dict:
     """The result of a cell, from its file if there is one. trained: the agent of a checkpoint."""
-    path = out / "cells" / f"{cell.name}.json"
+    path = result_path(cell, out)
     if path.exists():
         return json.loads(path.read_text())
     start, losses, episodes = time.time(), {}, cfg.record.episodes
@@ -207,11 +211,13 @@ def main(cfg: DictConfig) -> None:
         parts = [(cell, composed(cell, list(cfg.overrides)), None) for cell in cells(cfg)]
     claim(out, settings)  # last: a mistake above leaves no directory behind
     for number, (cell, run, trained) in enumerate(parts):
+        made = not result_path(cell, out).exists()
         result = ask(cell, run, cfg, out, trained)
         read, scores = next(iter(result["scores"].items()))
         found = ", ".join(f"{fact} {score['r2']:.2f}" for fact, score in scores.items())
         print(f"[{number + 1}/{len(parts)}] {cell.name}, {read}: {found} ({result['minutes']} minutes)", flush=True)
-        written = write_results(results_in(out, [BASELINES, UNTRAINED, *cfg.members]), out)
+        if made or number == len(parts) - 1:
+            written = write_results(results_in(out, [BASELINES, UNTRAINED, *cfg.members]), out)
     print(*written, sep="\n")
 
 

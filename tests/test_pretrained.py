@@ -96,6 +96,25 @@ def test_a_head_with_the_name_of_another_part_is_refused(name):
         tiny_agent(heads={name: lambda sizes: projection_head(sizes, size=4)})
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"belief": 32}, "size mismatch"),
+        (
+            {"heads": {"mine": {"_target_": "r2dreamer.dreamer.projection_head", "_partial_": True, "size": 4}}},
+            "'mine'",
+        ),
+        ({"width": 3}, "unexpected keyword argument 'width'"),
+        ({"_target_": "no_such_module.agent"}, "no_such_module"),
+        ({"_target_": "builtins.dict"}, "dict expected"),
+    ],
+)
+def test_a_recipe_of_another_agent_is_refused_while_the_weights_can_be_saved(tmp_path, change, said):
+    with pytest.raises(ValueError, match=f"recipe does not give this agent back: .*{said}"):
+        save_pretrained(tiny_agent(heads={}), RECIPE | change, tmp_path / "agent")
+    assert not (tmp_path / "agent").exists()
+
+
 def test_heads_of_ones_own_are_loaded_where_they_are_trusted(tmp_path, monkeypatch):
     (tmp_path / "my_heads.py").write_text(
         "from torch import nn\nfrom r2dreamer.dreamer import latent_head\n\n"
@@ -110,8 +129,10 @@ def test_heads_of_ones_own_are_loaded_where_they_are_trusted(tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"my_heads.distance is not part .* trust=\['my_heads'\]"):
         load_pretrained(tmp_path / "run")
     loaded = load_pretrained(tmp_path / "run", trust=["my_heads"])
-    one, other = (agent.heads["mine"].module.linear.weight for agent in (trained, loaded))
-    assert torch.equal(one, other)
+    save_pretrained(loaded, None, tmp_path / "agent")
+    again = load_pretrained(tmp_path / "agent", trust=["my_heads"])
+    one, *others = (agent.heads["mine"].module.linear.weight for agent in (trained, loaded, again))
+    assert all(torch.equal(one, other) for other in others)
 
 
 def test_a_policy_remembers_in_its_tensordict_and_asks_where_episodes_begin(run):
