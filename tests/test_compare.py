@@ -130,9 +130,13 @@ def test_one_command_trains_draws_and_goes_on(server, tmp_path):
         ([*command, "batch_size=2"], "run of 40 frames with batch_size=3, and .* asks for batch_size=2"),
         ([*command, "eval.episodes=3"], "run of 40 frames with eval.episodes="),
         ([*command, "collector=async"], "run of 40 frames with collector._target_="),
+        (
+            [*command, "algorithm.kl._target_=nope.Nope"],
+            r"\Aalgorithm.kl._target_=nope.Nope cannot be imported: No module named 'nope'. Say package.module.name.\Z",
+        ),
     ):
         refused = server.run(tmp_path, *wrong, script="compare")
-        assert refused.status == 1 and re.search(reason, refused.stderr), refused.stderr
+        assert refused.status == 1 and re.search(reason, refused.stderr.strip()), refused.stderr
 
 
 def test_differences_are_to_the_first_variant_or_none(tmp_path):

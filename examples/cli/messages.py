@@ -58,7 +58,7 @@ def without_traceback(text: str) -> str:
 
 def cannot_compose(error: Exception, config_name: str) -> str:
     """Why the command line makes no configuration, and what was probably meant."""
-    text, cause = str(error), str(error.__cause__ or "")
+    text, cause = str(error), "" if isinstance(error, SettingError) else str(error.__cause__ or "")
     if " ".join(cause.split()) not in text:
         text = f"{text}\n{cause}".strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]

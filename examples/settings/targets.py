@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -13,6 +14,7 @@ from .kinds import Kind, any_of, anything, choice, flag, number, say, text, whol
 
 # Arguments that our scripts pass on, by section; elsewhere hydra says what is missing.
 PASSED = {"env.make.": {"seed"}, "env.make_evaluation.": {"seed"}, "model.": {"observations", "actions"}}
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it prints what it raises
 OURS = ("r2dreamer.", "torchrl.", "torch.nn.")
 
 
@@ -37,8 +39,9 @@ class Target:
         try:
             self.found = hydra.utils.get_object(self.name)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            message = f"{key}._target_={say(name)} cannot be imported: {reason} Say package.module.name."
+            cause = error.__cause__ or error
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1].rstrip(".")
+            message = f"{key}._target_={say(name)} cannot be imported: {reason}. Say package.module.name."
             raise SettingError(f"{key}._target_", message) from error
         if not callable(self.found):
             raise SettingError(f"{key}._target_", f"{key}._target_={self.name} must be a class or a function.")
