@@ -73,7 +73,7 @@ def unpack(packed: Mapping[str, Any], trust: Sequence[str] = ()) -> Agent:
     if unknown := packed["weights"].keys() - agent.parts().keys():
         raise RuntimeError(f"weights of {', '.join(sorted(unknown))}, which this agent does not have")
     for name, part in agent.parts().items():
-        _load(part, packed["weights"][name], name)
+        _load(part, packed["weights"].get(name, {}), name)  # a file has no entry for a part without weights
     more_heads = packed.get("more_heads", {})
     for name, head in more_heads.items():
         with torch.random.fork_rng(devices=[]):
@@ -87,6 +87,8 @@ def unpack(packed: Mapping[str, Any], trust: Sequence[str] = ()) -> Agent:
 def _load(part: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> None:
     """torch would turn integers into weights, and take NaN."""
     own = part.state_dict()
+    if own and not weights:
+        raise RuntimeError(f"there are no weights of {name!r}")
     for key, value in weights.items():
         if key in own and value.is_floating_point() != own[key].is_floating_point():
             raise RuntimeError(f"{name}.{key} is {value.dtype}, expected {own[key].dtype}")

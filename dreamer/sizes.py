@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, MultiOneHot, OneHot, TensorSpec, Unbounded
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class ObservationSpace:
         What transforms add is an entry, too (``episode_reward``): name in ``ignore`` what is not to be seen. The whole
         ``step_count`` of TorchRL's ``StepCounter`` is not.
         """
+        if spec.shape:
+            raise ValueError(
+                f"These observations are of {list(spec.shape)} environments beside each other: give observation_spec_unbatched."
+            )
         images, vectors = {}, {}
         for key, entry in sorted(spec.items()):
             if key in ignore or (key == "step_count" and entry is not None and entry.dtype == torch.int64):
@@ -57,13 +61,15 @@ class ActionSpace:
 
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> ActionSpace:
-        if isinstance(spec, OneHot):
+        if isinstance(spec, OneHot) and not isinstance(spec, MultiOneHot) and spec.ndim == 1:
             return cls(spec.shape[-1], True)
-        if isinstance(spec, Bounded | Unbounded) and not isinstance(spec, Categorical) and spec.ndim == 1:
+        continuous = isinstance(spec, Bounded | Unbounded) and not isinstance(spec, Categorical)
+        if continuous and spec.dtype.is_floating_point and spec.ndim == 1:
             return cls(spec.shape[0], False)
         raise ValueError(
-            f"Action space {spec.__class__.__name__}{tuple(spec.shape)} is not supported: actions are one continuous "
-            "vector (Bounded) or one choice (OneHot). For an index, use categorical_action_encoding=False."
+            f"Action space {spec.__class__.__name__}{tuple(spec.shape)} of {spec.dtype} is not supported: actions are one "
+            "vector of real numbers (Bounded) or one choice (OneHot). For an index, use categorical_action_encoding=False; of "
+            "environments beside each other, give action_spec_unbatched."
         )
 
 

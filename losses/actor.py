@@ -120,7 +120,9 @@ class DreamerActorLoss(DreamerLoss):
     ):
         self._refuse(renamed)
         require_modules(actor_model=actor_model, value_model=value_model)
-        require_instances(model_based_env=model_based_env, continue_model=continue_model)
+        if continue_model is not None:
+            require_modules(continue_model=continue_model)
+        require_instances(model_based_env=model_based_env)
         if not hasattr(actor_model, "get_dist"):
             raise ValueError(
                 f"actor_model is a {type(actor_model).__name__} without get_dist; the order is actor_model, value_model, "

@@ -134,6 +134,11 @@ class PlanningAttackLoss(DreamerLoss):
             raise ValueError(f"imagination_horizon must be at least 1, got {imagination_horizon}.")
         if not 0 < discount <= 1:
             raise ValueError(f"discount must be in (0, 1], got {discount}.")
+        if not all(getattr(module, "categorical", True) for module in world_model.modules()):
+            raise ValueError(
+                "The world model has a Gaussian state (Dreamer V1), and this attack takes the KL of categorical ones: use an agent "
+                "of another generation."
+            )
         self.weights = {"return": w_return, "kl": w_kl, "action": w_action, "tv": w_tv, "l2": w_l2}
         for name, weight in self.weights.items():
             if weight < 0:
@@ -247,7 +252,7 @@ class PlanningAttackLoss(DreamerLoss):
     def _act(self, latents: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """Actions [N, A]; and what shows a shift of them before a choice flips: its probabilities, or the actions again."""
         policy = cast(Any, self.actor_model.get_dist(latents.select(*self.actor_model.in_keys, strict=False)))
-        if policy.has_rsample:
+        if getattr(policy, "probs", None) is None:
             action = policy.rsample() if self.actions == "sample" else policy.deterministic_sample
             return action, action
         choice = policy.sample() if self.actions == "sample" else policy.deterministic_sample

@@ -44,6 +44,7 @@ class DynamicsActorLoss(DreamerActorLoss):
         with frozen(*getattr(env, "reads", (env,)), self.value_model, self.continue_model):
             imagined = self._imagine(start)
             value, returns, continuation = self._returns(imagined)
+        self._check_differentiable(imagined, value)
         objective, fixed = self.dynamics * returns, imagined.detach()
         policy = self._policy(fixed)
         if self.dynamics < 1:
@@ -59,3 +60,15 @@ class DynamicsActorLoss(DreamerActorLoss):
         if torch.is_tensor(self.entropy_bonus) or self.entropy_bonus:  # to look into a tensor is to wait for its device
             objective = objective + self.entropy_bonus * entropy
         return self._results(tensordict, fixed, objective, entropy, returns, continuation)
+
+    def _check_differentiable(self, imagined: TensorDictBase, value: torch.Tensor) -> None:
+        """Refuses heads that cut the gradient: what is left of it would point elsewhere."""
+        if not self.dynamics or not torch.is_grad_enabled():
+            return
+        reward = imagined.get(("next", self.tensor_keys.reward))
+        for name, each in {"reward": reward, "value": value}.items():
+            if not each.requires_grad:
+                raise ValueError(
+                    f"dynamics={self.dynamics}: the imagined {name} passes no gradient to the state that it is predicted from. "
+                    "Let the head decode without detach(), or use DreamerActorLoss."
+                )

@@ -75,21 +75,22 @@ class ScalarPrediction(nn.Module):
         prediction = entry(tensordict, keys, name, prefix)
         if not self.reads_logits:
             check_scalar(prediction.shape, prediction.shape, value)
-            if torch.is_grad_enabled() and not prediction.requires_grad:
-                self._check_trained(tensordict, value, len(prefix))
+            if torch.is_grad_enabled():
+                self._check_logits(tensordict, value, len(prefix))
         if targets.shape[:-1] != prediction.shape[:-1]:
             check_scalar(targets.shape, prediction.shape, f"the target of {value}")
         return self.likelihood(prediction, targets)
 
-    def _check_trained(self, tensordict: TensorDictBase, value: str, depth: int) -> None:
-        """Refuses a scalar without a gradient that is written beside bins with one: logits of another name."""
+    def _check_logits(self, tensordict: TensorDictBase, value: str, depth: int) -> None:
+        """Refuses a scalar that is written beside bins: logits of another name, which two-hot targets would train."""
         for key in self.beside:
             bins = tensordict.get(key, None)
             if isinstance(bins, torch.Tensor) and bins.requires_grad and bins.shape[-1] == self.num_bins:
                 name = unravel_key(key[depth:]) if depth and isinstance(key, tuple) else key
                 raise ValueError(
-                    f"{value} has no gradient, and {key!r}, which the same head writes, has one: nothing would train the head.\n"
-                    f"If these are its logits, call set_keys({value}_logits={name!r}) on the loss."
+                    f"{value} is read as a number, and {key!r}, which the same head writes, has {self.num_bins} entries as logits have.\n"
+                    f"If they are its logits, call set_keys({value}_logits={name!r}) on the loss; if not, give the loss another number "
+                    "of bins."
                 )
 
 

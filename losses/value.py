@@ -129,9 +129,8 @@ class DreamerValueLoss(DreamerLoss):
 
     def _read_heads(self) -> None:
         keys, bins = self.tensor_keys, self.num_value_bins
-        self.prediction = ScalarPrediction(
-            self.value_model, keys.value, keys.value_logits, bins, self.scalar_likelihood
-        )
+        prediction = ScalarPrediction(self.value_model, keys.value, keys.value_logits, bins, self.scalar_likelihood)
+        self.prediction = self._beside_parameters(prediction)
 
     def _reads(self) -> list[NestedKey]:
         return [*self.value_model.in_keys, self.tensor_keys.lambda_target, self.tensor_keys.discount_weight]
@@ -164,9 +163,9 @@ class DreamerValueLoss(DreamerLoss):
         step has no successor and is dropped, as is the last of an episode. Gradients flow into the latents.
         """
         keys = self.tensor_keys
+        steps = entry(tensordict, keys, "reward", NEXT).shape[:2]
         reward, done, terminated = (
-            entry(tensordict, keys, name, NEXT).reshape(*tensordict.batch_size, 1).float()
-            for name in ("reward", "done", "terminated")
+            entry(tensordict, keys, name, NEXT).reshape(*steps, 1).float() for name in ("reward", "done", "terminated")
         )
         check_finite(reward, "reward")
         if reward.shape[1] < 2:
@@ -177,7 +176,9 @@ class DreamerValueLoss(DreamerLoss):
         bootstrap = entry(tensordict, keys, "bootstrap").reshape(reward.shape).float()
         with torch.no_grad():
             target = lambda_return(reward, bootstrap, done, terminated, discount=1 - 1 / horizon, lmbda=lmbda)
-        latents = tensordict.select(*self.value_model.in_keys)[:, :-1]
+        latents = TensorDict(
+            {key: tensordict.get(key)[:, :-1] for key in self.value_model.in_keys}, reward[:, 1:, 0].shape
+        )
         loss, _ = self._loss(latents, target)  # [B, T-1]
         return TensorDict({"loss_replay_value": ((1 - done[:, :-1, 0]) * loss).mean()}, [])
 

@@ -91,10 +91,10 @@ def check_scalar(shape: torch.Size, expected: Iterable[int], name: str) -> None:
 
 def check_records(reward: torch.Tensor, name: NestedKey) -> None:
     """Refuses a batch without time, whose samples would pass for one sequence."""
-    if reward.ndim < 3 or reward.shape[-1] != 1:
+    if reward.ndim != 3 or reward.shape[-1] != 1:
         raise ValueError(
             f"{name!r} has shape {list(reward.shape)}; expected [B, T, 1]: sequences of T steps, one number for each step.\n"
-            "A reward [B, T] is given as .unsqueeze(-1). Where time is missing, sample sequences: make_replay, or TorchRL's "
+            "A reward [B, T] is given as .unsqueeze(-1), a batch [A, B, T] as .flatten(0, 1). Where time is missing, sample sequences: make_replay, or TorchRL's "
             "SliceSampler and .reshape(-1, T)."
         )
 
@@ -203,6 +203,11 @@ class DreamerLoss(LossModule):
 
     def _read_heads(self) -> None:
         """Looks up by the present keys what the loss's models write; called by a constructor, and again by ``set_keys``."""
+
+    def _beside_parameters(self, module: nn.Module) -> nn.Module:
+        """The module on the device that the loss has moved to."""
+        parameter = next(self.parameters(), None)
+        return module if parameter is None else module.to(parameter.device)
 
     def _check_key(self, name: str, key: Any, model: str = "", prefix: tuple[str, ...] = (), writer: str = "") -> None:
         """Refuses a key that nothing can be found under."""

@@ -179,9 +179,10 @@ class R2DreamerWorldModelLoss(DreamerLoss):
     def _read_heads(self) -> None:
         keys, at = self.tensor_keys, self._next
         written = [unravel_key(key) for key in self.world_model.out_keys]
-        self.reward_prediction = ScalarPrediction(
+        prediction = ScalarPrediction(
             self.world_model, at(keys.reward), at(keys.reward_logits), self.num_reward_bins, self.scalar_likelihood
         )
+        self.reward_prediction = self._beside_parameters(prediction)
         needed = [*getattr(self.kl, "reads", ()), *getattr(self.representation, "reads", ())]
         self.unwritten = [name for name in needed if at(getattr(keys, name)) not in written]
         if at(keys.encoded_latents) in [unravel_key(key) for key in self.world_model.in_keys]:

@@ -196,12 +196,12 @@ def test_a_critic_of_logits_alone():
             DreamerValueLoss(logits, slow_critic_regularization=weight)(imagined)
 
 
-def test_logits_of_another_name_that_nothing_would_train():
-    """The head's value is decoded from detached logits: read as a scalar it has no gradient."""
+def test_logits_of_another_name():
+    """The head's value is decoded from its logits: read as a scalar it would be trained as none."""
     agent, model = our_model(without=["reward"])
     after = [("next", key) for key in ("my_logits", "reward")]
     loss = R2DreamerWorldModelLoss(TensorDictSequential(model, TensorDictModule(agent.reward, LATENTS, after)))
-    with refused("reward has no gradient", "('next', 'my_logits')", "set_keys(reward_logits='my_logits')"):
+    with refused("reward is read as a number", "('next', 'my_logits')", "set_keys(reward_logits='my_logits')"):
         loss(tiny_records(agent))
     with torch.no_grad():
         assert loss(tiny_records(agent))[0]["loss_reward"].isfinite()
@@ -210,7 +210,7 @@ def test_logits_of_another_name_that_nothing_would_train():
 
     value = TensorDictModule(agent.value, ["state", "belief"], ["my_logits", "state_value"])
     loss, imagined = DreamerValueLoss(value), latents(agent).set("lambda_target", torch.zeros(15, 1)).unsqueeze(1)
-    with refused("value has no gradient", "'my_logits'", "set_keys(value_logits='my_logits')"):
+    with refused("value is read as a number", "'my_logits'", "set_keys(value_logits='my_logits')"):
         loss(imagined)
     loss.set_keys(value_logits="my_logits")
     assert loss(imagined)[0]["loss_value"].requires_grad

@@ -7,9 +7,11 @@ import torch
 from agents import ACTIONS, BATCH, TIME, tiny_agent, tiny_records
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from test_classic import made
 from torch.nn.functional import softplus
 
 from r2dreamer.dreamer import BoundedNormal, latent_head
+from r2dreamer.dreamer.classic.networks import StraightThroughAction
 from r2dreamer.envs import AdversarialPatch
 from r2dreamer.losses import PlanningAttackLoss, total_loss
 
@@ -184,6 +186,26 @@ def test_the_gradient_reaches_the_patch_and_no_parameter_of_the_agent(discrete, 
     parameters = [parameter for part in agent.parts().values() for parameter in part.parameters()]
     assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters)
     assert [name for name, _ in loss.named_parameters()] == ["patch.delta"]
+
+
+@pytest.mark.parametrize("actions", ["mode", "sample"])
+def test_the_choice_of_a_v2_actor_is_differentiated_too(actions):
+    """Its distribution says has_rsample, and its mode has no gradient of its own."""
+    agent = opinionated(tiny_agent(discrete=True))
+    agent.actor[-1].distribution_class = StraightThroughAction
+    patch = patch_of(seed=3)
+    losses = agent_loss(agent, patch, actions=actions, w_action=0.1)(tiny_records(agent))
+    (gradient,) = torch.autograd.grad(losses["loss_return"], patch.delta)
+    assert (gradient != 0).float().mean() > 0.5
+    assert losses["action_shift"] > 0
+
+
+def test_a_gaussian_state_is_refused():
+    agent = made("v1")
+    heads = latent_head(agent.reward, ["reward"]), agent.value_model
+    prior = TensorDictModule(agent.prior, in_keys=["state", "belief", "action"], out_keys=["prior_logits", *STEPS])
+    with pytest.raises(ValueError, match="Gaussian state"):
+        PlanningAttackLoss(patch_of(), agent.world_model, prior, agent.actor, *heads)
 
 
 @pytest.mark.parametrize("discrete", [False, True])

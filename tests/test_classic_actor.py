@@ -7,10 +7,10 @@ from launcher import CARTPOLE, config
 from test_classic import actor_loss, every_generation, made, model_loss, start_of
 from test_losses import has_gradient
 
-from r2dreamer.dreamer import ActionSpace, ObservationSpace
+from r2dreamer.dreamer import ActionSpace, Imagination, ObservationSpace, latent_head
 from r2dreamer.examples import train
 from r2dreamer.examples.training.setup import make_agent
-from r2dreamer.losses import CopyEvery, DreamerValueLoss, NoTarget, UnitGaussian, lambda_return
+from r2dreamer.losses import CopyEvery, DreamerValueLoss, DynamicsActorLoss, NoTarget, UnitGaussian, lambda_return
 
 
 @every_generation
@@ -55,6 +55,30 @@ def test_the_gradient_through_the_dynamics_equals_finite_differences():
                 both.append(value().item())
                 bias[i] -= sign * step
         assert bias.grad[i].item() == pytest.approx((both[0] - both[1]) / (2 * step), rel=0.03, abs=1e-5)
+
+
+def test_two_hot_heads_pass_the_gradient_and_heads_that_cut_it_are_refused():
+    """The agent of build_agent, whose heads decode logits, in a dream that is differentiated."""
+    agent = tiny_agent()
+    for head in (agent.reward, agent.value):
+        head.layers[-1].weight.data.normal_()
+    state, belief = torch.randn(4, agent.latent_sizes["state"]), torch.randn(4, agent.latent_sizes["belief"])
+    state.requires_grad_()
+    logits, value = agent.reward(state, belief)
+    bins = agent.reward.two_hot.get_buffer("bins")
+    (expected,) = torch.autograd.grad((logits.softmax(-1) * bins).sum(), state, retain_graph=True)
+    (found,) = torch.autograd.grad(value.sum(), state)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+    dream = Imagination(agent.prior, latent_head(agent.reward, ["reward_logits", "reward"]), differentiable=True)
+    options = dict(imagination_horizon=2, entropy_bonus=0.0)
+    DynamicsActorLoss(agent.actor, agent.value_model, dream, **options)(start_of(agent))[0]["loss_actor"].backward()
+    assert has_gradient(agent.actor) == {True}
+    cut = lambda state, belief: agent.reward(state, belief)[1].detach()
+    dream = Imagination(agent.prior, latent_head(cut, ["reward"]), differentiable=True)
+    with pytest.raises(ValueError, match="the imagined reward passes no gradient"):
+        DynamicsActorLoss(agent.actor, agent.value_model, dream, **options)(start_of(agent))
 
 
 @pytest.mark.parametrize("dynamics", [0.0, 0.3, 1.0])

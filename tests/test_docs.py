@@ -15,6 +15,7 @@ import torchrl.objectives
 from launcher import TINY, config, lines, train_here
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from test_swap import sample, torchrl_parts
+from torchrl.envs import Compose, GymEnv, InitTracker, TransformedEnv
 from torchrl.objectives import DreamerV3ActorLoss, DreamerV3ValueLoss, SoftUpdate
 from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3Optimizer
 
@@ -197,6 +198,10 @@ def test_the_core_of_the_guide_learns(server, tmp_path):
     records.update({**latents, "action": torch.ones(3, 5, 2)})
     agent.world_model(records)["next", "belief"].square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in agent.prior.core.parameters())
+    alone = TransformedEnv(
+        GymEnv("CartPole-v1", categorical_action_encoding=False), Compose(InitTracker(), agent.primer())
+    )
+    assert alone.batch_size == () and len(alone.rollout(3, agent.policy, break_when_any_done=False)) == 3
 
 
 def test_the_suite_of_the_guide_trains(tmp_path, monkeypatch):

@@ -9,10 +9,13 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
+import torch
+from gymnasium import spaces
+from torchrl.data import Bounded, Composite, OneHot, Unbounded
 from torchrl.envs import DMControlEnv, GymEnv, GymWrapper, InitTracker, StepCounter, TransformedEnv
-from toys import FACTORIES
+from toys import FACTORIES, Toy
 
-from r2dreamer.dreamer import ObservationSpace
+from r2dreamer.dreamer import ActionSpace, ObservationSpace
 from r2dreamer.envs import (
     check_environment,
     env_seeds,
@@ -119,6 +122,55 @@ def test_other_mistakes_are_named():
 def test_a_factory_that_is_not_there_is_answered_with_what_is(factory, said):
     with pytest.raises(ValueError, match=said):
         make_custom(factory, seed=0)
+
+
+def test_several_choices_at_once_are_not_taken_for_one():
+    spec = GymEnv("Toy-space0-v0").action_spec  # MultiDiscrete([2, 3])
+    whole = Bounded(0, 5, (3,), dtype=torch.int64)
+    for each in (spec, whole, OneHot(3).expand(4, 3)):
+        with pytest.raises(ValueError, match=f"{type(each).__name__}.* is not supported"):
+            ActionSpace.from_spec(each)
+    with pytest.raises(ValueError, match="'action' is several choices at once"):
+        check_environment(GymEnv("Toy-space0-v0"))
+    with pytest.raises(ValueError, match="give observation_spec_unbatched"):
+        ObservationSpace.from_spec(make_vector_env(FACTORIES["gym state"], [0], parallel=False).observation_spec)
+
+
+def test_a_metric_is_one_number():
+    env = make_gym("CartPole-v1", seed=0).base_env
+    env.observation_spec = Composite({**env.observation_spec, "metrics": Composite(m=Unbounded(3))})
+    with pytest.raises(ValueError, match=r"\('metrics', 'm'\) has shape \(3,\): a metric is one number"):
+        check_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((4, 84, 84, 3), np.uint8), ((84, 84, 3), np.float32), ((84, 84, 2), np.uint8)]
+)
+def test_what_looks_like_an_image_and_is_none_is_not_flattened(shape, dtype):
+    space = spaces.Box(0, 255, shape, dtype)
+    gymnasium.register("Toy-odd-image-v0", functools.partial(Toy, observation_space=space))
+    try:
+        with pytest.raises(ValueError, match="looks like an image and is none.*FlattenObservation"):
+            make_gym("Toy-odd-image-v0", seed=0)
+    finally:
+        del gymnasium.registry["Toy-odd-image-v0"]
+
+
+def test_a_task_that_draws_text_is_not_seen():
+    with pytest.raises(ValueError, match="'Toy-ansi-v0' draws no image .str; its render modes are .'ansi'"):
+        make_gym("Toy-ansi-v0", seed=0, from_pixels=True)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_closed_vector_environment_says_so(parallel):
+    env = make_vector_env(FACTORIES["gym state"], [0], parallel=parallel)
+    start = env.reset()
+    env.close()
+    for call in (env.reset, lambda: env.rand_step(start), lambda: env.reseed([1])):
+        with pytest.raises(RuntimeError, match="This vector environment is closed"):
+            call()
+    with pytest.raises(ValueError, match="timeout=-5 must be above 0"):
+        make_vector_env(FACTORIES["gym state"], [0], parallel=True, timeout=-5)
 
 
 def test_the_number_of_a_step_counter_is_not_observed():

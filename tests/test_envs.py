@@ -3,16 +3,28 @@
 import functools
 import importlib.resources
 
+import gymnasium
 import hydra
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from launcher import config
 from omegaconf import OmegaConf
 from torchrl.data import Bounded, OneHot
+from torchrl.envs import DMControlEnv, TransformedEnv
 from torchrl.envs.utils import check_env_specs
-from toys import FACTORIES, every_factory, same, trajectory
+from toys import FACTORIES, Toy, every_factory, same, trajectory
 
-from r2dreamer.envs import check_environment, env_seeds, make_dmc, make_gym, make_vector_env
+from r2dreamer.envs import (
+    RenderPixels,
+    check_environment,
+    env_seeds,
+    make_dmc,
+    make_gym,
+    make_memory_maze,
+    make_vector_env,
+)
 
 
 @every_factory
@@ -88,6 +100,35 @@ def test_continuous_actions_are_scaled_and_clipped():
 def test_actuators_without_limits_are_not_scaled():
     spec = make_dmc("lqr_lqr_2_1", seed=0, from_pixels=False).action_spec
     assert not isinstance(spec, Bounded)
+
+
+def test_bounds_too_wide_to_scale_to_are_none():
+    widest = np.finfo(np.float32)
+    space = spaces.Box(widest.min, widest.max, (1,))
+    gymnasium.register("Toy-wide-v0", functools.partial(Toy, action_space=space))
+    env = make_gym("Toy-wide-v0", seed=0)
+    del gymnasium.registry["Toy-wide-v0"]
+    assert not isinstance(env.action_spec, Bounded)
+    env.step(env.reset().set("action", torch.tensor([0.5])))
+    assert env.base_env.env.unwrapped.last_action == 0.5
+
+
+def test_an_environment_is_on_the_device_it_was_sent_to():
+    env = make_gym("CartPole-v1", seed=0).to("meta").base_env
+    assert env._reset()["observation"].device.type == "meta"  # nobody can read a flag on this device, as reset() does
+    pixels = TransformedEnv(DMControlEnv("cartpole", "balance").to("meta"), RenderPixels(64))
+    assert pixels.observation_spec["pixels"].device.type == "meta"
+
+
+@pytest.mark.parametrize("make", [make_dmc, make_memory_maze])
+def test_closing_frees_the_renderer(make):
+    env = make("9x9", seed=0) if make is make_memory_maze else make("cartpole_balance", seed=0, from_pixels=True)
+    env.reset()
+    physics = env.base_env.maze._physics if make is make_memory_maze else env.base_env._env.physics
+    contexts = physics._contexts
+    assert contexts is not None
+    env.close()
+    assert physics._contexts is None
 
 
 def test_discrete_actions_are_one_hot_and_count_from_the_spaces_start():

@@ -257,6 +257,32 @@ def test_the_replay_value_loss_reaches_the_world_model_and_follows_the_formula()
     assert has_gradient(agent.prior.head) == has_gradient(agent.actor) == {False}
 
 
+def test_set_keys_leaves_the_loss_on_its_device():
+    with torch.device("meta"):
+        agent = tiny_agent()
+    bins = R2DreamerWorldModelLoss(agent.world_model), DreamerValueLoss(agent.value_model)
+    for loss, name in zip(bins, ("reward_prediction", "prediction"), strict=True):
+        for _ in range(2):
+            assert [buffer.device.type for buffer in getattr(loss, name).buffers()] == ["meta"]
+            loss.set_keys(**({"reward": "reward"} if name == "reward_prediction" else {"value": "state_value"}))
+
+
+def test_the_replay_value_loss_needs_no_batch_size_of_two():
+    agent = tiny_agent()
+    loss = all_losses(agent)[2]
+    replay = tiny_records(agent).set("bootstrap", torch.randn(BATCH, TIME, 1))
+    flat = TensorDict(replay.to_dict(), [BATCH])
+    assert torch.equal(*(loss.replay_value_loss(each)["loss_replay_value"] for each in (replay, flat)))
+
+
+def test_records_of_more_dimensions_are_refused():
+    """Objectives tell sequences and steps apart by their place."""
+    agent = tiny_agent()
+    records = torch.stack([tiny_records(agent), tiny_records(agent)])
+    with pytest.raises(ValueError, match=r"(?s)expected \[B, T, 1\].*\.flatten\(0, 1\)"):
+        R2DreamerWorldModelLoss(agent.world_model)(records)
+
+
 def test_keys_can_be_renamed_everywhere():
     agent = tiny_agent()
     records = tiny_records(agent)

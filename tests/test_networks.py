@@ -334,6 +334,12 @@ def test_encoder_mixes_images_and_vectors_and_refuses_odd_sizes():
         tiny_agent(hidden=0)
 
 
+def test_vectors_may_go_into_the_embedding_as_they_are():
+    agent = tiny_agent(images=False, vector_layers=0, heads={})
+    assert agent.encoder.out_features == 6
+    agent.world_model(tiny_records(agent))
+
+
 def test_two_images_concatenate_on_channels():
     agent = build_agent(
         ObservationSpace({"left": (3, 16, 16), "right": (1, 16, 16)}, {}),

@@ -101,6 +101,15 @@ def test_vicreg_equals_naive_loops_and_teaches_both_views():
     assert k.grad.abs().sum() > 0 and e.grad.abs().sum() > 0
 
 
+def test_one_sample_is_refused_where_it_would_be_nan():
+    one = TensorDict(
+        {"next": {"projected_latents": torch.ones(1, 1, 4), "encoded_latents": torch.ones(1, 1, 4)}}, [1, 1]
+    )
+    for objective in (VICReg(), BarlowTwins()):
+        with pytest.raises(ValueError, match="needs at least 2, got 1"):
+            objective(one, KEYS)
+
+
 def test_vicreg_of_constant_views_has_a_finite_gradient_that_does_not_vanish_for_good():
     k, e, pair = views()
     with torch.no_grad():

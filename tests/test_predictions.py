@@ -67,6 +67,16 @@ def test_next_embedding_equals_naive_loops_over_the_pairs_of_one_episode():
     assert diagnostics["next_invariance"].item() == pytest.approx(invariance, rel=1e-5)
 
 
+def test_flags_may_lack_their_last_dimension():
+    _, _, records = views()
+    head = CausalPrediction(FEATURES, 2, width=8)
+    inputs = records["next", "projected_latents"], torch.randn(BATCH, TIME, 2)
+    expected = NextEmbedding()(records, KEYS)[0]["next_embedding"], head(*inputs, records["is_init"])
+    flags = records["is_init"].squeeze(-1)
+    found = NextEmbedding()(records.set("is_init", flags), KEYS)[0]["next_embedding"], head(*inputs, flags)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("pairs", [0, 1])
 def test_without_two_pairs_of_one_episode_nothing_is_learned(pairs):
     k, e, records = views()

@@ -115,6 +115,22 @@ def test_a_recipe_of_another_agent_is_refused_while_the_weights_can_be_saved(tmp
     assert not (tmp_path / "agent").exists()
 
 
+def test_a_part_without_weights_is_saved_too(tmp_path, monkeypatch):
+    (tmp_path / "plain_heads.py").write_text(
+        "from r2dreamer.dreamer import latent_head\n\n"
+        'def last(sizes):\n    return latent_head(lambda state, belief: belief, ["projected_latents"], prefix=("next",))\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = RECIPE | {"heads": {"mine": {"_target_": "plain_heads.last", "_partial_": True}}}
+    agent = construct({**recipe, "_partial_": True}, ["plain_heads"])(*spaces_of(tiny_agent(heads={})))
+    save_pretrained(agent, recipe, tmp_path / "agent")
+    assert list(load_pretrained(tmp_path / "agent", trust=["plain_heads"]).heads) == ["mine"]
+
+
+def spaces_of(agent):
+    return agent.observations, agent.actions
+
+
 def test_heads_of_ones_own_are_loaded_where_they_are_trusted(tmp_path, monkeypatch):
     (tmp_path / "my_heads.py").write_text(
         "from torch import nn\nfrom r2dreamer.dreamer import latent_head\n\n"

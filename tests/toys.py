@@ -65,6 +65,19 @@ class Toy(gymnasium.Env):
 for trouble in ("raise", "hang", "freeze", "broken", "kill", "nan", "reward"):
     gymnasium.register(f"Toy-{trouble}-v0", Toy, kwargs={"trouble": trouble})
 gymnasium.register("Toy-v0", Toy)
+
+
+class Written(Toy):
+    metadata = {"render_modes": ["ansi"]}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+
+    def render(self):
+        return "a text"
+
+
+gymnasium.register("Toy-ansi-v0", Written)
 for number, space in enumerate((spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2), spaces.Tuple([]), spaces.Text(3))):
     gymnasium.register(f"Toy-space{number}-v0", Toy, kwargs={"action_space": space})
 TWICE = spaces.Dict({"body": spaces.Dict({"height": spaces.Discrete(2)}), "body_height": spaces.Discrete(2)})

@@ -157,8 +157,9 @@ class VectorEncoder(nn.Module):
     ):
         super().__init__()
         self.frequencies = tuple(frequencies)
-        self.layers = make_layers(in_features * (1 + 2 * len(self.frequencies)), units, layers)
-        self.out_features = units
+        entries = in_features * (1 + 2 * len(self.frequencies))
+        self.layers = make_layers(entries, units, layers)
+        self.out_features = units if layers else entries
 
     def forward(self, *vectors: torch.Tensor) -> torch.Tensor:
         value = symlog(torch.cat(vectors, -1).float())

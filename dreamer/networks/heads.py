@@ -81,7 +81,7 @@ class TwoHotMLP(FeatureMLP):
 
     def forward(self, state: torch.Tensor, belief: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = super().forward(state, belief)
-        return logits, self.two_hot(logits.detach())
+        return logits, self.two_hot(logits)
 
 
 class ProjectionHead(nn.Module):

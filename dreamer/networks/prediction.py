@@ -38,7 +38,7 @@ class CausalPrediction(nn.Module):
         following = torch.cat([action[:, 1:], torch.zeros_like(action[:, :1])], 1)  # a record's action led to it
         tokens = self.latents(projected) + self.action(following.to(projected.dtype))  # [B, T, width]
         tokens = tokens + _positions(tokens.shape[1], tokens.shape[2], tokens.device)
-        episode = is_init.squeeze(-1).long().cumsum(1)  # [B, T]
+        episode = is_init.reshape(projected.shape[:2]).long().cumsum(1)  # [B, T]
         step = torch.arange(episode.shape[1], device=episode.device)
         unseen = (episode.unsqueeze(-1) != episode.unsqueeze(-2)) | (step.unsqueeze(-1) < step)  # [B, T, T]
         mask = unseen.repeat_interleave(self.attention_heads, 0)  # [B * heads, T, T]

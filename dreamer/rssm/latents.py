@@ -80,6 +80,8 @@ class GaussianLatent(nn.Module):
         min_std: smallest standard deviation.
     """
 
+    categorical = False
+
     def __init__(self, num_categoricals: int = 30, num_classes: int = 1, min_std: float = 0.1):
         super().__init__()
         if min_std <= 0:

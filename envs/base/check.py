@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.data import Bounded, MultiOneHot, OneHot, Unbounded
 from torchrl.envs.utils import check_env_specs
 
 # Names the agent itself writes next to the observation: an observation called so would be overwritten, silently.
@@ -53,7 +53,7 @@ def _raised_by_libraries(error: Exception) -> bool:
 
 def _observations(env: Any) -> Iterator[str]:
     # What stands below "metrics" is reported, not observed; a StepCounter's number is its own.
-    named = env.observation_spec.items(True, True)
+    named = [*env.observation_spec.items(True, True)]
     counted = [key for key, spec in named if key == "step_count" and spec.dtype == torch.int64]
     unseen = lambda key: key in ("is_init", *counted) or (isinstance(key, tuple) and key[0] == "metrics")
     keys = [key for key, _ in named if not unseen(key)]
@@ -61,6 +61,9 @@ def _observations(env: Any) -> Iterator[str]:
         yield "it observes nothing: it needs an image, under 'pixels', or a vector"
     if not _is_flag(env.observation_spec, "is_init"):
         yield "'is_init' is missing: append torchrl.envs.InitTracker()"
+    for key, spec in named:
+        if isinstance(key, tuple) and key[0] == "metrics" and spec.shape.numel() != 1:
+            yield f"{key!r} has shape {tuple(spec.shape)}: a metric is one number"
     for key in keys:
         spec = env.observation_spec[key]
         shape = tuple(spec.shape)
@@ -85,7 +88,10 @@ def _action(env: Any) -> Iterator[str]:
         yield f"its action entries are {keys}: exactly one, called 'action', is supported"
         return
     spec = env.full_action_spec["action"]
-    if isinstance(spec, OneHot):
+    if isinstance(spec, MultiOneHot):
+        yield "'action' is several choices at once (MultiOneHot): make it one choice over all combinations (OneHot)"
+        return
+    if isinstance(spec, OneHot) and len(spec.shape) == 1:
         return
     if not isinstance(spec, (Bounded, Unbounded)) or len(spec.shape) != 1:
         yield f"'action' is {type(spec).__name__} of shape {tuple(spec.shape)}: make it OneHot or a float32 vector"

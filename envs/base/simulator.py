@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 from .errors import as_promised, not_finite
 
 LARGEST = float(np.finfo(np.float32).max)
+UNLIMITED = 1e10  # MuJoCo and others write a large number where an action has no bound
 
 
 class Simulator(EnvBase):
@@ -65,7 +66,7 @@ class Simulator(EnvBase):
             self.action_spec = OneHot(actions, dtype=torch.int64)
         else:
             self.bounds = low, high = [np.asarray(bound, np.float32) for bound in actions]
-            if np.isfinite([low, high]).all():
+            if (np.abs([low, high]) < UNLIMITED).all():
                 self.scale, self.middle = (high - low) / 2, (high + low) / 2
                 self.action_spec = Bounded(-1, 1, torch.Size(low.shape), dtype=torch.float32)
             else:  # without bounds there is no range to scale to
@@ -115,13 +116,15 @@ class Simulator(EnvBase):
         return self._tensors(self.reset_arrays(), False, False)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        observation, reward, terminated, truncated = self.step_arrays(tensordict["action"].numpy())
+        observation, reward, terminated, truncated = self.step_arrays(tensordict["action"].numpy(force=True))
         return self._tensors(observation, terminated, truncated).set("reward", torch.tensor([reward]))
 
     def _tensors(self, observation: Mapping[str, np.ndarray], terminated: bool, truncated: bool) -> TensorDict:
         flags = {"done": terminated or truncated, "terminated": terminated, "truncated": truncated}
         observed = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in observation.items()}
-        tensors = TensorDict(observed | {name: torch.tensor([flag]) for name, flag in flags.items()})
+        tensors = TensorDict(
+            observed | {name: torch.tensor([flag]) for name, flag in flags.items()}, device=self.device
+        )
         if self.metrics:
             tensors["metrics"] = {name: torch.tensor([float(value)]) for name, value in self.metrics.items()}
         return tensors

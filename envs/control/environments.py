@@ -87,7 +87,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return render_image(self.simulation.physics, *self.view)
 
     def close(self) -> None:
-        self.simulation.close()
+        suite.close(self.simulation)
 
     def _observe(self, now: Any) -> np.ndarray:
         if self.observation == "pixels":

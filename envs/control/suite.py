@@ -79,6 +79,12 @@ def seed(env: Any, number: int) -> None:
     env.reset()
 
 
+def close(env: Any) -> None:
+    """Frees its renderer, which dm_control leaves to the garbage collector."""
+    env.close()
+    env.physics.free()
+
+
 def step(env: Any, action: Any, repeat: int) -> tuple[Any, float, bool, bool]:
     """(dm_control's time step, reward, terminated, truncated) after an action that is repeated within its episode."""
     total = 0.0

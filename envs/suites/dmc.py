@@ -84,7 +84,7 @@ class Control(Simulator):
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         super().close(raise_if_closed=raise_if_closed)
-        self._env.close()
+        suite.close(self._env)
 
 
 _control = dict(make=make_dmc, tasks=suite.known_tasks, module="dm_control", extra="dmc")

@@ -76,7 +76,14 @@ class Gym(Simulator):
             choose_gl()
             with _explained(task):
                 env.reset(seed=0)  # MuJoCo's tracking camera remembers where it began
-                observed = spaces.Box(0, 255, env.render().shape, np.uint8)
+                drawn = env.render()
+            if not isinstance(drawn, np.ndarray) or not is_image(drawn.shape, drawn.dtype):
+                modes = env.metadata.get("render_modes")
+                raise ValueError(
+                    f"from_pixels=True: {task!r} draws no image ({type(drawn).__name__}; its render modes are {modes}). Leave "
+                    "from_pixels out."
+                )
+            observed = spaces.Box(0, 255, drawn.shape, np.uint8)
         self.leaves: dict[str, tuple[tuple, Any]] = {}
         for name, path, space in _leaves(observed):
             if name in self.leaves:
@@ -96,6 +103,12 @@ class Gym(Simulator):
                     f"The observation space of {task!r} holds {space} at {'/'.join(map(str, path)) or 'its root'}, which is not "
                     "supported. Supported are Box, Discrete, MultiDiscrete, MultiBinary and (nested) Dict of these; wrap the "
                     "environment with gymnasium.wrappers.FlattenObservation, or keep other entries with keys=[...]."
+                )
+            if len(space.shape or ()) > 2 and not _is_image(space) and sorted(space.shape)[-2] >= 32:
+                raise ValueError(
+                    f"{task!r} observes {space.dtype} of shape {space.shape} at {'/'.join(map(str, path)) or 'its root'}, which "
+                    "looks like an image and is none: images are uint8 of [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels. "
+                    "Make it one with a wrapper of Gymnasium's, or a vector with gymnasium.wrappers.FlattenObservation."
                 )
         self.image_size, self.grayscale = image_size, grayscale
         shapes = {name: self._convert(space, space.sample()).shape for name, (_, space) in self.leaves.items()}

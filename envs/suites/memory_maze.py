@@ -68,6 +68,12 @@ class MemoryMaze(Simulator):
         self.metrics["targets_reached"] += reward  # each pays 1
         return {"pixels": to_pixels(now.observation, self.size)}, reward, terminated, truncated
 
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        super().close(raise_if_closed=raise_if_closed)
+        if self.maze is not None:
+            self.maze.close()
+            self.maze = None
+
 
 def speed_up(task: Any) -> None:
     """Makes one task five times faster, with the same pixels, rewards and draws; other tasks stay as they are."""

@@ -9,13 +9,14 @@ from .hooks import ControlTransform
 
 
 class DMCDistracting(ControlTransform):
-    """Distracts from a DeepMind Control task, however it is rendered; its specs, states and rewards stay as they are.
+    """Distracts from a DeepMind Control task where `physics.render` draws it, as all of TorchRL does; its specs, states and rewards stay as they are.
 
     The transform changes the environment itself. Reset the environment next. It goes with `DMCSubtle`, in either order.
     What an episode looks like follows from the environment's seed and from nothing else.
 
     Args:
-        background: A moving texture takes the place of the sky, and the ground becomes transparent.
+        background: A moving texture takes the place of the sky, and the ground becomes transparent, but not that of walker
+            and cheetah, as in the original.
         colour: Colours of bodies and ground.
         camera: Position and roll of the fixed and tracking cameras; the free camera (-1) stays.
         difficulty: "easy", "medium" or "hard": how far colours and camera go, and whether there are 4, 8 or all backgrounds.

@@ -19,7 +19,7 @@ class RenderPixels(Transform):
     which takes most of a step's time.
     """
 
-    def __init__(self, size: int = 64, camera: int | str | None = 0):
+    def __init__(self, size: int = 64, camera: int | str = 0):
         require_positive(size=size)
         super().__init__(out_keys=["pixels"])
         self.size, self.camera = size, camera
@@ -33,5 +33,7 @@ class RenderPixels(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        observation_spec["pixels"] = Bounded(0, 255, torch.Size([3, self.size, self.size]), dtype=torch.uint8)
+        observation_spec["pixels"] = Bounded(
+            0, 255, torch.Size([3, self.size, self.size]), device=observation_spec.device, dtype=torch.uint8
+        )
         return observation_spec

@@ -13,7 +13,7 @@ from .hooks import ControlTransform
 
 
 class DMCSubtle(ControlTransform):
-    """Shrinks things in a DeepMind Control environment, however it is rendered; its specs stay as they are.
+    """Shrinks things in a DeepMind Control environment where `physics.render` draws it; its specs stay as they are.
 
     The environment keeps its image size: TorchRL's default is 240x320, and the paper's is `RenderPixels(64)`. The transform
     changes the environment itself. Reset the environment next.

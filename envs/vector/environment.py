@@ -60,6 +60,8 @@ def make_vector_env(
     if not workers:
         return VectorEnv(LocalPool(factory, dict(enumerate(seeds))), seeds)
     require_linux("Stepping environments in workers", "Use parallel=False, which steps them in this process.")
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout} must be above 0: seconds that a worker may take.")
     from .workers import WorkerPool  # not at the top: other systems lack what it imports
 
     return VectorEnv(WorkerPool(factory, seeds, workers, timeout), seeds)
@@ -99,7 +101,7 @@ class VectorEnv(EnvBase):
 
     def __init__(self, pool: LocalPool | WorkerPool, seeds: Sequence[int]):
         super().__init__(device="cpu", batch_size=torch.Size([len(seeds)]))
-        self.pool, self.seeds = pool, seeds
+        self.pool, self.seeds, self._ended = pool, seeds, False
         of_one = pool.specs["output_spec"]
         batched = lambda name: of_one[name].expand(self.batch_size).to("cpu")
         self.observation_spec = batched("full_observation_spec")
@@ -126,6 +128,7 @@ class VectorEnv(EnvBase):
 
         `observations`, `reward` and `flags` hold the outcome, `current` the observations to act on.
         """
+        self._check_open()
         self.action.copy_(action)
         self.pool.step()
         done = self.flags["done"][:, 0]
@@ -151,6 +154,7 @@ class VectorEnv(EnvBase):
             asked = tensordict.get("_reset").reshape(asked.shape)
         to_reset = asked & ~self.auto_reset
         if to_reset.any():
+            self._check_open()
             self.pool.reset(to_reset.nonzero()[:, 0].tolist())
             self.current.update(
                 (key, _where(to_reset, self.first_observations[key], tensor)) for key, tensor in self.current.items()
@@ -176,12 +180,18 @@ class VectorEnv(EnvBase):
         seeds = [int(seed) for seed in seeds]
         if len(seeds) != len(self.seeds):
             raise ValueError(f"{len(seeds)} seeds for {len(self.seeds)} environments: give one seed for each.")
+        self._check_open()
         self.pool.seed(dict(enumerate(seeds)))
         self.seeds = seeds
         self.auto_reset.zero_()
 
+    def _check_open(self) -> None:
+        if self._ended:  # is_closed is true of a new environment, too
+            raise RuntimeError("This vector environment is closed. Make a new one with make_vector_env.")
+
     def close(self, *, raise_if_closed: bool = True) -> None:
         super().close(raise_if_closed=raise_if_closed)
+        self._ended = True
         self.pool.close()
 
 

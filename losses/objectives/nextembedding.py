@@ -37,7 +37,8 @@ class NextEmbedding(Objective):
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
         predicted, embedding = two_views(tensordict, keys, "predicted_latents")
-        same_episode = 1 - entry(tensordict, keys, "is_init")[:, 1:].float()  # [B, T-1, 1]
+        is_init = entry(tensordict, keys, "is_init").reshape(*embedding.shape[:2], 1)
+        same_episode = 1 - is_init[:, 1:].float()  # [B, T-1, 1]
         rows = (each.flatten(0, 1) for each in (predicted[:, :-1], embedding[:, 1:].detach(), same_episode))
         (predicted, embedding, keep), total = pool(*rows)
         invariance, redundancy = barlow_twins_loss(predicted, embedding, self.redundancy_weight, keep, total)

@@ -49,7 +49,9 @@ class VICReg(Objective):
     @staticmethod
     def _spread(k: torch.Tensor, e: torch.Tensor, total) -> tuple[torch.Tensor, torch.Tensor]:
         """Of both views together: the hinge on the standard deviations, and the squared covariances beside the diagonal."""
-        features = k.shape[-1]
+        samples, features = k.shape
+        if samples < 2:
+            raise ValueError(f"VICReg compares over samples and needs at least 2, got {samples}.")
         count = total(torch.ones_like(k[:, 0]).sum())
         k, e = (centre(view, count, total=total) for view in (k, e))
         variance = total(torch.cat([k.square().sum(0), e.square().sum(0)])) / (count - 1)
