@@ -27,9 +27,11 @@ import re
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import hydra
 
@@ -133,10 +135,15 @@ def measure_tricks(
 
 def measure_replay(cfg: DictConfig, agent: Agent, device: torch.device, repeats: int) -> dict[str, float]:
     streams, per_stream = cfg.env.num_envs, 4 * (cfg.batch_length + 1)
-    replay = make_replay(streams * per_stream, streams, cfg.batch_size, cfg.batch_length)
     record = agent.example_record()
     records = record.expand(streams * per_stream).clone()
     records["stream"] = torch.arange(streams).repeat_interleave(per_stream)
+    storage, directory = cfg.replay.place.storage, None
+    if storage == "memmap":
+        Path(cfg.replay.place.directory).mkdir(parents=True, exist_ok=True)
+        directory = tempfile.TemporaryDirectory(dir=cfg.replay.place.directory)  # beside what a run has there
+    place = {"storage": storage, "directory": directory and directory.name}
+    replay = make_replay(streams * per_stream, streams, cfg.batch_size, cfg.batch_length, **place)
     replay.extend(records)
     shape = cfg.batch_size, cfg.batch_length
     latents = [torch.zeros(*shape, size, device=device) for size in agent.latent_sizes.values()]  # as an update's
@@ -145,6 +152,8 @@ def measure_replay(cfg: DictConfig, agent: Agent, device: torch.device, repeats:
         replay.write_back(replay.sample(device=device), *latents)
 
     seconds = alternate([step], device, warmup=3, repeats=repeats)[0]["median_s"]
+    if directory:
+        directory.cleanup()
     return {"median_s": seconds, "steps_per_s": cfg.batch_size * cfg.batch_length / seconds}
 
 
@@ -204,8 +213,9 @@ def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
             over = sum(sent.values()) / (4 * result["parameters"])
             result |= {"ranks": ranks.count, "sent": dict(sent), "sent_over_gradients": over}
         if cfg.compare == "tricks":
-            return result | measure_tricks(cfg, records, device, precision, warmup, repeats)
-        if cfg.compare:
+            result |= measure_tricks(cfg, records, device, precision, warmup, repeats)
+            steps = {}
+        elif cfg.compare:
             other, peer = member(cfg, cfg.other, device, precision, ranks)
             result["other"] = cfg.other.representation._target_.removesuffix(".of").rpartition(".")[2]
             result["other_parameters"] = sum(parameter_counts(other, peer).values())
@@ -214,8 +224,9 @@ def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
             update, parameters = torchrl_dreamer(agent, cfg.model, cfg.algorithm, precision, device, result["captured"])
             result["torchrl_parameters"] = parameters
             steps["torchrl_update"] = lambda: update(records)
-        result |= dict(zip(steps, alternate(list(steps.values()), device, warmup, repeats), strict=True))
-        result |= ratios({name: result[name]["median_s"] for name in steps})
+        if steps:
+            result |= dict(zip(steps, alternate(list(steps.values()), device, warmup, repeats), strict=True))
+            result |= ratios({name: result[name]["median_s"] for name in steps})
     if "acting" in cfg.measure:
         seen = [*agent.observations.images, *agent.observations.vectors, *agent.latent_sizes]
         root = agent.example_record()["next"].select(*seen).expand(cfg.env.num_envs).clone().to(device)

@@ -35,6 +35,7 @@ from r2dreamer.envs.suites.registry import suites
 from r2dreamer.examples.cli.machine import opengl, packages, private_bytes, processor
 from r2dreamer.examples.cli.messages import USER_ERRORS, what_is_wrong
 from r2dreamer.examples.cli.script import script
+from r2dreamer.examples.settings.compose import configuration
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.setup import check_fits, make_agent, spaces
 
@@ -139,7 +140,7 @@ def main(cfg: DictConfig) -> None:
         elif asked:
             examine(cfg, report, thorough=True)
         else:
-            examine(hydra.compose("doctor", [f"env={name}", *overrides]), report, thorough=False)
+            examine(configuration(f"env={name}", *overrides, name="doctor"), report, thorough=False)
 
     print(f"{len(report.problems)} problems" if report.problems else "Everything that is installed works.")
     for problem in report.problems:

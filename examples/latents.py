@@ -41,7 +41,7 @@ from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.readout.recording import record, recorded
 from r2dreamer.examples.readout.report import rank, said, write_results
 from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model
-from r2dreamer.examples.settings.compose import compose
+from r2dreamer.examples.settings.compose import configuration
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.files import make_output, output_path, replace, replace_text
 from r2dreamer.examples.training.loading import load_trained
@@ -100,6 +100,9 @@ def refuse_unread(cfg: DictConfig, overrides: Sequence[str]) -> None:
     else:
         unread = ["shrinks" if cfg.suite == "dmc_distracting" else "difficulties"]
         why = f"suite={cfg.suite} has none"
+    for override in cfg.overrides:
+        if (name := override.partition("=")[0]) in ("precision", "threads", "device", "seed"):
+            raise ValueError(f"overrides=[{override}] is not read: say {name}{'s' * (name == 'seed')}=... beside it.")
     for override in overrides:
         if override.partition("=")[0] in unread:
             raise ValueError(f"{override} is not read: {why}. Leave it out.")
@@ -113,11 +116,11 @@ def composed(cell: Cell, overrides: list[str]) -> DictConfig:
     else:
         env = ["env=dmc_vision"] if cell.level == "none" else ["env=dmc_distracting", f"env.difficulty={cell.level}"]
     chosen = ["experiment=latents", *env, f"env.task={cell.task}", f"algorithm={algorithm}", f"seed={cell.seed}"]
-    return compose(*chosen, *overrides)
+    return configuration(*chosen, *overrides)
 
 
 def result_path(cell: Cell, out: Path) -> Path:
-    return out / "cells" / f"{cell.name}.json"
+    return out / "cells" / f"{cell.name.replace('/', '_')}.json"  # a run's name may have directories
 
 
 def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent | None = None) -> dict:

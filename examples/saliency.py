@@ -22,7 +22,7 @@ from r2dreamer.examples.attacks.masks import object_mask
 from r2dreamer.examples.attacks.occlusion import OcclusionSaliency, inside_fraction
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device
-from r2dreamer.examples.training.evaluation import LONGEST_FILM, evaluate
+from r2dreamer.examples.training.evaluation import LONGEST_FILM, evaluate, untouched_generators
 from r2dreamer.examples.training.files import make_output, output_path
 from r2dreamer.examples.training.loading import Trained, load_trained
 from r2dreamer.examples.training.video import write_video
@@ -41,7 +41,9 @@ def watch(trained: Trained, cfg: DictConfig, key: str, seed: int) -> dict[str, l
 
         def look(module, inputs, mask=mask, bar=bar):
             (observed,) = inputs
-            for name, heat in saliency(observed).items():
+            with untouched_generators(None):  # what is looked at does not depend on how
+                heats = saliency(observed)
+            for name, heat in heats.items():
                 seen[name].append(heat.cpu())
             if mask is not None:  # the simulator still is where the image was made
                 seen["masks"].append(mask(observed[key]))

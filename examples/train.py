@@ -134,7 +134,7 @@ class Trainer:
                 if self.count["policy_steps"] >= self.first_update and self.ranks.all(self.replay.can_sample()):
                     self.update()
                 due = lambda every, before=before: self.frames // every > before // every
-                if due(cfg.log_every):
+                if due(cfg.log_every) or self.frames >= total:
                     bar.set_postfix(self.log(), refresh=False)
                 if due(cfg.eval.every) or self.frames >= total:
                     score = self.evaluate()
@@ -147,6 +147,10 @@ class Trainer:
             return
         curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
         state = "interrupted, resume with the same command" if leaving else "finished"
+        if leaving and cfg.checkpoint.exact:
+            state = (
+                "interrupted without a checkpoint (checkpoint.exact=true); the same command repeats from the last one,"
+            )
         print(f"{cfg.name} seed {cfg.seed}: {state} at {self.frames} frames, eval return {score}, curve {curve}")
 
     def next_batch(self) -> TensorDict:

@@ -262,6 +262,28 @@ def test_a_run_is_not_continued_elsewhere_as_another_one(server, finished, tmp_p
     assert not (tmp_path / "log" / "config.yaml").exists()
 
 
+def test_a_run_that_began_from_another_one_goes_on_by_the_same_command(server, finished, tmp_path):
+    command = [*CARTPOLE, f"resume={finished}", "logdir=log"]
+    first = server.run(tmp_path, *command, "total_frames=100")
+    assert first.status == 0, first.stderr
+    again = server.run(tmp_path, *command, "total_frames=140")
+    assert again.status == 0, again.stderr
+    assert "goes on from its own checkpoint at 100 frames" in again.stderr
+    steps = [line["step"] for line in read_metrics(tmp_path / "log")]
+    assert steps == sorted(steps) and steps[-1] == 140
+    message = refused(server, tmp_path, *CARTPOLE, f"resume={finished}", "logdir=log", "total_frames=160", "name=other")
+    assert "resume=" in message
+
+
+def test_a_run_does_not_take_the_place_of_another_one(server, finished, tmp_path):
+    mine = [*CARTPOLE, "logdir=log", "total_frames=100"]
+    assert server.run(tmp_path, *mine).status == 0
+    before = sorted(path.name for path in (tmp_path / "log" / "checkpoints").iterdir())
+    message = refused(server, tmp_path, *CARTPOLE, "logdir=log", "total_frames=140", f"resume={finished}")
+    assert "already holds one, whose checkpoints would be overwritten" in message and "resume=auto" in message
+    assert sorted(path.name for path in (tmp_path / "log" / "checkpoints").iterdir()) == before
+
+
 def test_an_unknown_storage(server, tmp_path):
     assert "memmap" in refused(server, tmp_path, *CARTPOLE, "logdir=log", "replay.place.storage=tape")
 

@@ -265,6 +265,20 @@ def test_a_setting_that_would_not_be_read_is_refused(overrides):
     latents.refuse_unread(cfg, overrides[:-1])
 
 
+def test_settings_of_every_member_are_checked_and_read():
+    cell = latents.Cell("reacher", 1.0, "r2dreamer", 0)
+    assert latents.composed(cell, ["batch_size=1e1"]).batch_size == 10
+    with pytest.raises(ValueError, match="algorithm.actor.discount=7 must be"):
+        latents.composed(cell, ["algorithm.actor.discount=7"])
+    with pytest.raises(ValueError, match=r"overrides=\[seed=3\] is not read: say seeds=... beside it"):
+        latents.refuse_unread(config("overrides=[seed=3]", name="latents"), [])
+
+
+def test_a_run_whose_name_has_directories_is_in_the_results(tmp_path):
+    cell = latents.Cell("reacher", 1.0, "mine/lr1", 0)
+    assert latents.result_path(cell, tmp_path).parent == tmp_path / "cells"
+
+
 def test_members_are_asked_what_they_know_behind_moving_backgrounds(tmp_path):
     grid = ["suite=dmc_distracting", "tasks=[reacher_easy]", "difficulties=[easy]", "seeds=[0]"]
     sizes = ("belief=16", "hidden=8", "classes=4", "depth=2", "categoricals=4")

@@ -140,6 +140,21 @@ def test_every_frame_that_is_watched_comes_with_the_mask_of_its_own_moment():
     assert not torch.equal(seen["masks"][0], seen["masks"][3])  # another episode, another target
 
 
+def test_an_episode_does_not_depend_on_how_it_is_looked_at():
+    torch.manual_seed(0)
+    agent = build_agent(ObservationSpace({"pixels": (3, 64, 64)}, {}), ActionSpace(2, discrete=False), **WIDTHS)
+    run = OmegaConf.create({"env": {"task": "reacher"}})
+    trained = Trained(agent, run, None, 0, functools.partial(make_dmc_subtle, "reacher", shrink=1.0))
+    states = []
+    for stride in (16, 32):
+        settings = ["max_steps=3", "occlusion.window=32", f"occlusion.stride={stride}", "progress=false"]
+        keep = lambda module, inputs, output: states.append(output["state"].clone())
+        with agent.policy.register_forward_hook(keep):
+            watch(trained, config(*settings, name="saliency"), "pixels", 0)
+    assert len(states) == 6
+    assert all(torch.equal(one, other) for one, other in zip(states[:3], states[3:], strict=True))
+
+
 def test_objects_have_names_parts_and_bodies_and_elsewhere_colours():
     cartpole = make_dmc_subtle("cartpole_swingup", seed=0, shrink=1.0)
     pixels = cartpole.reset()["pixels"]

@@ -116,7 +116,7 @@ class Simulator(EnvBase):
         return self._tensors(self.reset_arrays(), False, False)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        observation, reward, terminated, truncated = self.step_arrays(tensordict["action"].numpy(force=True))
+        observation, reward, terminated, truncated = self.step_arrays(tensordict["action"].cpu().numpy())
         return self._tensors(observation, terminated, truncated).set("reward", torch.tensor([reward]))
 
     def _tensors(self, observation: Mapping[str, np.ndarray], terminated: bool, truncated: bool) -> TensorDict:

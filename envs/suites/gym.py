@@ -104,9 +104,10 @@ class Gym(Simulator):
                     "supported. Supported are Box, Discrete, MultiDiscrete, MultiBinary and (nested) Dict of these; wrap the "
                     "environment with gymnasium.wrappers.FlattenObservation, or keep other entries with keys=[...]."
                 )
-            if len(space.shape or ()) > 2 and not _is_image(space) and sorted(space.shape)[-2] >= 32:
+            shape = space.shape or ()
+            if len(shape) > 2 and not _is_image(space) and sorted(shape)[-2] >= 32:
                 raise ValueError(
-                    f"{task!r} observes {space.dtype} of shape {space.shape} at {'/'.join(map(str, path)) or 'its root'}, which "
+                    f"{task!r} observes {space.dtype} of shape {shape} at {'/'.join(map(str, path)) or 'its root'}, which "
                     "looks like an image and is none: images are uint8 of [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels. "
                     "Make it one with a wrapper of Gymnasium's, or a vector with gymnasium.wrappers.FlattenObservation."
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import sys
@@ -13,6 +14,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
 
 from r2dreamer.dreamer import ActionSpace, Agent, ObservationSpace
@@ -31,7 +33,8 @@ from ..settings.compose import compose, entries
 from .budget import check_environments, check_update
 from .checkpoint import Checkpoints, LoadedCheckpoint
 from .devices import resolve_device
-from .files import refuse_links
+from .files import refuse_links, warn
+from .manifest import survey
 from .metrics import MetricsWriter
 from .saved_config import plain_config
 from .snapshot import check_exact, check_state
@@ -95,11 +98,7 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
     if cfg.resume in ("auto", True):
         saved = checkpoints.load(check_state=check_state)
     elif cfg.resume is not False:
-        saved = checkpoints.load(cfg.resume, check_state=check_state)
-        if saved is None:
-            raise ValueError(
-                f"resume={cfg.resume} holds no checkpoint; give a run's directory or one checkpoint of it."
-            )
+        saved = resumed_from(cfg.resume, checkpoints, logdir)
     elif (logdir / "metrics.jsonl").exists():
         raise ValueError(
             f"resume=false, but logdir={logdir} already holds a run, which would be overwritten. Continue it with "
@@ -114,6 +113,30 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
                 "with a larger total_frames, or begin a new run with another seed or logdir."
             )
     return logdir, lock, checkpoints, saved
+
+
+def resumed_from(path: str, checkpoints: Checkpoints, logdir: Path) -> LoadedCheckpoint:
+    """The checkpoint that resume=PATH names; or the directory's own newest one, if the same command has begun its run."""
+    named = checkpoints.load(path, check_state=check_state)
+    if named is None:
+        raise ValueError(f"resume={path} holds no checkpoint; give a run's directory or one checkpoint of it.")
+    own = None
+    if survey(checkpoints.directory).readable:
+        with contextlib.suppress(CheckpointError):  # none of them is whole, and none is lost
+            own = checkpoints.load(check_state=check_state)
+    if own is None or own.path.resolve() == named.path.resolve():
+        return named
+    if own.state["config"].get("resume") == path:
+        warn(
+            f"resume={path} has begun the run in {logdir}, which goes on from its own checkpoint at {own.step} frames."
+        )
+        return own
+    if logdir.resolve() not in named.path.resolve().parents:
+        raise ValueError(
+            f"resume={path} begins from another run, but logdir={logdir} already holds one, whose checkpoints would be "
+            "overwritten. Continue that one with resume=auto, or choose another directory with logdir=PATH."
+        )
+    return named
 
 
 def lacks_curve(logdir: Path, saved: LoadedCheckpoint, cfg: DictConfig) -> bool:
