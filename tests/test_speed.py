@@ -232,6 +232,19 @@ def test_the_benchmark_measures_turn_by_turn(monkeypatch, compare):
     assert ("torchrl_over_other" in result) == (compare == "torchrl") and "other_over_ours" in result
 
 
+def test_the_benchmark_measures_beside_tricks_and_on_the_disk_it_is_given(tmp_path):
+    small = ["model=size1M", "model.belief=16", "model.hidden=8", "batch_size=2", "batch_length=3"]
+    (tmp_path / "step").write_text("of a run")
+    place = ["replay.place.storage=memmap", f"replay.place.directory={tmp_path}"]
+    with initialize_config_module("r2dreamer.configs", version_base=None):
+        cfg = compose(
+            "benchmark", [*small, *place, "repeats=1", "device=cpu", "measure=[update,acting,replay]", "compare=tricks"]
+        )
+    result = benchmark.benchmark(cfg)
+    assert {"update", "acting", "replay", "without_norms"} <= result.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
+
 def test_the_benchmark_says_whom_it_cannot_compare(server, tmp_path):
     done = server.run(tmp_path, "compare=algorithm", "algorithm@other=dreamerv2", script="benchmark")
     assert done.status == 1 and "Traceback" not in done.stderr
