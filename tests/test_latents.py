@@ -271,7 +271,7 @@ def test_settings_of_every_member_are_checked_and_read():
     with pytest.raises(ValueError, match="algorithm.actor.discount=7 must be"):
         latents.composed(cell, ["algorithm.actor.discount=7"])
     with pytest.raises(ValueError, match=r"overrides=\[seed=3\] is not read: say seeds=... beside it"):
-        latents.refuse_unread(config("overrides=[seed=3]", name="latents"), [])
+        latents.refuse_unread(config("overrides=['seed=3']", name="latents"), [])
 
 
 def test_a_run_whose_name_has_directories_is_in_the_results(tmp_path):
