@@ -101,8 +101,9 @@ def refuse_unread(cfg: DictConfig, overrides: Sequence[str]) -> None:
         unread = ["shrinks" if cfg.suite == "dmc_distracting" else "difficulties"]
         why = f"suite={cfg.suite} has none"
     for override in cfg.overrides:
-        if (name := override.partition("=")[0]) in ("precision", "threads", "device", "seed"):
-            raise ValueError(f"overrides=[{override}] is not read: say {name}{'s' * (name == 'seed')}=... beside it.")
+        own = {"precision": "precision", "threads": "threads", "device": "device", "seed": "seeds"}
+        if name := own.get(override.partition("=")[0]):
+            raise ValueError(f"overrides=[{override}] is not read: say {name}=... beside it.")
     for override in overrides:
         if override.partition("=")[0] in unread:
             raise ValueError(f"{override} is not read: {why}. Leave it out.")

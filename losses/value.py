@@ -177,7 +177,7 @@ class DreamerValueLoss(DreamerLoss):
         with torch.no_grad():
             target = lambda_return(reward, bootstrap, done, terminated, discount=1 - 1 / horizon, lmbda=lmbda)
         latents = TensorDict(
-            {key: tensordict.get(key)[:, :-1] for key in self.value_model.in_keys}, reward[:, 1:, 0].shape
+            {key: tensordict.get(key)[:, :-1] for key in self.value_model.in_keys}, [steps[0], steps[1] - 1]
         )
         loss, _ = self._loss(latents, target)  # [B, T-1]
         return TensorDict({"loss_replay_value": ((1 - done[:, :-1, 0]) * loss).mean()}, [])

@@ -94,7 +94,8 @@ def check_records(reward: torch.Tensor, name: NestedKey) -> None:
     if reward.ndim != 3 or reward.shape[-1] != 1:
         raise ValueError(
             f"{name!r} has shape {list(reward.shape)}; expected [B, T, 1]: sequences of T steps, one number for each step.\n"
-            "A reward [B, T] is given as .unsqueeze(-1), a batch [A, B, T] as .flatten(0, 1). Where time is missing, sample sequences: make_replay, or TorchRL's "
+            "A reward [B, T] is given as .unsqueeze(-1), a batch [A, B, T] as .flatten(0, 1). Where time is missing, sample "
+            "sequences: make_replay, or TorchRL's "
             "SliceSampler and .reshape(-1, T)."
         )
 

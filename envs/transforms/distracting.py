@@ -9,7 +9,7 @@ from .hooks import ControlTransform
 
 
 class DMCDistracting(ControlTransform):
-    """Distracts from a DeepMind Control task where `physics.render` draws it, as all of TorchRL does; its specs, states and rewards stay as they are.
+    """Distracts from a DeepMind Control task where `physics.render` draws it; specs, states and rewards stay as they are.
 
     The transform changes the environment itself. Reset the environment next. It goes with `DMCSubtle`, in either order.
     What an episode looks like follows from the environment's seed and from nothing else.
