@@ -61,6 +61,14 @@ def test_a_run_begins_with_the_records_of_another_and_resumes_without_doing_it_t
     assert "replay.prefill=another is not read" in capsys.readouterr().err
 
 
+def test_actions_of_another_run_are_kept_as_its_policy_drew_them(tmp_path):
+    overrides = [*PENDULUM, "eval.every=1000", "env.num_envs=1"]
+    before = train_here(tmp_path / "source", *overrides, "total_frames=60").replay.stored["action"]
+    assert before.abs().max() > 1  # the environment clipped them
+    trainer = train_here(tmp_path / "run", *overrides, f"replay.prefill={tmp_path / 'source'}", "total_frames=40")
+    assert torch.equal(trainer.replay.stored["action"][: len(before)], before)
+
+
 def test_a_replay_that_was_not_saved_is_prefilled_again(source, tmp_path):
     asked = [f"replay.prefill={source[0]}", "checkpoint.replay=false"]
     first = begun(tmp_path, *asked, "total_frames=40")

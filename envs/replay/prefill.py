@@ -41,7 +41,7 @@ def prefill(
     Args:
         episodes: of records ``[m]``, or of transitions ``[n]`` with the observations at their root, in order of time.
         example: one record ``[]``, which tells keys, shapes and dtypes: `agent.example_record()`.
-        discrete: whether actions are one-hot; else they lie in [-1, 1].
+        discrete: whether actions are one-hot; else those of transitions lie in [-1, 1].
         where: what messages begin with.
         share: these are some of all episodes, which may be none: `refuse_none` the sum.
     """
@@ -61,6 +61,8 @@ def prefill(
         roots = observations and observations[0] in episode.keys(True, True)
         records = RecordBuilder(1, observations)(episode) if roots else episode.exclude("stream").clone()
         records = _checked(records, example.exclude(*latents), discrete, where)
+        if roots and not discrete:
+            _check_range(records["action"], where)
         for key in latents:
             records[key] = torch.zeros(len(records), *example[key].shape)
         last = {key: records["next", key][-1] for key in FLAG_KEYS}
@@ -105,9 +107,13 @@ def _checked(records: TensorDictBase, example: TensorDictBase, discrete: bool, w
     action, first = chosen["action"], chosen["is_init"].reshape(-1)
     if discrete and not (((action == 0) | (action == 1)).all() and (action.sum(-1) == (~first).float()).all()):
         raise ValueError(f"{where} has actions that are not one choice each, one-hot over {action.shape[-1]}.")
-    if not discrete and action.abs().max() > 1 + 1e-6:
+    return TensorDict(chosen, [len(records)])
+
+
+def _check_range(action: torch.Tensor, where: str) -> None:
+    """Of another program's actions. Records hold what a policy drew, which the environment clipped to [-1, 1]."""
+    if action.abs().max() > 1 + 1e-6:
         raise ValueError(
             f"{where} has actions between {action.min():.3g} and {action.max():.3g}, and those of this run are in [-1, 1]: "
             "scale them to that range when you record."
         )
-    return TensorDict(chosen, [len(records)])
