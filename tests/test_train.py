@@ -13,6 +13,24 @@ from launcher import CARTPOLE, EXAMPLES, PENDULUM, TINY, config, lines, steps, t
 from r2dreamer.examples import train
 
 
+@pytest.mark.parametrize(("discount", "scale", "expected"), [(0.9, 1.0, 0.9), (1.0, 0.9, 0.9), (1.0, 1.0, 1.0)])
+def test_replayed_returns_are_discounted_wherever_the_discount_stands(discount, scale, expected, monkeypatch):
+    algorithm = config(
+        f"algorithm.actor.discount={discount}", f"+algorithm.world_model.continue_target_scale={scale}"
+    ).algorithm
+    agent = tiny_agent(images=False)
+    learner = train.Learner(agent, algorithm, torch.float32)
+    used = []
+    loss = learner.value_loss.replay_value_loss
+    monkeypatch.setattr(
+        learner.value_loss,
+        "replay_value_loss",
+        lambda *args, **settings: (used.append(settings), loss(*args, **settings))[1],
+    )
+    losses, _ = learner.update(tiny_records(agent))
+    assert 1 - 1 / used[0]["horizon"] == pytest.approx(expected) and losses["loss_replay_value"].isfinite()
+
+
 def test_the_command_trains_from_nothing_to_a_curve(tmp_path):
     command = [sys.executable, EXAMPLES / "train.py", *CARTPOLE, "env.action_repeat=2", "logger=tensorboard"]
     command += ["eval.video=true", "progress=true"]

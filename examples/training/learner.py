@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 
 import hydra
@@ -103,7 +104,9 @@ class Learner(nn.Module):
         replayed = latents.copy()
         replayed.set("bootstrap", imagined.get("lambda_target")[:, 0].reshape(*batch.shape, 1))
         replayed.set("next", batch.get("next").select("reward", "done", "terminated"))
-        horizon = 1 / (1 - self.actor_loss.discount)
+        # The official contdisc: the discount is in the continue head's targets, which these returns do not read.
+        discount = self.actor_loss.discount * self.world_model_loss.continue_target_scale
+        horizon = math.inf if discount == 1 else 1 / (1 - discount)
         loss = self.value_loss.replay_value_loss(replayed, horizon=horizon, lmbda=self.actor_loss.lmbda)
         return loss.get("loss_replay_value")
 
