@@ -10,6 +10,7 @@ from torch import nn
 
 from .functional import categorical_entropy, divergence, log_mixed
 from .objectives.base import Terms
+from .ranks import ranks, sum_ranks
 from .wiring import NEXT, entry
 
 READS = ("prior_logits", "posterior_logits")
@@ -25,7 +26,7 @@ class CategoricalKL(nn.Module):
         representation: weight of the term that trains the posterior.
         free_nats: a smaller KL counts as this.
         unimix: share of the uniform distribution in both.
-        average_first: clip the average over all (b, t) instead. With weights 0.8 and 0.2 this is Dreamer V2's balanced KL.
+        average_first: clip the average over all (b, t), of all ranks, instead. With weights 0.8 and 0.2 this is Dreamer V2's balanced KL.
 
     Example:
         >>> divergences = torch.tensor([[0.5, 3.5]])  # of two steps; their mean is 2
@@ -53,27 +54,27 @@ class CategoricalKL(nn.Module):
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
         posterior = entry(tensordict, keys, "posterior_logits", NEXT).float()
         prior = entry(tensordict, keys, "prior_logits", NEXT).float()
-        return self.compare(posterior, prior)
+        dynamics, representation, diagnostics = self.compare(posterior, prior)
+        terms = {"dynamics": self.dynamics * self.clipped(dynamics)}
+        return terms | {"representation": self.representation * self.clipped(representation)}, diagnostics
 
-    def compare(self, posterior: torch.Tensor, prior: torch.Tensor) -> tuple[Terms, Terms]:
-        """:meth:`forward` of logits [B, T, S, K]."""
+    def compare(self, posterior: torch.Tensor, prior: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Terms]:
+        """Both divergences [B, T] of logits [B, T, S, K], and diagnostics."""
         # As TorchRL's categorical_kl_terms, which is NaN where logits differ by hundreds and nothing is mixed in.
         q, p = log_mixed(posterior, self.unimix), log_mixed(prior, self.unimix)
-        kl = divergence(q.detach(), p)  # [B, T]
-        dynamics, representation = self.clipped(kl), self.clipped(divergence(q, p.detach()))
-        terms = {"dynamics": self.dynamics * dynamics, "representation": self.representation * representation}
+        kl = divergence(q.detach(), p)
         with torch.no_grad():
             diagnostics = {
                 "kl": kl.mean(),  # what is left where the free nats hide it from the loss
                 "prior_entropy": categorical_entropy(prior, self.unimix).mean(),
                 "posterior_entropy": categorical_entropy(posterior, self.unimix).mean(),
             }
-        return terms, diagnostics
+        return kl, divergence(q, p.detach()), diagnostics
 
     def clipped(self, divergence: torch.Tensor) -> torch.Tensor:
         """The mean of divergences [B, T], of which ``free_nats`` are free."""
         if self.average_first:
-            return divergence.mean().clamp_min(self.free_nats)
+            return _mean_of_ranks(divergence).clamp_min(self.free_nats)
         return divergence.clamp_min(self.free_nats).mean()
 
 
@@ -100,6 +101,10 @@ class GaussianKL(nn.Module):
         prior, prior_std = entry(tensordict, keys, "prior_logits", NEXT).float().unbind(-1)
         ratio = (posterior_std / prior_std).square()
         distance = ((posterior - prior) / prior_std).square()
-        kl = 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1).mean()
+        kl = _mean_of_ranks(0.5 * (ratio + distance - 1 - ratio.log()).sum(-1))
         spread = {"prior_std": prior_std.detach().mean(), "posterior_std": posterior_std.detach().mean()}
         return {"kl": self.weight * kl.clamp_min(self.free_nats)}, {"kl": kl.detach(), **spread}
+
+
+def _mean_of_ranks(values: torch.Tensor) -> torch.Tensor:
+    return sum_ranks(values.mean()) / ranks()

@@ -16,9 +16,11 @@ from torchrl.modules import PercentileValueNorm
 from r2dreamer.examples.timing.traffic import traffic
 from r2dreamer.losses import (
     BarlowTwins,
+    CategoricalKL,
     DreamerActorLoss,
     DreamerCDP,
     DreamerPro,
+    GaussianKL,
     InfoNCE,
     NextEmbedding,
     R2DreamerWorldModelLoss,
@@ -74,6 +76,28 @@ def dreamerpro_loss_and_gradients(rows):
     return sum(terms.values()).detach(), [each.grad for each in parameters if each.grad is not None]
 
 
+DIVERGENCES = {"V1": GaussianKL(), "V2": CategoricalKL(average_first=True)}
+
+
+def kl_and_gradients(rows, which):
+    """Of rows [N, 3] and what lies near or far from them; only the mean of all is above the free nats."""
+    weight = torch.full((2, FEATURES), 0.1, requires_grad=True)
+    posterior, prior = (side * weight[0] for side in (rows, -rows))
+    if which == "V1":
+        posterior, prior = (torch.stack([each, weight[1].exp().expand_as(each)], -1) for each in (posterior, prior))
+    else:
+        posterior, prior = ((each * 10 + weight[1]).unsqueeze(-2) for each in (posterior, prior))
+    logits = TensorDict({"posterior_logits": posterior, "prior_logits": prior}, rows.shape[:1]).unsqueeze(0)
+    terms, _ = DIVERGENCES[which](TensorDict({"next": logits}, [1]), R2DreamerWorldModelLoss.default_keys())
+    sum(terms.values()).backward()
+    return sum(terms.values()).detach(), [weight.grad]
+
+
+def near_and_far():
+    """The first rank's rows are near, the second's far."""
+    return joined_batch() * torch.tensor([0.1, 12.0]).repeat_interleave(SAMPLES // 2)[:, None]
+
+
 def returns_and_scale(rank):
     """Of what an actor loss imagines on this rank, and what it divides advantages by."""
     agent = tiny_agent(images=False, num_bins=15)
@@ -100,6 +124,8 @@ def one_rank(out):
             loss, gradients = loss_and_gradients(mine, *case, rank)
             total = sum(sent.values())
             results[case] = *averaged(loss, gradients), total
+    for which in DIVERGENCES:
+        results[which] = averaged(*kl_and_gradients(near_and_far().chunk(2)[rank], which))
     results["dreamerpro"] = averaged(*dreamerpro_loss_and_gradients(mine))
     results["collapse"] = collapse_metrics(view=mine), collapse_metrics(view=torch.ones_like(mine))
     results["returns"] = returns_and_scale(rank)
@@ -173,6 +199,13 @@ def test_dreamerpro_assigns_the_joined_batch_to_its_prototypes(saved):
     assert len(gradients) == 7  # a weight and a bias of the encoder and of both projections, and the prototypes
     assert not torch.allclose(sum(halves) / 2, expected, rtol=1e-3)  # the halves, each assigned by itself
     check_equal(saved, "dreamerpro", expected, gradients)
+
+
+@pytest.mark.parametrize("which", DIVERGENCES)
+def test_free_nats_are_those_of_the_mean_over_all_ranks(which, saved):
+    near, _ = near_and_far().chunk(2)
+    assert not kl_and_gradients(near, which)[1][0].any()  # alone it lies below them
+    check_equal(saved, which, *kl_and_gradients(near_and_far(), which))
 
 
 def test_returns_are_divided_by_the_range_of_those_of_all_ranks(saved):
