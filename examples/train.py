@@ -78,8 +78,7 @@ class Trainer:
         self.ratio = DreamerV3UpdateRatio(cfg.train_ratio / (cfg.batch_size * cfg.batch_length))
         self.returns, self.averages = EpisodeReturns(streams, suite["train_scores"]), Averages()
         self.diagnosis = Diagnosis(largest_entropy(self.agent.actions))
-        self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0}
-        self.first_update = cfg.warmup_steps  # in policy steps
+        self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0, "collected_from": 0}
         self.unprepared = WARMUP  # updates of this process that may compile or capture
 
         workers = {"parallel": cfg.env.parallel, "timeout": cfg.timeout}
@@ -131,7 +130,8 @@ class Trainer:
             while self.frames < total and not (leaving := self.ranks.any(interrupt.requested)):
                 before = self.frames
                 self.collect(self.next_batch())
-                if self.count["policy_steps"] >= self.first_update and self.ranks.all(self.replay.can_sample()):
+                collected = self.count["policy_steps"] - self.count["collected_from"]
+                if collected >= cfg.warmup_steps and self.ranks.all(self.replay.can_sample()):
                     self.update()
                 due = lambda every, before=before: self.frames // every > before // every
                 if due(cfg.log_every) or self.frames >= total:

@@ -145,6 +145,20 @@ def test_without_the_replay_a_resumed_run_collects_first_and_owes_nothing_for_it
     assert max(b - a for (_, a), (_, b) in zip(seen, seen[1:], strict=False)) <= 4
 
 
+def test_a_run_stopped_while_it_collects_anew_goes_on_collecting(tmp_path):
+    train_here(tmp_path, *CARTPOLE, "checkpoint.replay=false", "total_frames=100")
+    overrides = [*CARTPOLE, "warmup_steps=60"]
+    before = train_here(tmp_path, *overrides, "total_frames=116").count
+    assert before["collected_from"] == 100
+    after = train.Trainer(config(*overrides, "total_frames=200", f"logdir={tmp_path}"))
+    seen = []
+    update = after.update
+    after.update = lambda: (update(), seen.append(after.frames))
+    after.run()
+    after.close()
+    assert seen[0] == 160 and after.count["updates"] > before["updates"]
+
+
 def test_a_resumed_run_trains_at_the_ratio_of_its_own_command(tmp_path):
     before = train_here(tmp_path, *CARTPOLE, "train_ratio=7.5", "total_frames=100").count
     after = train_here(

@@ -89,7 +89,7 @@ def restore(trainer) -> None:
     if not trainer.cfg.checkpoint.exact:
         trainer.count["restarts"] += 1
     if not has_replay:  # left out of the checkpoint: collect anew, owe nothing for it
-        trainer.first_update = trainer.count["policy_steps"] + trainer.cfg.warmup_steps
+        trainer.count["collected_from"] = trainer.count["policy_steps"]
         trainer.ratio = DreamerV3UpdateRatio(rate)
 
 
@@ -100,7 +100,7 @@ def _put_back(trainer) -> None:
     for group, parts in _stateful(trainer).items():
         for name, part in parts.items():
             part.load_state_dict(saved.state[group][name])
-    trainer.count = dict(saved.state["count"])
+    trainer.count = {"collected_from": 0} | saved.state["count"]  # which older checkpoints lack
     if trainer.frames != saved.step:
         raise ValueError(f"it counts {trainer.frames} frames and is the checkpoint of {saved.step}")
     _check_optimizer(optimizer, configured)
