@@ -113,6 +113,17 @@ def test_bounds_too_wide_to_scale_to_are_none():
     assert env.base_env.env.unwrapped.last_action == 0.5
 
 
+def test_dimensions_with_bounds_are_scaled_where_others_have_none():
+    space = spaces.Box(np.array([-2, -np.inf], np.float32), np.array([4, np.inf], np.float32))
+    gymnasium.register("Toy-mixed-v0", functools.partial(Toy, action_space=space))
+    env = make_gym("Toy-mixed-v0", seed=0)
+    del gymnasium.registry["Toy-mixed-v0"]
+    assert not isinstance(env.action_spec, Bounded)
+    for action, expected in [([0.5, 0.5], [2.5, 0.5]), ([-3.0, 7.0], [-2, 7])]:
+        env.step(env.reset().set("action", torch.tensor(action)))
+        assert env.base_env.env.unwrapped.last_action.tolist() == expected
+
+
 def test_an_environment_is_on_the_device_it_was_sent_to():
     env = make_gym("CartPole-v1", seed=0).to("meta").base_env
     assert env._reset()["observation"].device.type == "meta"  # nobody can read a flag on this device, as reset() does

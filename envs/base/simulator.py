@@ -34,7 +34,7 @@ class Simulator(EnvBase):
     Args:
         observations: The shapes, by name.
         actions: The number of choices, or the bounds (low, high) of a vector, two arrays. Actions come in [-1, 1] and
-            are clipped and scaled to finite bounds: a Gaussian policy samples outside now and then, and simulators
+            are clipped and scaled to those bounds that are finite: a Gaussian policy samples outside now and then, and simulators
             differ in what they do with that.
         metrics: The names of `self.metrics`.
     """
@@ -61,16 +61,18 @@ class Simulator(EnvBase):
         self.layout = [(name, tuple(shape), kind(shape)) for name, shape in observations.items()]
         if self.metrics:
             self.observation_spec["metrics"] = Composite({name: Unbounded(1) for name in self.metrics})
-        self.discrete, self.scale = isinstance(actions, int), None
+        self.discrete = isinstance(actions, int)
         if isinstance(actions, int):
             self.action_spec = OneHot(actions, dtype=torch.int64)
         else:
             self.bounds = low, high = [np.asarray(bound, np.float32) for bound in actions]
-            if (np.abs([low, high]) < UNLIMITED).all():
-                self.scale, self.middle = (high - low) / 2, (high + low) / 2
-                self.action_spec = Bounded(-1, 1, torch.Size(low.shape), dtype=torch.float32)
-            else:  # without bounds there is no range to scale to
-                self.action_spec = Unbounded(torch.Size(low.shape), dtype=torch.float32)
+            limited = (np.abs([low, high]) < UNLIMITED).all(0)
+            low, high = np.where(limited, low, -1), np.where(limited, high, 1)  # what has no bounds stays as it is
+            self.scale, self.middle = (high - low) / 2, (high + low) / 2
+            self.limit = np.where(limited, 1, np.inf).astype(np.float32)
+            shape = torch.Size(low.shape)
+            ranged = Bounded(-1, 1, shape, dtype=torch.float32)
+            self.action_spec = ranged if limited.all() else Unbounded(shape, dtype=torch.float32)
         self.reward_spec = Unbounded(1)
         flag = Categorical(2, shape=torch.Size([1]), dtype=torch.bool)
         self.full_done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone())
@@ -93,8 +95,8 @@ class Simulator(EnvBase):
         """(observation, reward, terminated, truncated) after one action of an agent: one-hot, or in [-1, 1]."""
         if self.discrete:
             action = int(action.argmax())
-        elif self.scale is not None:
-            action = np.clip(action, -1, 1) * self.scale + self.middle
+        else:
+            action = np.clip(action, -self.limit, self.limit) * self.scale + self.middle
         vars(self)["step_count"] += 1  # the ordinary way to set an attribute of an EnvBase takes 5 us
         observation, reward, terminated, truncated = self.advance(action)
         return self._checked(observation, reward), float(reward), bool(terminated), bool(truncated and not terminated)
