@@ -42,10 +42,10 @@ from r2dreamer.examples.training.grid import Run, plan
 TRAIN = Path(__file__).parent / "train.py"
 
 
-def train(run: Run, children: Children, quiet: bool) -> bool:
-    """Whether the run has finished; what it prints is in its directory if several run at once."""
-    if run.finished or run.running:  # by another process, since the plan was read
-        return run.finished
+def train(run: Run, children: Children, quiet: bool) -> bool | None:
+    """Whether the training succeeded, None where another process trains; what it prints is in the directory if several do."""
+    if run.finished or run.running:  # since the plan was read
+        return run.finished or None
     command = [sys.executable, str(TRAIN), *run.overrides]
     if not quiet:
         return children.run(command) == 0 and run.finished
@@ -103,6 +103,9 @@ def check_output(out: Path) -> None:
         raise ValueError(
             f"--out {out} would overwrite {there[0]}, which no comparison has left alone: remove it, or give another name."
         )
+    for path in (out, out.with_suffix(".json"), out.with_suffix(".md")):
+        if path.is_dir():
+            raise ValueError(f"--out {out} would write {path}, which is a directory: give another name.")
     make_output(out.parent, "--out FILE")
 
 
@@ -152,7 +155,7 @@ def compare() -> None:
     waiting = [run for run in runs if not run.finished]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before.")
 
-    def end(run: Run, finished: bool) -> bool:
+    def end(run: Run, finished: bool | None) -> bool | None:
         if arguments.plan and finished:
             print(summary(runs), flush=True)
         return finished
@@ -168,7 +171,7 @@ def compare() -> None:
             done = {run: end(run, finished) for run, finished in submit(waiting, TRAIN, executor)} if waiting else {}
         except KeyboardInterrupt:
             sys.exit("\nThe jobs go on. --status says how they stand; the same command draws what has finished.")
-    failed = [run for run in waiting if not done[run]]
+    failed = [run for run in waiting if not (run.finished if done[run] is None else done[run])]
     complete = [run for run in runs if run not in failed]
 
     means = summarise(complete, arguments.key)
@@ -186,7 +189,8 @@ def compare() -> None:
         if drawn := draw_runs(directories, variants, arguments.out, **how):
             print(drawn)
     for run in failed:
-        print(f"Not finished: {' '.join(run.overrides)} (in {run.logdir})", file=sys.stderr)
+        state = "Another process trains" if run.running else "Not finished"
+        print(f"{state}: {' '.join(run.overrides)} (in {run.logdir})", file=sys.stderr)
     if complete and not means:
         sys.exit(f"No finished run has {arguments.key}. {known_keys(complete[0].logdir, arguments.key)}")
     sys.exit(bool(failed))

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 from launcher import CARTPOLE, EXAMPLES, config, count_lines, wait_for
+from omegaconf import OmegaConf
 
 from r2dreamer.examples import compare
 from r2dreamer.examples.cli.children import Children
 from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
 from r2dreamer.examples.figures.curves import draw_runs
 from r2dreamer.examples.training.checkpoint import Checkpoints
-from r2dreamer.examples.training.grid import Run, expand, plan
+from r2dreamer.examples.training.grid import Run, expand, plan, plan_rows
 
 ABLATIONS = sorted(path.stem for path in (EXAMPLES.parent / "configs" / "experiment").glob("ablation_*.yaml"))
 
@@ -75,14 +76,46 @@ def test_runs_that_would_share_a_directory_are_refused():
         plan([*CARTPOLE, "algorithm.optimizer.lr=1e-3,1e-4", "logdir='runs/${algorithm.optimizer.lr}/seed${seed}'"])
 
 
+def test_seeds_of_one_name_have_one_task_and_the_same_settings():
+    for other in ("env.task=Acrobot-v1", "batch_size=4", "total_frames=100"):
+        with pytest.raises(ValueError, match=f"with {other} share name=tiny, and a mean is over the seeds of one name"):
+            plan_rows([([*CARTPOLE, "seed=0"], None), ([*CARTPOLE, other, "seed=1"], None)])
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path):
+    overrides = [*CARTPOLE, f"logdir={tmp_path}", "total_frames=100"]
+    (tmp_path / "checkpoints" / "step_000000050").mkdir(parents=True)
+    saved = tmp_path / "config.yaml"
+    OmegaConf.save(config(*overrides), saved, resolve=True)
+    assert [run.saved for run in plan([*overrides, "total_frames=200"])] == [50]
+    with pytest.raises(ValueError, match="holds a run of 50 frames with batch_size=3, and .* asks for batch_size=4"):
+        plan([*overrides, "batch_size=4"])
+    for text, says in (("a: [", "is damaged .*: move"), ("", "is empty, so nothing says what was trained: move")):
+        saved.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            plan(overrides)
+
+
+def test_options_are_found_by_a_pattern_and_values_of_an_interval_are_asked_for():
+    runs = plan(["env=probe", "env.task=ending", "experiment=glob(ablation_weight*)"])
+    assert sorted(run.variant for run in runs) == ["weight_tenfold", "weight_tenth"]
+    with pytest.raises(ValueError, match=r"seed=interval\(0,3\) names no values to train with"):
+        plan([*CARTPOLE, "seed=interval(0,3)"])
+
+
 def test_files_of_something_else_and_places_that_cannot_be_written_are_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("of a user")
-    for out, says in (("README.png", "would overwrite README.md"), ("README.md/x.png", "README.md cannot be written")):
+    (tmp_path / "folder.png").mkdir()
+    for out, says in (
+        ("README.png", "would overwrite README.md"),
+        ("README.md/x.png", "README.md cannot be written"),
+        ("folder.png", "folder.png, which is a directory"),
+    ):
         monkeypatch.setattr(sys, "argv", ["compare.py", *CARTPOLE[:3], "--out", out, *CARTPOLE[3:]])
         with pytest.raises(SystemExit, match=says):
             compare.main()
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "folder.png"}
 
 
 def test_a_reader_that_has_left_is_no_error(tmp_path, monkeypatch):

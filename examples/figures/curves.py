@@ -128,6 +128,8 @@ def folder_names(logdirs: Sequence[Path]) -> list[str]:
 
 def known_keys(logdir: str | os.PathLike, key: str) -> str:
     """What a run has in place of a key that it has not: those it resembles, or all."""
+    if not (Path(logdir) / "metrics.jsonl").exists():
+        return f"{logdir} has no metrics.jsonl."
     known = sorted({name for line in read_metrics(logdir) for name in line} - {"step"})
     if not known:
         return f"{logdir} has no entries yet."

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,8 +26,11 @@ def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:
         >>> expand(["env=probe", "seed=0,1"])
         [('env=probe', 'seed=0'), ('env=probe', 'seed=1')]
     """
-    choices = []
-    for override in OverridesParser.create().parse_overrides(list(arguments)):
+    choices, hydra_here = [], GlobalHydra.instance()
+    loader = hydra_here.config_loader() if hydra_here.is_initialized() else None  # knows what glob(...) finds
+    for override in OverridesParser.create(loader).parse_overrides(list(arguments)):
+        if override.is_interval_sweep():
+            raise ValueError(f"{override.input_line} names no values to train with: list them, or give range(...).")
         if override.is_sweep_override():
             choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
         else:
@@ -33,13 +38,19 @@ def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*choices))
 
 
-def check_finished(run: Run, cfg: DictConfig) -> None:
-    """A finished run of other settings in this run's place is not taken for it."""
+def check_place(run: Run, cfg: DictConfig) -> None:
+    """A run of other settings in this run's place is not taken for it, finished or not."""
     saved = run.logdir / "config.yaml"
-    if not run.finished or not saved.exists():
+    if not run.saved or not saved.exists():
         return
-    before = plain_config(OmegaConf.to_container(OmegaConf.load(saved)), saved)
-    if found := first_difference(before, cfg, TRAINING, run.overrides):
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(saved))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{saved} is damaged ({' '.join(str(error).split())}): move {run.logdir} away.") from error
+    if not content:
+        raise ValueError(f"{saved} is empty, so nothing says what was trained: move {run.logdir} away.")
+    keys = TRAINING if run.finished else [key for key in TRAINING if key != "total_frames"]  # more may be asked for
+    if found := first_difference(plain_config(content, saved), cfg, keys, run.overrides):
         key, old, new = found
         raise ValueError(
             f"{run.logdir} holds a run of {run.saved} frames with {key}={old}, and {' '.join(run.overrides)} asks for {key}={new}: "
@@ -48,7 +59,7 @@ def check_finished(run: Run, cfg: DictConfig) -> None:
 
 
 def plan(arguments: Sequence[str]) -> list[Run]:
-    """The runs of a grid; two of them in one directory are refused, and one where another has finished."""
+    """The runs of a grid; two of them in one directory are refused, and one where another has been trained."""
     return plan_rows([(arguments, None)])
 
 
@@ -56,6 +67,7 @@ def plan_rows(rows: Sequence[tuple[Sequence[str], float | None]]) -> list[Run]:
     """The runs of several grids, each with the bar of its runs."""
     runs: dict[Path, Run] = {}
     seeds: dict[tuple[str, int], Run] = {}
+    variants: dict[str, tuple[Run, DictConfig]] = {}
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         for overrides, bar in ((overrides, bar) for arguments, bar in rows for overrides in expand(arguments)):
             cfg = hydra.compose("config", list(overrides))
@@ -75,6 +87,13 @@ def plan_rows(rows: Sequence[tuple[Sequence[str], float | None]]) -> list[Run]:
                     "mean is over the seeds of one name: put what you vary into the name, for example "
                     "'name=lr-${algorithm.optimizer.lr}'."
                 )
-            check_finished(run, cfg)
+            first, settings = variants.setdefault(cfg.name, (run, cfg))
+            if found := first_difference(settings, cfg, [key for key in TRAINING if key != "seed"], overrides):
+                key, old, new = found
+                raise ValueError(
+                    f"{' '.join(first.overrides)} with {key}={old} and {' '.join(overrides)} with {key}={new} share "
+                    f"name={cfg.name}, and a mean is over the seeds of one name: give each a name of its own."
+                )
+            check_place(run, cfg)
             runs[run.logdir] = run
     return list(runs.values())
