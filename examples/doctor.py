@@ -22,7 +22,7 @@ except ImportError as error:
     os.environ["DOCTOR_FOUND"] = str(error)
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
         os.environ.pop(name, None)
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.execv(sys.executable, [sys.executable, "-m", "r2dreamer.examples.doctor", *sys.argv[1:]])
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
