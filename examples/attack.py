@@ -142,7 +142,7 @@ def prepare_other(cfg: DictConfig, attack: Attack) -> Callable[[Interrupt], tupl
             raise ValueError(f"other={cfg.other} holds {other}, which cannot be compared with {wanted}.")
         return lambda interrupt: (other.delta.detach(), {"file": cfg.other})
     trained = load_trained(cfg.other, attack.device, cfg.trust)
-    if trained.path.samefile(attack.trained.path):
+    if trained.fingerprint == attack.trained.fingerprint:
         raise ValueError(f"other={cfg.other} is the agent that is attacked: give a run of another seed.")
     rival = Attack(trained, cfg, attack.device)
     if rival.image != attack.image:

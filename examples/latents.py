@@ -152,7 +152,7 @@ def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent 
             losses = fitted(agent, run, cfg, records[:episodes], weights)
         scores = model_scores(trained or agent, records, episodes)
     result = asdict(cell) | {"minutes": round((time.time() - start) / 60, 2), "scores": scores, "losses": losses}
-    result |= {"command": shlex.join(["python", *sys.argv]), "commit": commit()}
+    result |= {"command": shlex.join(["r2dreamer", "latents", *sys.argv[1:]]), "commit": commit()}
     replace_text(path, json.dumps(result))
     return result
 
@@ -205,7 +205,10 @@ def main(cfg: DictConfig) -> None:
         trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run
         out = output_path(cfg.out, trained.directory, "latents")
-        settings = {"record": settings["record"], "checkpoint": str(trained.path)}
+        settings = {
+            "record": settings["record"],
+            "checkpoint": f"{trained.path.resolve()}, weights {trained.fingerprint}",
+        }
         shrink = run.env.get("shrink") or (OFFICIAL[run.env.task].shrink if run.env.suite == "dmc_subtle" else 1)
         level = run.env.get("difficulty") or float(Fraction(str(shrink)))
         whose = [(BASELINES, None), (UNTRAINED, None), (run.name, trained.agent)]

@@ -17,6 +17,7 @@ from r2dreamer.dreamer import load_pretrained
 from r2dreamer.envs import AdversarialPatch
 from r2dreamer.examples import attack, evaluate, saliency
 from r2dreamer.examples.attacks.occlusion import OcclusionSaliency
+from r2dreamer.examples.export import export
 from r2dreamer.examples.settings.schema import check
 from r2dreamer.examples.training.checkpoint import Checkpoints
 from r2dreamer.examples.training.learner import Learner
@@ -226,9 +227,11 @@ def test_a_patch_that_cannot_be_compared_is_no_control(opened, tmp_path):
     cfg.other = str(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         attack.prepare_other(cfg, mine)
-    cfg.other = str(opened.directory)
-    with pytest.raises(ValueError, match="is the agent that is attacked"):
-        attack.prepare_other(cfg, mine)
+    exported = export(opened.directory, tmp_path / "exported")  # in half precision
+    for same in (opened.directory, exported):
+        cfg.other = str(same)
+        with pytest.raises(ValueError, match="is the agent that is attacked"):
+            attack.prepare_other(cfg, mine)
 
 
 @pytest.mark.parametrize(

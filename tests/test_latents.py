@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL
 import numpy as np
@@ -200,10 +201,18 @@ def test_the_command_writes_lines_table_and_figure_and_repeats_nothing(command, 
 
 def test_a_checkpoint_is_asked_the_same(tmp_path):
     logdir = tmp_path / "run"
-    train_here(logdir, "env=custom", "env.factory=test_latents:square", *TINY, "model.encoder_multipliers=[2,4]", "env.parallel=false", "env.total_frames=60", "total_frames=60", "checkpoint.every=60")  # fmt: skip
-    latents.main.__wrapped__(config(*SMALL, f"checkpoint={logdir}", "trust=test_latents", name="latents"))
+    arguments = ["env=custom", "env.factory=test_latents:square", *TINY, "model.encoder_multipliers=[2,4]", "env.parallel=false", "env.total_frames=60", "total_frames=60", "checkpoint.every=60"]  # fmt: skip
+    train_here(logdir, *arguments)
+    ask = lambda: latents.main.__wrapped__(config(*SMALL, f"checkpoint={logdir}", "trust=test_latents", name="latents"))
+    ask()
     lines = [json.loads(line) for line in (logdir / "latents" / "results.jsonl").read_text().splitlines()]
     assert [line["member"] for line in lines] == ["baselines", "untrained", "tiny"]
+    other = tmp_path / "other"
+    train_here(other, *arguments, "seed=1")
+    shutil.rmtree(logdir / "checkpoints")
+    shutil.copytree(other / "checkpoints", logdir / "checkpoints")
+    with pytest.raises(ValueError, match="holds results with checkpoint="):  # another agent in the place of the first
+        ask()
     assert lines[2]["scores"] != lines[1]["scores"] and lines[2]["scores"]["latents"].keys() == {
         "shown",
         "hidden",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +46,20 @@ class Trained:
         """Where results go: the run's directory, that of a checkpoint or an agent which stands alone."""
         if self.folder is not None:
             return self.folder
-        inside = self.path.absolute().parent  # the path may begin in the run's own `checkpoints`
+        inside = self.path.resolve().parent  # the path may begin in the run's own `checkpoints`
         return inside.parent if inside.name == "checkpoints" else self.path
 
     @property
     def identity(self) -> dict[str, str | int]:
         return {"name": self.run.name, "seed": self.run.seed, "frames": self.step}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the weights that act, the same for a run's checkpoint and what was exported from it in half precision."""
+        digest = hashlib.sha256()
+        for _, value in sorted(self.agent.policy.state_dict().items()):
+            digest.update(value.half().numpy(force=True).tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def max_steps(self) -> int | None:
