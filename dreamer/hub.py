@@ -100,10 +100,10 @@ def push_to_hub(
             revision=revision,
             commit_message=message,
         )
-    except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - among them those of whatever library it sends with
         raise ValueError(
-            f"{directory} could not be uploaded to {repository}: {_first_line(error)} Writing needs `hf auth login` with a "
-            "token that may."
+            f"{directory} could not be uploaded to {repository}: {_first_line(error)} Writing needs a connection, and `hf "
+            "auth login` with a token that may."
         ) from error
     return str(commit.commit_url)
 

@@ -26,7 +26,7 @@ from r2dreamer.examples.training.metrics import read_metrics
 from r2dreamer.examples.training.saved_config import UNUSED, plain_config
 
 PLAYS = "It has no heads of the objective: it acts and imagines, and is not for training on."
-HALVED = "Its weights are in half precision; the return is of the run, whose weights were not."
+HALVED = "Its weights are in half precision; the run's were not, also where its return was measured."
 EARLIER = "The return was measured at {:,} frames, the last time before the weights were saved."
 
 
@@ -43,7 +43,7 @@ def halved(value: Any) -> Any:
 def describe(loaded: LoadedCheckpoint, name: str) -> ModelCard:
     """What the run says of its agent: the greedy return is the last one measured up to this checkpoint."""
     config, origin = loaded.state["config"], loaded.state.get("origin", {})
-    place, returns, frame = loaded.path.absolute().parent, None, None
+    place, returns, frame = loaded.path.resolve().parent, None, None
     logdir = place.parent
     if place.name == "checkpoints" and (logdir / "metrics.jsonl").exists():  # elsewhere no run stands around it
         for line in read_metrics(logdir, containing='"eval/return"'):

@@ -113,8 +113,11 @@ def test_what_the_hub_does_not_have_is_said_in_a_paragraph(hub, folders):
         assert says in paragraph(error)
 
 
-def test_without_a_connection_the_error_says_what_to_do(hub, monkeypatch):
+def test_without_a_connection_the_error_says_what_to_do(hub, folders, monkeypatch):
     hub.close()
+    with pytest.raises(ValueError) as error:
+        push_to_hub(folders[0], "ann/new")
+    assert "could not be uploaded to ann/new: " in paragraph(error) and "needs a connection" in str(error.value)
     for offline in (False, True):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         with pytest.raises(ValueError) as error:
