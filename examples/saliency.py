@@ -84,9 +84,12 @@ def main(cfg: DictConfig) -> None:
         films[name] = np.stack([overlay(*each) for each in zip(films["seen"], bright, outlines, strict=True)])
         if masks is not None:
             record[name] = found = inside_fraction(maps, masks)
-            share = "none at all" if found["fraction"] is None else f"{found['fraction']:.4f}"
-            area = "" if found["area"] is None else f", which covers {found['area']:.4f} of the image"
-            print(f"{name}: {share} of the saliency lies in the object{area} ({found['frames']} frames)")
+            if found["area"] is None:
+                print(f"{name}: no frame shows the object, so nothing says how much of the saliency lies in it")
+                continue
+            share = "none" if found["fraction"] is None else f"{found['fraction']:.4f}"
+            area = f"which covers {found['area']:.4f} of the image"
+            print(f"{name}: {share} of the saliency lies in the object, {area} ({found['frames']} frames)")
     (out / "saliency.json").write_text(json.dumps(record, indent=1))
     contact_sheet(films, out / "saliency.png")
     if cfg.video:
