@@ -9,7 +9,7 @@ import sys
 
 import hydra
 import pytest
-from launcher import EXAMPLES, TINY, config, train_here
+from launcher import TINY, config, train_here
 
 from r2dreamer.envs import make_dmc, make_gym, make_probe
 from r2dreamer.examples.training.metrics import read_metrics
@@ -209,14 +209,8 @@ def test_the_doctor_says_what_is_ill_and_how_to_mend_it(server, tmp_path):
 
 
 def test_the_doctor_reports_a_renderer_that_cannot_be_loaded_and_goes_on(tmp_path):
-    command = [
-        sys.executable,
-        str(EXAMPLES / "doctor.py"),
-        "env=gym",
-        "env.task=CartPole-v1",
-        "steps=5",
-        "model=size1M",
-    ]
+    command = [sys.executable, "-m", "r2dreamer.examples.cli.main", "doctor"]
+    command += ["env=gym", "env.task=CartPole-v1", "steps=5", "model=size1M"]
     environment = {**os.environ, "MUJOCO_GL": "nonsense"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     said = " ".join(done.stdout.split())
