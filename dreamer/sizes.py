@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torchrl.data import Bounded, Categorical, Composite, MultiOneHot, OneHot, TensorSpec, Unbounded
+
+UNLIMITED = 1e10  # simulators write a large number where an action has no bound
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,26 @@ class ActionSpace:
             return cls(spec.shape[-1], True)
         continuous = isinstance(spec, Bounded | Unbounded) and not isinstance(spec, Categorical)
         if continuous and spec.dtype.is_floating_point and spec.ndim == 1:
+            _check_range(spec)
             return cls(spec.shape[0], False)
         raise ValueError(
             f"Action space {spec.__class__.__name__}{tuple(spec.shape)} of {spec.dtype} is not supported: actions are one "
             "vector of real numbers (Bounded) or one choice (OneHot). For an index, use categorical_action_encoding=False; of "
             "environments beside each other, give action_spec_unbatched."
         )
+
+
+def _check_range(spec: TensorSpec) -> None:
+    """Where there is a range it is [-1, 1]: the mode of an actor stays in it, and the core takes no larger action."""
+    if not isinstance(spec, Bounded):
+        return
+    space: Any = spec.space
+    for bound, expected in ((space.low, -1.0), (space.high, 1.0)):
+        if ((bound.abs() < UNLIMITED) & ((bound - expected).abs() > 1e-6)).any():
+            raise ValueError(
+                f"Actions lie in [{space.low.min():g}, {space.high.max():g}], and an agent acts in [-1, 1]: append "
+                "r2dreamer.envs.ClippedActionScaling() to the environment's transforms."
+            )
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,15 @@ def test_several_choices_at_once_are_not_taken_for_one():
         ObservationSpace.from_spec(make_vector_env(FACTORIES["gym state"], [0], parallel=False).observation_spec)
 
 
+def test_actions_in_another_range_are_not_an_agents():
+    for low, high in ((-2, 2), (0, 1)):
+        spec = Bounded(low, high, (2,))
+        with pytest.raises(ValueError, match=rf"Actions lie in \[{low}, {high}\].*ClippedActionScaling"):
+            ActionSpace.from_spec(spec)
+    for spec in (Bounded(-1, 1, (2,)), Bounded(-1e10, 1e10, (2,)), Unbounded((2,))):
+        assert ActionSpace.from_spec(spec) == ActionSpace(2, discrete=False)
+
+
 def test_a_metric_is_one_number():
     env = make_gym("CartPole-v1", seed=0).base_env
     env.observation_spec = Composite({**env.observation_spec, "metrics": Composite(m=Unbounded(3))})
