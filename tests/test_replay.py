@@ -142,6 +142,14 @@ def test_of_overlapping_windows_in_one_batch_the_last_writes_state_and_belief():
         assert (replay.stored["next", "belief"][slot] == value).all()
 
 
+@pytest.mark.parametrize("change", [lambda latent: latent.transpose(0, 1), lambda latent: latent[:, :-1]])
+def test_latents_in_another_order_or_number_are_refused(change):
+    replay, _, _, _ = filled(capacity=60)
+    batch = replay.sample()
+    with pytest.raises(ValueError, match=rf"'state' of shape .*expected \[{BATCH}, {LENGTH}\] first"):
+        replay.write_back(batch, change(torch.ones(BATCH, LENGTH, 2)), torch.ones(BATCH, LENGTH, 3))
+
+
 def test_latents_of_overwritten_records_are_not_written_back():
     replay, _, streams, builder = filled(capacity=60)
     batch = replay.sample()

@@ -136,6 +136,13 @@ class RecordReplay(TensorDictReplayBuffer):
         }
         if set(values) != set(self.latent_keys):
             raise ValueError(f"write_back got {sorted(values)}, and this replay's latent_keys are {self.latent_keys}.")
+        steps = batch["index"].shape
+        for key, value in values.items():
+            if value.shape[: len(steps)] != steps:
+                raise ValueError(
+                    f"write_back got {key!r} of shape {list(value.shape)}, expected {list(steps)} first: the latents of the "
+                    "batch's records, in their order."
+                )
         index = batch["index"].reshape(-1).cpu()  # [B*T]
         ordered, order = index.sort(stable=True)
         is_last = torch.cat([ordered[1:] != ordered[:-1], torch.ones(1, dtype=torch.bool)])
