@@ -253,6 +253,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
             posterior = posterior.exclude(at(keys.reward))
         posterior.set(at(keys.true_reward), reward)
 
+        for name in self.unwritten:  # no module says that it writes it, so one that does not say so must
+            entry(posterior, keys, name, NEXT)
         terms, diagnostics = self.kl(posterior, keys)
         results = self.representation(posterior, keys)
         own_terms = {*terms, "reward", *["continue"] * self.predicts_continue}

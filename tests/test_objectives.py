@@ -215,6 +215,9 @@ ONE = torch.tensor(1.0)
         (({"own": ONE}, {"kl": ONE}), "'kl'.*writes itself"),
         (({"own": ONE}, {"loss_own": ONE}), "'loss_own'.*are summed"),
         (({"own": torch.ones(3, 5)}, {}), r"'own' of shape \[3, 5\].*mean"),
+        (({"own": ONE}, {"seen": torch.ones(3, 5)}), r"diagnostic 'seen' of shape \[3, 5\].*mean"),
+        (({"own": ONE}, {"seen": 1.0}), "diagnostic 'seen' as a float; expected a tensor"),
+        (({"owned": ONE}, {}), r"the terms \['owned'\], and its `terms` are \('own',\)"),
         (ONE, "returned a Tensor; expected two dicts"),
     ],
 )
@@ -225,8 +228,10 @@ def test_what_an_objective_of_ones_own_returns_replaces_nothing_and_is_a_number(
     losses, _ = R2DreamerWorldModelLoss(agent.world_model, Own(({"own": ONE}, {"seen": ONE})))(tiny_records(agent))
     assert losses["loss_own"] == losses["seen"] == 1
     model = TensorDictSequential(*[each for each in agent.world_model.module if "continue" not in str(each.out_keys)])
-    for results in ([{"own": ONE}, TensorDict()], ({"continue": ONE}, {})):  # a model without a continue head
-        R2DreamerWorldModelLoss(model, Own(results))(tiny_records(agent))
+    for name, results in (("own", [{"own": ONE}, TensorDict()]), ("continue", ({"continue": ONE}, {}))):
+        own = Own(results)
+        own.terms = (name,)  # "continue": the model has no such head
+        R2DreamerWorldModelLoss(model, own)(tiny_records(agent))
 
 
 @pytest.mark.parametrize("reads", [("projected_latent",), "encoded_latents"])

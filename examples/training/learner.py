@@ -103,7 +103,7 @@ class Learner(nn.Module):
         """The critic along the replayed sequence; the latents are attached, so that its error reaches the world model."""
         replayed = latents.copy()
         replayed.set("bootstrap", imagined.get("lambda_target")[:, 0].reshape(*batch.shape, 1))
-        replayed.set("next", batch.get("next").select("reward", "done", "terminated"))
+        replayed.set("next", batch.get("next").select("reward", "done", "terminated", strict=False))
         # The official contdisc: the discount is in the continue head's targets, which these returns do not read.
         discount = self.actor_loss.discount * self.world_model_loss.continue_target_scale
         horizon = math.inf if discount == 1 else 1 / (1 - discount)

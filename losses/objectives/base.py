@@ -6,7 +6,6 @@ An objective is a module called with the posterior TensorDict and the loss's key
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,11 +65,19 @@ def check_results(objective: nn.Module, results: Any, terms: set[str], diagnosti
         raise ValueError(
             f"{name} returned the diagnostics {losses}: entries that begin with 'loss_' are summed. Give them other names."
         )
-    for term, value in results[0].items():
-        if math.prod(getattr(value, "shape", ())) != 1:
-            raise ValueError(
-                f"{name} returned the term {term!r} of shape {list(value.shape)}; expected one number. Take its mean."
-            )
+    declared: Any = getattr(objective, "terms", ())
+    if declared and (unnamed := sorted(results[0].keys() - {*declared})):
+        raise ValueError(
+            f"{name} returned the terms {unnamed}, and its `terms` are {declared!r}: a tuple of their names."
+        )
+    for kind, values in zip(("term", "diagnostic"), results, strict=True):
+        for key, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"{name} returned the {kind} {key!r} as a {type(value).__name__}; expected a tensor.")
+            if value.numel() != 1:
+                raise ValueError(
+                    f"{name} returned the {kind} {key!r} of shape {list(value.shape)}; expected one number. Take its mean."
+                )
     return results[0], results[1]
 
 
