@@ -284,6 +284,12 @@ def assemble(
             f"heads has {taken[0]!r}, but weights are saved by name, and {', '.join(PARTS)} name other parts; a dot has "
             "a meaning there, too. Choose another name."
         )
+    for name, head in heads.items():
+        if not hasattr(head, "in_keys") or not hasattr(head, "out_keys"):
+            raise ValueError(
+                f"The head {name!r} is a {type(head).__name__}, which has no in_keys and out_keys. Wrap the network: "
+                "TensorDictModule(network, in_keys=[...], out_keys=[...])."
+            )
     after = ("next",)
     rollout = RSSMRollout(
         TensorDictModule(

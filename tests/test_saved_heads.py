@@ -12,6 +12,11 @@ from r2dreamer.dreamer.pretrained import pack
 from r2dreamer.dreamer.recipe import construct
 
 
+def test_a_bare_network_is_no_head():
+    with pytest.raises(ValueError, match="The head 'bare' is a Linear, .* no in_keys and out_keys. Wrap the network"):
+        tiny_agent(heads={"bare": lambda sizes: torch.nn.Linear(sizes.state, 3)})
+
+
 @pytest.mark.parametrize("name", ["encoder", "reward", "my.head"])
 def test_a_head_with_the_name_of_another_part_is_refused(name):
     with pytest.raises(ValueError, match=f"heads has '{name}', .* name other parts; .* Choose another name"):
