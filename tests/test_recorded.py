@@ -260,6 +260,16 @@ def test_an_observation_that_is_not_a_number_is_no_gap(tmp_path):
         prefill(make_replay(600, 2, 5, LENGTH), episodes, needed, discrete=False, where="it")
 
 
+def test_one_rollout_in_place_of_a_list_and_paths_and_keys_as_text(tmp_path):
+    collected()[0].exclude("collector").memmap(tmp_path / "recorded")
+    episodes = list(recorded_episodes(str(tmp_path / "recorded"), "pixels"))
+    assert len(episodes) > 1
+    with pytest.raises(
+        ValueError, match=r"episodes is one TensorDict; give a list of episodes, for example \[rollout\]"
+    ):
+        prefill(make_replay(60, 1, 2, 2), episodes[0], example(), discrete=True, where="it")
+
+
 def test_a_path_without_a_recording_and_choices_that_are_numbers_are_refused(tmp_path):
     replay = make_replay(60, 1, 2, 2)
     with pytest.raises(ValueError, match="nowhere is no recording"):

@@ -98,6 +98,16 @@ def test_a_batch_given_twice_or_left_out_or_after_a_reset_is_refused():
         check_records(builder(begun))
 
 
+def test_an_observation_that_is_not_a_number_at_the_border_of_batches_is_no_gap():
+    streams, builder = CountingStreams(1, 1000), RecordBuilder(1, ["count"])
+    both = streams.collect(8).clone()
+    for holder in (both, both["next"]):
+        holder["count"] = holder["count"].float()
+    both["next", "count"][:, 3] = both["count"][:, 4] = torch.nan
+    builder(both[:, :4])
+    assert builder(both[:, 4:])["next", "count"][0].isnan().all()
+
+
 def test_wrong_number_of_streams_is_refused():
     with pytest.raises(ValueError, match=r"\[3, k\], got \[2, 4\]"):
         RecordBuilder(3, ["count"])(CountingStreams(2, 5).collect(4))

@@ -49,6 +49,8 @@ def prefill(
         raise ValueError(
             f"{where} is no recording of TorchRL or Minari, or is not there (`recorded_episodes` found none)."
         )
+    if isinstance(episodes, TensorDictBase):
+        raise ValueError(f"{where}: episodes is one TensorDict; give a list of episodes, for example [rollout].")
     latents = replay.latents_in(example)
     nxt = cast(TensorDictBase, example["next"])
     observations = [key for key in nxt.keys(True, True) if key not in ("reward", *FLAG_KEYS)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ ENDS = (("next", "terminated"), ("next", "truncated"), ("next", "done"))
 TRAJECTORIES = (("collector", "traj_ids"), "traj_ids")  # keys that TorchRL's collectors number trajectories in
 
 
-def recorded_episodes(path: Path, keys: Iterable[NestedKey]) -> Iterator[TensorDict] | None:
+def recorded_episodes(path: str | os.PathLike, keys: Iterable[NestedKey]) -> Iterator[TensorDict] | None:
     """Transitions ``[n]`` of one episode after the other; None where the folder is of neither kind.
 
     An episode begins with ``is_init``, except one whose beginning was not recorded; its last transition is done.
@@ -33,7 +34,7 @@ def recorded_episodes(path: Path, keys: Iterable[NestedKey]) -> Iterator[TensorD
         path: what `TensorDict.memmap`, a memory-mapped storage's or a replay buffer's `dumps` wrote, or a Minari data set.
         keys: of the observations that are wanted.
     """
-    keys = [unravel_key(key) for key in keys]
+    path, keys = Path(path), [unravel_key(key) for key in ([keys] if isinstance(keys, str) else keys)]
     for folder in (path, path / "storage"):
         if (folder / "meta.json").is_file():
             return _torchrl_episodes(folder, keys)

@@ -135,7 +135,8 @@ class RecordBuilder:
         first = cast(TensorDictBase, transitions[:, 0])
         jumps = first["is_init"].reshape(self.num_streams)  # [N]
         for key, expected in self._pending_observations.items():
-            differs = first[key] != expected.to(first[key].device)
+            before = expected.to(first[key].device)
+            differs = (first[key] != before) & ~((first[key] != first[key]) & (before != before))  # NaN is no gap
             jumps = jumps | differs.reshape(self.num_streams, -1).any(-1)
         jumps = jumps & self._has_pending.to(jumps.device)
         if jumps.any():
