@@ -19,7 +19,7 @@ from .bootstrap import bootstrap_band
 OURS, PUBLISHED = "#1764ab", "#8a8a8a"
 # By suite, how its published curves were played, where the suite's default plays otherwise.
 PLAYED_WITH = {"atari100k": "with sticky actions (env.sticky=0.25)"}
-PALETTE = [OURS, "#c8553d", "#2f8f5b", "#7d5ba6", "#b8860b", "#17a2b8", "#d36ba6", "#4a4a4a"]
+PALETTE = [OURS, "#c8553d", "#2f8f5b", "#7d5ba6", "#b8860b", "#17a2b8", "#d36ba6", "#4a4a4a", "#94a323", "#7a3b1d"]
 
 
 def draw_curve(logdir: str | os.PathLike, suite: str, task: str, out_png: str | os.PathLike) -> Path | None:
