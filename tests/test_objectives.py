@@ -9,7 +9,7 @@ from agents import BATCH, TIME, tiny_agent, tiny_records
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 
-from r2dreamer.dreamer import ObservationDecoder, projection_head
+from r2dreamer.dreamer import ObservationDecoder, ProjectionHead, latent_head, projection_head
 from r2dreamer.losses import (
     BarlowTwins,
     InfoNCE,
@@ -232,6 +232,16 @@ def test_what_an_objective_of_ones_own_returns_replaces_nothing_and_is_a_number(
         own = Own(results)
         own.terms = (name,)  # "continue": the model has no such head
         R2DreamerWorldModelLoss(model, own)(tiny_records(agent))
+
+
+def test_what_an_objective_reads_is_asked_for_by_name_where_a_head_has_another_one():
+    network = lambda sizes: latent_head(ProjectionHead(sizes.features, sizes.embedding), ["view"], prefix=("next",))
+    agent = tiny_agent(images=False, heads={"projection": network})
+    loss = R2DreamerWorldModelLoss(agent.world_model, Own(({"own": ONE}, {}), ("projected_latents",)))
+    with pytest.raises(ValueError, match=r"projected_latents is missing(?s:.*)set_keys\(projected_latents="):
+        loss(tiny_records(agent))
+    loss.set_keys(projected_latents="view")
+    assert loss(tiny_records(agent))[0]["loss_own"] == 1
 
 
 @pytest.mark.parametrize("reads", [("projected_latent",), "encoded_latents"])

@@ -18,7 +18,6 @@ from r2dreamer.dreamer import (
     ObservationSpace,
     ProjectionHead,
     build_agent,
-    latent_head,
 )
 from r2dreamer.envs import make_gym
 from r2dreamer.losses import (
@@ -26,7 +25,6 @@ from r2dreamer.losses import (
     CategoricalKL,
     DreamerActorLoss,
     DreamerValueLoss,
-    Objective,
     R2DreamerWorldModelLoss,
     Reconstruction,
     total_loss,
@@ -157,19 +155,6 @@ def test_forgotten_set_keys():
         loss(sample())
     loss.set_keys(encoded_latents="encoded")
     assert total_loss(loss(sample())[0]).isfinite()
-
-
-def test_a_head_of_another_name_before_an_objective_of_ones_own():
-    class Reads(Objective):
-        terms, reads = ("own",), ("projected_latents",)
-
-        def forward(self, tensordict, keys):
-            return {"own": tensordict["next", keys.projected_latents].mean()}, {}
-
-    network = lambda sizes: latent_head(ProjectionHead(sizes.features, sizes.embedding), ["view"], prefix=("next",))
-    agent = tiny_agent(images=False, heads={"projection": network})
-    with refused("projected_latents is missing", "set_keys(projected_latents="):
-        R2DreamerWorldModelLoss(agent.world_model, Reads())(tiny_records(agent))
 
 
 def test_set_keys_with_a_misspelt_key():
