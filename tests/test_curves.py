@@ -51,7 +51,7 @@ def test_curve_with_the_published_one(tmp_path, drawn):
     run = make_run(tmp_path / "run", range(10_000, 100_001, 10_000))
     assert draw_curve(run, "dmc_vision", "walker_walk", tmp_path / "curve.png").stat().st_size > 5000
     (figure,) = drawn
-    assert labels(figure) == ["DreamerV3 (published, 10 seeds)", "training episodes", "evaluation (mode actions)"]
+    assert labels(figure) == ["DreamerV3 (published, 10 seeds, mean and std)", "training episodes", "evaluation (mode actions)"]
     assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [50_000, 100_000, 150_000]
     assert len(figure.axes[0].get_lines()[2].get_xdata()) == 11  # null is not a point
 
@@ -60,7 +60,7 @@ def test_a_published_atari_curve_says_that_it_was_played_with_sticky_actions(tmp
     run = make_run(tmp_path / "run", [20_000, 40_000])
     assert draw_curve(run, "atari100k", "alien", tmp_path / "curve.png").exists()
     assert draw_runs([run], ["ours"], tmp_path / "runs.png", published={"": ("atari100k", "alien")}).exists()
-    expected = "DreamerV3 (published, 5 seeds),\nwith sticky actions (env.sticky=0.25)"
+    expected = "DreamerV3 (published, 5 seeds, mean and std),\nwith sticky actions (env.sticky=0.25)"
     assert all(expected in labels(figure) for figure in drawn)
 
 

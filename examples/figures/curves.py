@@ -172,7 +172,7 @@ def _draw_published(axes, suite, task, longest):
         return
     shown = max(2, int((curve["frames"] <= longest).sum()) + 1)  # at least a line, and one point past the run
     frames, mean, std = (curve[name][:shown] for name in ("frames", "mean", "std"))
-    label = f"DreamerV3 (published, {curve['seeds']} seeds)"
+    label = f"DreamerV3 (published, {curve['seeds']} seeds, mean and std)"
     if suite in PLAYED_WITH:
         label += f",\n{PLAYED_WITH[suite]}"
     axes.plot(frames, mean, color=PUBLISHED, linewidth=1.5, linestyle="--", label=label)
