@@ -25,7 +25,7 @@ from .rssm.core import BlockGRU, RSSMPosterior, RSSMPrior, check_core
 from .rssm.imagination import Imagination
 from .rssm.latents import CategoricalLatent
 from .rssm.rollout import RSSMRollout, RSSMStateEstimator
-from .sizes import ActionSpace, ObservationSpace, Sizes
+from .sizes import ActionSpace, ObservationSpace, Sizes, check_names, check_sizes
 
 PARTS = ("encoder", "rssm", "reward", "continue", "value", "actor")  # of any agent, beside the objective's heads
 HeadFactory = Callable[[Sizes], TensorDictModuleBase]
@@ -187,13 +187,8 @@ def build_agent(
     """
     units = hidden if units is None else units
     widths = dict(belief=belief, hidden=hidden, classes=classes, depth=depth, categoricals=categoricals, blocks=blocks)
-    for name, width in {**widths, "units": units}.items():
-        if width < 1:
-            raise ValueError(f"model.{name}={width} must be a positive number of features.")
     layers = dict(vector=vector_layers, reward=reward_layers, actor=actor_layers, value=value_layers)
-    for name, count in {**layers, "continue": continue_layers or 0}.items():
-        if count < 0:
-            raise ValueError(f"model.{name}_layers={count} must not be negative.")
+    check_sizes({**widths, "units": units}, {**layers, "continue": continue_layers or 0})
     encoder = ObservationEncoder(
         observations.images,
         observations.vectors,
@@ -312,6 +307,7 @@ def assemble(
     )
     after_actor = [] if exploration is None else [exploration]
     policy = TensorDictSequential([encoder.at_root(), estimator, actor, *after_actor])
+    check_names(observations, [*policy.out_keys, *world_model.out_keys])
     agent = Agent(
         observations=observations,
         actions=actions,

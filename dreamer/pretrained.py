@@ -14,6 +14,7 @@ Continuous actions are for [-1, 1]: clip them and scale them to the environment'
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import pickle
@@ -130,17 +131,32 @@ def save_pretrained(
     if recipe is None:
         raise ValueError("recipe=None is for what load_pretrained made; give what builds this agent, as in pack().")
     packed = pack(agent, recipe, {name: (made_by, agent.heads[name]) for name, made_by in agent.more_heads.items()})
-    _check_recipe(packed)
+    _check_recipe(packed, agent)
     write_folder(Path(directory), packed, (card or ModelCard()).text(packed), more or {})
     return Path(directory)
 
 
-def _check_recipe(packed: Mapping[str, Any]) -> None:
+def _check_recipe(packed: Mapping[str, Any], agent: Agent) -> None:
     """Refuses a recipe of another agent now, while the weights can still be saved with the right one."""
     try:
-        unpack(packed, trust=_modules([packed["recipe"], packed["more_heads"]]))
+        built = unpack(packed, trust=_modules([packed["recipe"], packed["more_heads"]]))
+        parts = built.parts()
+        for name, part in agent.parts().items():
+            _check_alike(name, part, parts[name])
     except Exception as error:  # whatever a builder of the user's own raises
         raise ValueError(f"recipe does not give this agent back: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_alike(name: str, part: nn.Module, built: nn.Module) -> None:
+    """Refuses arguments that shapes of weights do not show, such as the classes of a latent."""
+    others = dict(built.named_modules())
+    for path, module in part.named_modules():
+        known, other = inspect.signature(type(module).__init__).parameters, vars(others.get(path, module))
+        for argument, value in vars(module).items():
+            plain = isinstance(value, bool | int | float | str)
+            if plain and argument in known and other.get(argument, value) != value:
+                where = ".".join(filter(None, [name, path, argument]))
+                raise ValueError(f"{where} is {value!r}, and {other[argument]!r} in what it builds")
 
 
 def _modules(recipe: Any) -> list[str]:

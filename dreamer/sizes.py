@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tensordict.utils import NestedKey
 from torchrl.data import Bounded, Categorical, Composite, MultiOneHot, OneHot, TensorSpec, Unbounded
 
 UNLIMITED = 1e10  # simulators write a large number where an action has no bound
@@ -126,3 +128,23 @@ class Sizes:
     def features(self) -> int:
         """Of state and belief beside each other."""
         return self.state + self.belief
+
+
+def check_sizes(widths: Mapping[str, int], layers: Mapping[str, int]) -> None:
+    """Refuses widths and numbers of layers that no network has."""
+    for name, width in widths.items():
+        if width < 1:
+            raise ValueError(f"model.{name}={width} must be a positive number of features.")
+    for name, count in layers.items():
+        if count < 0:
+            raise ValueError(f"model.{name}_layers={count} must not be negative.")
+
+
+def check_names(observations: ObservationSpace, written: Sequence[NestedKey]) -> None:
+    """Refuses observations of a name that the agent writes; a reward that is observed is given to the losses apart."""
+    taken = {key if isinstance(key, str) else key[-1] for key in written} - {"reward"}
+    for name in sorted({*observations.images, *observations.vectors} & taken):
+        raise ValueError(
+            f"The observation {name!r} has the name of an entry that the agent writes, and would be overwritten. Append "
+            f"torchrl.envs.RenameTransform([{name!r}], ['observed_{name}']) to the environment's transforms."
+        )

@@ -19,7 +19,17 @@ from torchrl.modules.distributions.utils import has_analytic_entropy, rsample_an
 from .continuation import UntrainedHead, check_logit, check_probability, continue_name
 from .functional import imagination_weight, lambda_return
 from .ranks import gather_ranks
-from .wiring import NEXT, DreamerLoss, check_scalar, entry, read_key, require_instances, require_modules, unregistered
+from .wiring import (
+    NEXT,
+    DreamerLoss,
+    check_scalar,
+    entry,
+    read_key,
+    require_instances,
+    require_modules,
+    require_not_negative,
+    unregistered,
+)
 
 DISCOUNT = 1 - 1 / 333
 LATENTS = "the world model (its posterior latents, at the root)"
@@ -82,8 +92,6 @@ class DreamerActorLoss(DreamerLoss):
         continuation: NestedKey = read_key("continuation", "continue_model", model="continue_model")
         lambda_target: NestedKey = "lambda_target"
         discount_weight: NestedKey = "discount_weight"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
 
     namesake = "TorchRL's actor loss of Dreamer V1 has the same name: from torchrl.objectives import DreamerActorLoss."
     renamed = {
@@ -140,6 +148,7 @@ class DreamerActorLoss(DreamerLoss):
         for name, share in {"discount": discount, "lmbda": lmbda}.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share} must be in [0, 1].")
+        require_not_negative(entropy_bonus=entropy_bonus)
         if not 0 < return_rate <= 1:
             raise ValueError(
                 f"return_rate={return_rate} must be in (0, 1]; at 0 the scale of returns would never move."

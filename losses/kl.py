@@ -11,7 +11,7 @@ from torch import nn
 from .functional import categorical_entropy, divergence, log_mixed
 from .objectives.base import Terms
 from .ranks import ranks, sum_ranks
-from .wiring import NEXT, entry
+from .wiring import NEXT, entry, require_not_negative
 
 READS = ("prior_logits", "posterior_logits")
 
@@ -48,6 +48,9 @@ class CategoricalKL(nn.Module):
         average_first: bool = False,
     ):
         super().__init__()
+        require_not_negative(dynamics=dynamics, representation=representation, free_nats=free_nats)
+        if not 0 <= unimix < 1:
+            raise ValueError(f"unimix={unimix} must be in [0, 1).")
         self.dynamics, self.representation = dynamics, representation
         self.free_nats, self.unimix, self.average_first = free_nats, unimix, average_first
 
@@ -94,6 +97,7 @@ class GaussianKL(nn.Module):
 
     def __init__(self, weight: float = 1.0, free_nats: float = 3.0):
         super().__init__()
+        require_not_negative(weight=weight, free_nats=free_nats)
         self.weight, self.free_nats = weight, free_nats
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:

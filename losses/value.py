@@ -162,6 +162,8 @@ class DreamerValueLoss(DreamerLoss):
         ``reward``, ``done``, ``terminated`` below ``"next"``. Terminal stops value, truncation stops the mixing, the last
         step has no successor and is dropped, as is the last of an episode. Gradients flow into the latents.
         """
+        if not (horizon >= 1 and 0 <= lmbda <= 1):
+            raise ValueError(f"horizon={horizon} must be at least 1 step, and lmbda={lmbda} in [0, 1].")
         keys = self.tensor_keys
         steps = entry(tensordict, keys, "reward", NEXT).shape[:2]
         reward, done, terminated = (

@@ -109,6 +109,13 @@ def require_instances(**objects: object) -> None:
             raise ValueError(f"{name}={given.__name__} is a class; pass an instance: {name}={given.__name__}(...).")
 
 
+def require_not_negative(**weights: float) -> None:
+    """Refuses negative weights, and NaN."""
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name}={weight} must not be negative; 0 switches the term off.")
+
+
 def require_modules(**models: object) -> None:
     """Refuses classes and bare networks where a module with ``in_keys`` and ``out_keys`` must be."""
     require_instances(**models)
@@ -199,8 +206,14 @@ class DreamerLoss(LossModule):
                 raise ValueError(f"{name} is not a key of {type(self).__name__}: {hint}")
             if key is not None:
                 self._check_key(name, key, **accepted[name].metadata)
-        super().set_keys(**kwargs)
-        self._read_heads()
+        before = copy.copy(self._tensor_keys)
+        try:
+            super().set_keys(**kwargs)
+            self._read_heads()
+        except Exception:  # what is refused changes nothing
+            self._tensor_keys = before
+            self._read_heads()
+            raise
 
     def _read_heads(self) -> None:
         """Looks up by the present keys what the loss's models write; called by a constructor, and again by ``set_keys``."""

@@ -17,7 +17,7 @@ from torch import nn
 from torchrl.modules import RSSMRollout as GaussianRollout  # Dreamer V1's
 
 from .continuation import check_logit, continue_name
-from .kl import CategoricalKL
+from .kl import CategoricalKL, GaussianKL
 from .likelihood import ScalarPrediction
 from .objectives.barlow import BarlowTwins
 from .objectives.base import Objective, check_results
@@ -32,6 +32,7 @@ from .wiring import (
     read_key,
     require_instances,
     require_modules,
+    require_not_negative,
     writer_of,
 )
 
@@ -138,9 +139,7 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         require_instances(representation=representation, kl=kl, scalar_likelihood=scalar_likelihood)
         if not 0 < continue_target_scale <= 1:
             raise ValueError(f"continue_target_scale={continue_target_scale} must be in (0, 1]; 1 changes no target.")
-        for name, weight in {"reward_weight": reward_weight, "continue_weight": continue_weight}.items():
-            if weight < 0:
-                raise ValueError(f"{name}={weight} must not be negative; 0 switches the term off.")
+        require_not_negative(reward_weight=reward_weight, continue_weight=continue_weight)
         super().__init__()
         self.convert_to_functional(cast(Any, world_model), "world_model")
         self.representation = BarlowTwins() if representation is None else representation
@@ -167,6 +166,13 @@ class R2DreamerWorldModelLoss(DreamerLoss):
                     f"{type(part).__name__}.reads={reads!r}: expected a tuple of accepted keys, of which {unknown[0]!r} is none.\n"
                     f"They are {listed(vars(self.tensor_keys), most=20)}."
                 )
+        kinds = {module.categorical for module in self.world_model.modules() if hasattr(module, "categorical")}
+        fits = {CategoricalKL: True, GaussianKL: False}.get(type(self.kl))
+        if fits is not None and (not fits) in kinds:
+            state, kl = ("Gaussian", "GaussianKL") if fits else ("categorical", "CategoricalKL")
+            raise ValueError(
+                f"kl={type(self.kl).__name__} does not fit the world model, whose state is {state}: pass kl={kl}(...)."
+            )
         categorical = self._next(self.tensor_keys.prior_logits)
         for module in self.world_model.modules():
             if isinstance(module, GaussianRollout) and categorical in module.out_keys:

@@ -51,7 +51,11 @@ def test_curve_with_the_published_one(tmp_path, drawn):
     run = make_run(tmp_path / "run", range(10_000, 100_001, 10_000))
     assert draw_curve(run, "dmc_vision", "walker_walk", tmp_path / "curve.png").stat().st_size > 5000
     (figure,) = drawn
-    assert labels(figure) == ["DreamerV3 (published, 10 seeds, mean and std)", "training episodes", "evaluation (mode actions)"]
+    assert labels(figure) == [
+        "DreamerV3 (published, 10 seeds, mean and std)",
+        "training episodes",
+        "evaluation (mode actions)",
+    ]
     assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [50_000, 100_000, 150_000]
     assert len(figure.axes[0].get_lines()[2].get_xdata()) == 11  # null is not a point
 

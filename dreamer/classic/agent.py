@@ -14,7 +14,7 @@ from ..networks.heads import FeatureMLP
 from ..networks.layers import elu_mlp
 from ..rssm.core import RSSMPosterior, RSSMPrior
 from ..rssm.latents import Latent
-from ..sizes import ActionSpace, ObservationSpace, Sizes
+from ..sizes import ActionSpace, ObservationSpace, Sizes, check_sizes
 from .networks import ConvDecoder, ConvEncoder, ExplorationNoise, GRUCore, elu_actor_head
 
 
@@ -66,6 +66,9 @@ def build_classic_agent(
         fast: as in ``build_agent``.
     """
     units = hidden if units is None else units
+    widths = dict(belief=belief, hidden=hidden, classes=classes, depth=depth, categoricals=categoricals, units=units)
+    layers = dict(vector=vector_layers, reward=reward_layers, actor=actor_layers, value=value_layers)
+    check_sizes(widths, {**layers, "continue": continue_layers or 0})
     encoder = ObservationEncoder(
         observations.images,
         observations.vectors,

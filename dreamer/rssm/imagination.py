@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
@@ -114,6 +115,8 @@ class Imagination(nn.Module):
         for _step in range(max_steps):
             latents = TensorDict({"state": states[-1].detach(), "belief": beliefs[-1].detach()}, state.shape[:-1])
             action = self._act(policy, latents)
+            if action is None:
+                raise ValueError(_unnamed("policy", "action", latents.keys()))
             _, state, belief = self.prior(states[-1], belief, action)
             states.append(state.to(store))
             beliefs.append(belief.to(store))
@@ -123,6 +126,8 @@ class Imagination(nn.Module):
         after = {"state": states[..., 1:, :], "belief": beliefs[..., 1:, :]}
         following = TensorDict(after, action.shape[:-1])  # [N, H]
         self.reward(following)
+        if "reward" not in following:
+            raise ValueError(_unnamed("reward head", "reward", following.keys()))
         never = lambda: {key: torch.zeros_like(action[..., :1], dtype=torch.bool) for key in ("done", "terminated")}
         return TensorDict(
             {
@@ -134,3 +139,10 @@ class Imagination(nn.Module):
             },
             following.batch_size,
         )
+
+
+def _unnamed(writer: str, name: str, there: Iterable[NestedKey]) -> str:
+    return (
+        f"The {writer} wrote no {name!r}; there is {', '.join(sorted(map(str, there)))}. An Imagination knows its entries by the "
+        f"names state, belief, action and reward: let the {writer} write {name!r}."
+    )

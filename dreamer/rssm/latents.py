@@ -23,6 +23,7 @@ class CategoricalLatent(nn.Module):
     """
 
     compiles = ("draw",)
+    categorical = True
 
     def __init__(self, num_categoricals: int = 32, num_classes: int = 32, unimix: float = 0.01):
         super().__init__()

@@ -154,8 +154,8 @@ class RSSMStateEstimator(TensorDictModuleBase):
     """Acting-time filter: previous latents, previous action and the embedding of what is seen now -> latents now.
 
     Reads and overwrites ``state`` and ``belief``; ``action`` still holds the previous action when it is called. Entries
-    a fresh environment does not have yet count as zeros, and ``is_init`` zeroes them per environment. Latents that are
-    absent in mid-episode were lost on the way: an error.
+    a fresh environment does not have yet count as zeros, and ``is_init`` zeroes them per environment. What is absent in
+    mid-episode was lost on the way: an error.
 
     Args:
         prior: the network that ``rssm_prior`` of the rollout wraps.
@@ -197,8 +197,8 @@ class RSSMStateEstimator(TensorDictModuleBase):
             )
         keep = _reset_mask(is_init, embedding)
         found = {name: tensordict.get(name, None) for name in self.sizes}
-        if found["state"] is None or found["belief"] is None:
-            self._check_memory(is_init)
+        if absent := [name for name, value in found.items() if value is None]:
+            self._check_memory(is_init, absent)
         previous = []
         for name, value in found.items():
             if value is None:
@@ -209,11 +209,16 @@ class RSSMStateEstimator(TensorDictModuleBase):
         _, state = self.posterior(belief, embedding)
         return tensordict.set("state", state.float()).set("belief", belief.float())
 
-    def _check_memory(self, is_init: torch.Tensor) -> None:
-        """Refuses absent latents in mid-episode: the policy has lost its memory."""
+    def _check_memory(self, is_init: torch.Tensor, absent: list[str]) -> None:
+        """Refuses absent entries in mid-episode: the policy has lost its memory."""
         if torch.compiler.is_compiling() or (is_init.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if not is_init.all():
+            if absent == ["action"]:
+                raise ValueError(
+                    "The action of the step before is absent, and 'is_init' is false: TorchRL's step_mdp drops it, and the policy "
+                    "remembers by it. Use env.step_mdp(td), or step_mdp(td, exclude_action=False)."
+                )
             raise ValueError(
                 "The policy has no memory: 'state' and 'belief' of the step before are absent, and 'is_init' is false. A "
                 "batched environment hands back only entries of its own.\n"

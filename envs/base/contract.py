@@ -18,8 +18,18 @@ class ClippedActionScaling(ActionScaling):
     """Actions in [-1, 1] scaled to the environment's range; what lies outside is clipped.
 
     A Gaussian policy without a squashing function samples outside the range now and then, and simulators differ in
-    what they do with that: some clip, some integrate it, some raise.
+    what they do with that: some clip, some integrate it, some raise. The range is the environment's own: another one is
+    for TorchRL's ``ActionScaling``, which does not clip.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if other := [name for name in ("loc", "scale") if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"{' and '.join(other)}: ClippedActionScaling takes the range of the environment's actions."
+            )
+        if not self.standard_normal:
+            raise ValueError("standard_normal=False: actions of ClippedActionScaling lie in [-1, 1], as an agent's do.")
 
     def _inv_apply_transform(self, action: torch.Tensor) -> torch.Tensor:
         return super()._inv_apply_transform(action.clamp(-1, 1))

@@ -30,7 +30,7 @@ def to_pixels(image: np.ndarray, size: int | None = None, grayscale: bool = Fals
     if size is not None and pixels.shape[-2:] != (size, size):
         # Antialiased, because a thin pole sampled at single points flickers.
         pixels = interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-    if grayscale and pixels.shape[1] == 3:
+    if grayscale and pixels.shape[1] >= 3:  # what a fourth channel says of opacity is left out
         weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        pixels = (pixels * weights).sum(1, keepdim=True).round().to(torch.uint8)
+        pixels = (pixels[:, :3] * weights).sum(1, keepdim=True).round().to(torch.uint8)
     return pixels[0].contiguous().numpy()

@@ -34,7 +34,7 @@ class Simulator(EnvBase):
     Args:
         observations: The shapes, by name.
         actions: The number of choices, or the bounds (low, high) of a vector, two arrays. Actions come in [-1, 1] and
-            are clipped and scaled to those bounds that are finite: a Gaussian policy samples outside now and then, and simulators
+            are clipped and scaled to the bounds of a dimension that has two, and clipped to one alone: a Gaussian policy samples outside now and then, and simulators
             differ in what they do with that.
         metrics: The names of `self.metrics`.
     """
@@ -69,10 +69,17 @@ class Simulator(EnvBase):
             limited = (np.abs([low, high]) < UNLIMITED).all(0)
             low, high = np.where(limited, low, -1), np.where(limited, high, 1)  # what has no bounds stays as it is
             self.scale, self.middle = (high - low) / 2, (high + low) / 2
-            self.limit = np.where(limited, 1, np.inf).astype(np.float32)
+            own = [
+                np.where(np.abs(bound) < UNLIMITED, bound, sign * np.inf)
+                for sign, bound in zip((-1, 1), self.bounds, strict=True)
+            ]
+            self.limits = [
+                np.where(limited, sign, bound).astype(np.float32) for sign, bound in zip((-1, 1), own, strict=True)
+            ]
             shape = torch.Size(low.shape)
             ranged = Bounded(-1, 1, shape, dtype=torch.float32)
             self.action_spec = ranged if limited.all() else Unbounded(shape, dtype=torch.float32)
+        self.action_shape = tuple(self.action_spec.shape)
         self.reward_spec = Unbounded(1)
         flag = Categorical(2, shape=torch.Size([1]), dtype=torch.bool)
         self.full_done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone())
@@ -93,10 +100,15 @@ class Simulator(EnvBase):
 
     def step_arrays(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool]:
         """(observation, reward, terminated, truncated) after one action of an agent: one-hot, or in [-1, 1]."""
+        if action.shape != self.action_shape or (action.dtype.kind == "f" and not np.isfinite(action).all()):
+            raise ValueError(
+                f"The action {action.tolist()} at step {self.step_count} of an episode of task {self.task!r}: expected "
+                f"{self.action_shape[0]} finite numbers. NaN comes from a policy that has diverged."
+            )
         if self.discrete:
             action = int(action.argmax())
         else:
-            action = np.clip(action, -self.limit, self.limit) * self.scale + self.middle
+            action = np.clip(action, *self.limits) * self.scale + self.middle
         vars(self)["step_count"] += 1  # the ordinary way to set an attribute of an EnvBase takes 5 us
         observation, reward, terminated, truncated = self.advance(action)
         return self._checked(observation, reward), float(reward), bool(terminated), bool(truncated and not terminated)

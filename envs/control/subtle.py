@@ -61,6 +61,12 @@ class Subtle:
     assets: Mapping[str, str | bytes] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for argument in ("geoms", "sites", "tendons", "classes"):
+            given = getattr(self, argument)
+            given = given if isinstance(given, str | tuple) else list(given)
+            if given in ("", []):
+                raise ValueError(f"{argument}={given!r} names nothing; leave it out, or say what shrinks.")
+            setattr(self, argument, given)
         if self.task is not None and self.task not in OFFICIAL:
             raise unknown_task(self.task, OFFICIAL, "DMC-Subtle")
         if self.names and (self.task is not None or self.shrink is None):

@@ -90,6 +90,10 @@ def step(env: Any, action: Any, repeat: int) -> tuple[Any, float, bool, bool]:
     total = 0.0
     for _ in range(repeat):
         now = env.step(action)
+        if now.first():  # dm_control begins an episode where none is under way
+            raise RuntimeError(
+                "No episode is under way: call reset() before the first step and after an episode's end."
+            )
         total += now.reward
         if now.last():
             break

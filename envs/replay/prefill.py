@@ -57,7 +57,12 @@ def prefill(
     observations = [key for key in observations if unravel_key(("next", key)) not in latents]
     found = Prefilled()
     for episode in episodes:
-        if not episode["is_init"].reshape(-1)[0]:
+        if (begins := episode.get("is_init", None)) is None or not len(episode):
+            raise ValueError(
+                f"{where}: an episode of {len(episode)} records holds {sorted(map(repr, episode.keys()))}; it needs at least one, and "
+                "'is_init', which says where it begins: add TorchRL's InitTracker to the environment that is recorded."
+            )
+        if not begins.reshape(-1)[0]:
             found.left_out += 1
             continue
         roots = observations and observations[0] in episode.keys(True, True)

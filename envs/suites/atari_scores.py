@@ -55,7 +55,7 @@ class HumanNormalizedScore:
         self.reference = SCORES.get(task) if lives == "unused" else None
 
     def __call__(self, returns: Sequence[float], metrics: Mapping[str, Sequence[float]]) -> Any:
-        if self.reference is None:
+        if self.reference is None or not returns:
             return {}
         random, human = self.reference
         return {"human_normalized": (fmean(returns) - random) / (human - random)}

@@ -176,7 +176,10 @@ def _leaves(space: Any, path: tuple = ()) -> Iterator[tuple[str, tuple, Any]]:
 
 
 def _is_image(space: Any) -> bool:
-    return isinstance(space, spaces.Box) and is_image(space.shape, space.dtype)
+    """Whether it is a photograph: a small grid of codes, or bytes of another range, is a vector."""
+    if not isinstance(space, spaces.Box) or not is_image(space.shape, space.dtype):
+        return False
+    return sorted(space.shape)[-2] >= 8 and int(space.high.max()) == 255
 
 
 def import_old_gym_quietly() -> None:

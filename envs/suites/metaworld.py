@@ -27,7 +27,7 @@ UPSIDE_DOWN = ("corner", "corner2", "corner3")
 
 
 def make_metaworld(
-    task: str, *, seed: int, image_size: int = 64, action_repeat: int = 2, camera: int | str = "corner2"
+    task: str, *, seed: int, image_size: int = 64, action_repeat: int = 2, camera: str = "corner2"
 ) -> ContractEnv:
     """One of the MT1 tasks ("reach", "door-open", ...; "reach-v3" works too) with a new goal each episode, seeded.
 
@@ -55,7 +55,7 @@ def make_metaworld(
 class MetaWorld(Simulator):
     """One Meta-World task that draws its goals from a generator of its own."""
 
-    def __init__(self, upstream: Any, image_size: int, action_repeat: int, camera: int | str):
+    def __init__(self, upstream: Any, image_size: int, action_repeat: int, camera: str):
         space = upstream.action_space
         super().__init__(
             observations={"pixels": (3, image_size, image_size)}, actions=(space.low, space.high), metrics=["success"]

@@ -52,7 +52,8 @@ class AdversarialPatch(Transform):
         onset: The first step of an episode at which an environment shows the patch.
         channels: Of the images.
         pixels_key: Where they are.
-        seed: Of the first `delta` and of all draws. In a `ParallelEnv` give each worker's patch its own.
+        seed: Of the first `delta` and of all draws, which go on whatever an environment's seed is (:meth:`reseed`). In a
+            `ParallelEnv` give each worker's patch its own.
 
     Example:
         env = TransformedEnv(make_dmc("walker_walk", seed=0, from_pixels=True), AdversarialPatch.load("patch.npz"))
@@ -351,6 +352,8 @@ class AdversarialPatch(Transform):
             with np.load(path, allow_pickle=False) as archive:
                 settings = json.loads(archive["settings"].item())
                 state = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "settings"}
+            if isinstance(settings.get("pixels_key"), list):  # JSON has no tuples
+                settings["pixels_key"] = tuple(settings["pixels_key"])
             if not settings.get("eot_translations"):  # older files may hold a brightness that nothing drew
                 settings["eot_max_brightness"] = 0.0
             patch = cls(allowed=state.get("allowed"), **settings)

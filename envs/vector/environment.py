@@ -119,6 +119,7 @@ class VectorEnv(EnvBase):
         after = self._step(tensordict)
         tensordict.set("next", after)
         root = tensordict.exclude("next")  # with whatever a policy carries from step to step
+        self._clear_flags(self.auto_reset)
         self.auto_reset.zero_()
         flags = {flag: torch.zeros_like(value) for flag, value in self.flags.items()}
         return tensordict, self._fill(root, self.current, flags)
@@ -129,6 +130,14 @@ class VectorEnv(EnvBase):
         `observations`, `reward` and `flags` hold the outcome, `current` the observations to act on.
         """
         self._check_open()
+        if action.shape != self.action.shape:
+            raise ValueError(
+                f"The actions have shape {list(action.shape)}, and these environments take {list(self.action.shape)}."
+            )
+        if action.is_floating_point() and not self.action.is_floating_point():  # choices that are weighed, or NaN
+            if not action.isfinite().all():
+                raise ValueError("The actions hold NaN or Inf: the policy that chose them has diverged.")
+            action = torch.zeros_like(self.action).scatter_(-1, action.argmax(-1, keepdim=True).cpu(), 1)
         self.action.copy_(action)
         self.pool.step()
         done = self.flags["done"][:, 0]
@@ -151,7 +160,7 @@ class VectorEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         asked = torch.ones_like(self.auto_reset)
         if tensordict is not None and "_reset" in tensordict:
-            asked = tensordict.get("_reset").reshape(asked.shape)
+            asked = tensordict.get("_reset").reshape(asked.shape).to(asked.device)
         to_reset = asked & ~self.auto_reset
         if to_reset.any():
             self._check_open()
@@ -160,9 +169,16 @@ class VectorEnv(EnvBase):
                 (key, _where(to_reset, self.first_observations[key], tensor)) for key, tensor in self.current.items()
             )
         self.auto_reset &= ~asked
-        flags = {flag: _where(~asked, tensor, torch.zeros_like(tensor)) for flag, tensor in self.flags.items()}
+        self._clear_flags(asked)
+        flags = {flag: tensor.clone() for flag, tensor in self.flags.items()}
         observed = {key: tensor.clone() for key, tensor in self.current.items()}
         return self._fill(TensorDict({}, self.batch_size, "cpu"), observed, flags)
+
+    def _clear_flags(self, begun: torch.Tensor) -> None:
+        """Whose episode has begun is not done, until its next step says so."""
+        if begun.any():
+            for flag in self.flags.values():
+                flag[begun] = False
 
     @staticmethod
     def _fill(tensordict: Any, observations: dict, flags: dict) -> Any:

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 
 from ..functional import barlow_twins_loss
 from ..ranks import pool
+from ..wiring import require_not_negative
 from .base import TWO_VIEWS, Objective, Terms, two_views
 
 
@@ -37,6 +38,7 @@ class BarlowTwins(Objective):
         self, weight: float = 0.05, redundancy_weight: float = 5e-4, detach_target: bool = True, factor: float = 1.0
     ):
         super().__init__(weight, factor)
+        require_not_negative(redundancy_weight=redundancy_weight)
         self.redundancy_weight, self.detach_target = redundancy_weight, detach_target
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:

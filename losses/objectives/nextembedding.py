@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 
 from ..functional import barlow_twins_loss
 from ..ranks import pool
-from ..wiring import entry
+from ..wiring import entry, require_not_negative
 from .base import Objective, Terms, two_views
 
 
@@ -33,6 +33,7 @@ class NextEmbedding(Objective):
 
     def __init__(self, weight: float = 1.0, redundancy_weight: float = 5e-4, factor: float = 1.0):
         super().__init__(weight, factor)
+        require_not_negative(redundancy_weight=redundancy_weight)
         self.redundancy_weight = redundancy_weight
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tensordict import TensorDictBase
 
 from ..ranks import from_first_rank, ranks, sum_ranks
+from ..wiring import require_not_negative
 from .base import TWO_VIEWS, Objective, Terms, two_views
 
 
@@ -36,6 +37,7 @@ class SIGReg(Objective):
 
     def __init__(self, weight: float = 1.0, gaussian: float = 0.1, directions: int = 256, factor: float = 1.0):
         super().__init__(weight, factor)
+        require_not_negative(gaussian=gaussian)
         if directions < 1:
             raise ValueError(f"directions={directions} of SIGReg must be positive.")
         self.gaussian, self.directions = gaussian, directions

@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 
 from ..functional import centre
 from ..ranks import pool
+from ..wiring import require_not_negative
 from .base import TWO_VIEWS, Objective, Terms, two_views
 
 
@@ -34,6 +35,7 @@ class VICReg(Objective):
 
     def __init__(self, weight: float = 1.0, variance: float = 1.0, covariance: float = 0.04):
         super().__init__(weight)
+        require_not_negative(variance=variance, covariance=covariance)
         self.variance, self.covariance = variance, covariance
 
     def forward(self, tensordict: TensorDictBase, keys: Any) -> tuple[Terms, Terms]:
