@@ -1,0 +1,259 @@
+"""What comes from a user's own code, and was once taken in silence: memory, divergences, recipes, actions, names."""
+
+import functools
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from agents import ACTIONS, WIDTHS, tiny_agent, tiny_records
+from gymnasium import spaces
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.envs import GymEnv, InitTracker, SerialEnv, TransformedEnv
+from torchrl.envs.utils import step_mdp
+
+from r2dreamer.dreamer import (
+    ActionSpace,
+    GaussianLatent,
+    Imagination,
+    ObservationSpace,
+    build_agent,
+    build_classic_agent,
+    projection_head,
+    save_pretrained,
+)
+from r2dreamer.envs import AdversarialPatch, ClippedActionScaling, DMCSubtle, make_gym, make_vector_env
+from r2dreamer.envs.base.images import to_pixels
+from r2dreamer.envs.base.simulator import Simulator
+from r2dreamer.losses import (
+    BarlowTwins,
+    CategoricalKL,
+    DreamerActorLoss,
+    DreamerValueLoss,
+    GaussianKL,
+    R2DreamerWorldModelLoss,
+    SIGReg,
+    VICReg,
+)
+
+
+def refused(said):
+    return pytest.raises(ValueError, match=said)
+
+
+# --- The policy's memory ---
+
+
+def test_the_action_that_step_mdp_drops():
+    torch.manual_seed(0)
+    env = TransformedEnv(GymEnv("CartPole-v1", categorical_action_encoding=False), InitTracker())
+    agent = build_agent(ObservationSpace({}, {"observation": 4}), ActionSpace(2, True), **WIDTHS)
+    after = env.step(agent.policy(env.reset()))
+    with refused(r"action of the step before is absent.*step_mdp\(td, exclude_action=False\)"):
+        agent.policy(step_mdp(after))
+    for following in (env.step_mdp(after), step_mdp(after, exclude_action=False)):
+        assert torch.equal(following["action"], after["action"])
+        agent.policy(following)
+
+
+# --- Divergences ---
+
+
+def test_the_divergence_fits_the_state():
+    sizes = dict(
+        belief=8, hidden=8, depth=2, categoricals=5, classes=1, vector_layers=1, reward_layers=1, actor_layers=1
+    )
+    gaussian = functools.partial(
+        build_classic_agent, ObservationSpace({}, {"speed": 6}), ActionSpace(ACTIONS, False), value_layers=1,
+        latent=GaussianLatent, cell=torch.nn.GRUCell, squashed_actions=True, noise=0.0,
+    )  # fmt: skip
+    model = gaussian(**sizes, heads={"projection": projection_head}).world_model
+    with refused(r"kl=CategoricalKL does not fit .* state is Gaussian: pass kl=GaussianKL"):
+        R2DreamerWorldModelLoss(model)
+    R2DreamerWorldModelLoss(model, kl=GaussianKL())
+    with refused(r"kl=GaussianKL does not fit .* state is categorical: pass kl=CategoricalKL"):
+        R2DreamerWorldModelLoss(tiny_agent(images=False).world_model, kl=GaussianKL())
+    for change in ({"actor_layers": -1}, {"belief": 0}):
+        with refused("model.*must"):
+            gaussian(**{**sizes, **change}, heads={})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda bad: CategoricalKL(dynamics=bad),
+        lambda bad: CategoricalKL(free_nats=bad),
+        lambda bad: CategoricalKL(unimix=bad),
+        lambda bad: GaussianKL(weight=bad),
+        lambda bad: BarlowTwins(redundancy_weight=bad),
+        lambda bad: VICReg(variance=bad),
+        lambda bad: SIGReg(gaussian=bad),
+        lambda bad: R2DreamerWorldModelLoss(tiny_agent(images=False).world_model, reward_weight=bad),
+        lambda bad: actor_loss(tiny_agent(images=False), entropy_bonus=bad),
+        lambda bad: DreamerValueLoss(tiny_agent().value_model).replay_value_loss(TensorDict({}), horizon=bad),
+        lambda bad: DreamerValueLoss(tiny_agent().value_model).replay_value_loss(TensorDict({}), lmbda=bad),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_weights_are_numbers_from_zero_on(make, bad):
+    with refused("must"):
+        make(bad)
+
+
+def actor_loss(agent, **options):
+    return DreamerActorLoss(agent.actor, agent.value_model, agent.imagination, **options)
+
+
+# --- Names ---
+
+
+def test_keys_that_are_refused_change_nothing():
+    agent = tiny_agent(images=False)
+    loss = R2DreamerWorldModelLoss(agent.world_model)
+    with refused("continue_pred and continuation"):
+        loss.set_keys(continuation="continue_pred")
+    loss.set_keys(reward="reward")
+    assert loss(tiny_records(agent))[0]["loss_continue"].isfinite()
+
+
+@pytest.mark.parametrize("name", ["loc", "state", "belief", "encoded_latents", "reward_logits"])
+def test_an_observation_of_a_name_that_the_agent_writes(name):
+    with refused(rf"observation '{name}' .* would be overwritten.*RenameTransform"):
+        build_agent(ObservationSpace({}, {name: 4}), ActionSpace(2, False), **WIDTHS)
+
+
+def test_an_imagination_says_which_names_it_knows():
+    agent = tiny_agent(images=False)
+    start = TensorDict({key: torch.zeros(2, size) for key, size in agent.latent_sizes.items()}, [2])
+    policy = TensorDictModule(lambda state: torch.zeros(*state.shape[:-1], ACTIONS), ["state"], ["my_action"])
+    with refused("policy wrote no 'action'; there is belief, my_action, state"):
+        agent.imagination.rollout(2, policy, tensordict=start)
+    reward = TensorDictModule(lambda state: state[..., :1], in_keys=["state"], out_keys=["r"])
+    with refused("reward head wrote no 'reward'; there is belief, r, state"):
+        Imagination(agent.prior, reward).rollout(2, agent.actor, tensordict=start)
+
+
+# --- Recipes ---
+
+
+def test_a_recipe_whose_weights_have_the_same_shapes(tmp_path):
+    recipe = {"_target_": "r2dreamer.dreamer.build_agent", "heads": {}, **WIDTHS, "encoder_multipliers": [1, 2]}
+    agent = tiny_agent(heads={}, classes=4, categoricals=7, unimix=0.5)
+    with refused("recipe does not give this agent back: rssm.*unimix is 0.5, and 0.01"):
+        save_pretrained(agent, recipe, tmp_path / "agent")
+    with refused("recipe does not give this agent back: rssm.*num_categoricals is 7, and 4"):
+        save_pretrained(agent, recipe | {"classes": 7, "categoricals": 4, "unimix": 0.5}, tmp_path / "agent")
+    assert not (tmp_path / "agent").exists()
+    save_pretrained(agent, recipe | {"unimix": 0.5, "fast": False}, tmp_path / "agent")
+
+
+# --- Actions ---
+
+
+class Noted(Simulator):
+    """Keeps the action that it was given."""
+
+    def __init__(self, actions):
+        super().__init__(observations={"place": (1,)}, actions=actions)
+
+    def begin(self):
+        return {"place": np.zeros(1, np.float32)}
+
+    def advance(self, action):
+        vars(self)["given"] = action
+        return self.begin(), 0.0, False, False
+
+    def seed(self, number):
+        pass
+
+
+def test_a_dimension_with_one_bound_is_clipped_to_it():
+    bounds = np.array([0, -2, -np.inf, -np.inf]), np.array([np.inf, 4, 3, np.inf])
+    env = Noted(bounds)
+    env.reset_arrays()
+    env.step_arrays(np.full(4, -9.0, np.float32))
+    assert env.given.tolist() == [0, -2, -9, -9]
+    env.step_arrays(np.full(4, 9.0, np.float32))
+    assert env.given.tolist() == [9, 4, 3, 9]
+
+
+@pytest.mark.parametrize("action", [torch.zeros(1), torch.zeros(2, 1), torch.tensor([0.0, np.nan])])
+def test_an_action_of_another_shape_or_of_nan(action):
+    env = Noted((-np.ones(2), np.ones(2)))
+    with refused("The action .* expected 2 finite numbers.*diverged"):
+        env.step(env.reset().set("action", action))
+
+
+def test_choices_that_are_weighed_are_the_same_alone_and_in_a_vector_environment():
+    alone, many = (
+        make_gym("CartPole-v1", seed=5),
+        make_vector_env(functools.partial(make_gym, "CartPole-v1"), [5], parallel=False),
+    )
+    weighed = torch.tensor([0.2, 0.8])
+    one = alone.step(alone.reset().set("action", weighed))["next", "observation"]
+    other = many.step(many.reset().set("action", weighed[None]))["next", "observation"]
+    assert torch.equal(one, other[0])
+    with refused(r"actions have shape \[1, 1\].*take \[1, 2\]"):
+        many.step(many.reset().set("action", weighed[None, :1]))
+    with refused("NaN or Inf: the policy"):
+        many.step(many.reset().set("action", weighed[None] / 0 * 0))
+
+
+@pytest.mark.parametrize("option", [{"standard_normal": False}, {"loc": 0.0, "scale": 0.5}])
+def test_clipped_scaling_has_one_range(option):
+    with refused("ClippedActionScaling"):
+        ClippedActionScaling(**option)
+
+
+# --- Ends of episodes ---
+
+
+def test_resetting_some_does_not_end_others_again():
+    factory = functools.partial(make_gym, "CartPole-v1", time_limit=3)
+    for env in (make_vector_env(factory, [1, 2], parallel=False), SerialEnv(2, functools.partial(factory, seed=1))):
+        root = env.reset()
+        for _ in range(3):
+            _, root = env.step_and_maybe_reset(root.set("action", torch.tensor([[1, 0], [1, 0]])))
+        some = env.reset(TensorDict({"_reset": torch.tensor([[True], [False]])}, [2]))
+        assert not any(some[flag].any() for flag in ("done", "terminated", "truncated"))
+
+
+# --- Images, patches and small things ---
+
+
+@pytest.mark.parametrize("box", [spaces.Box(0, 255, (7, 7, 3), np.uint8), spaces.Box(0, 10, (16, 16, 3), np.uint8)])
+def test_a_grid_of_codes_is_no_photograph(box):
+    class Grid(gymnasium.Env):
+        observation_space, action_space = box, spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return np.full(box.shape, 3, np.uint8), {}
+
+        def step(self, action):
+            return np.full(box.shape, 3, np.uint8), 0.0, False, False, {}
+
+    gymnasium.register("Codes-v0", Grid)
+    try:
+        first = make_gym("Codes-v0", seed=0).reset()
+    finally:
+        del gymnasium.registry["Codes-v0"]
+    assert first["observation"].tolist() == [3.0] * np.prod(box.shape)
+
+
+def test_a_picture_with_opacity_becomes_grey():
+    image = np.zeros((8, 8, 4), np.uint8)
+    image[..., 1], image[..., 3] = 100, 255
+    assert to_pixels(image, grayscale=True).shape == (1, 8, 8) and (to_pixels(image, grayscale=True) == 59).all()
+
+
+def test_a_patch_of_nested_images_comes_back(tmp_path):
+    patch = AdversarialPatch((2, 2), pixels_key=("camera", "pixels"))
+    again = AdversarialPatch.load(patch.save(tmp_path / "patch.npz"))
+    assert again.in_keys == patch.in_keys and torch.equal(again.delta, patch.delta)
+
+
+@pytest.mark.parametrize("nothing", ["", []])
+def test_subtle_names_something(nothing):
+    with refused("names nothing"):
+        DMCSubtle(geoms=nothing, shrink=0.5)
