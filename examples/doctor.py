@@ -30,7 +30,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from r2dreamer.envs import env_seeds, make_vector_env
-from r2dreamer.envs.replay.buffer import check_memory, free_bytes, record_bytes
+from r2dreamer.envs.replay.place import check_memory, free_bytes, record_bytes
 from r2dreamer.envs.suites.registry import suites
 from r2dreamer.examples.cli.machine import opengl, packages, private_bytes, processor
 from r2dreamer.examples.cli.messages import USER_ERRORS, what_is_wrong

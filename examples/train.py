@@ -8,6 +8,7 @@ The process keeps freed memory, which makes updates faster on a CPU; R2DREAMER_M
 """
 
 import functools
+import sys
 import time
 
 import r2dreamer.examples  # noqa: F401  # isort: skip  # before torch
@@ -19,6 +20,8 @@ if __name__ == "__main__":
 import r2dreamer.envs  # noqa: F401  # isort: skip  # before TorchRL, which imports MuJoCo
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torchrl.checkpoint import CheckpointError
@@ -28,7 +31,8 @@ from tqdm import tqdm
 
 from r2dreamer.dreamer.fast.capture import WARMUP
 from r2dreamer.envs import WorkerError, env_seeds, make_vector_env
-from r2dreamer.envs.replay.buffer import check_memory, make_replay, record_bytes
+from r2dreamer.envs.replay.buffer import make_replay
+from r2dreamer.envs.replay.place import check_memory, record_bytes
 from r2dreamer.envs.replay.records import RecordBuilder
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.figures.curves import draw_curve
@@ -79,6 +83,8 @@ class Trainer:
         self.returns, self.averages = EpisodeReturns(streams, suite["train_scores"]), Averages()
         self.diagnosis = Diagnosis(largest_entropy(self.agent.actions))
         self.count = {"policy_steps": 0, "updates": 0, "replayed_steps": 0, "restarts": 0, "collected_from": 0}
+        self.count["evaluated"] = -1  # frames at the last evaluation that was finished
+        self.interrupt, self.left = Interrupt(), False
         self.unprepared = WARMUP  # updates of this process that may compile or capture
 
         workers = {"parallel": cfg.env.parallel, "timeout": cfg.timeout}
@@ -96,10 +102,10 @@ class Trainer:
         self.evaluation = evaluation(self.evaluation_seeds) if self.evaluation_seeds else None  # of a rank without any
         if self.saved:
             restore(self)
-        if ranks.first:  # nothing refuses it any more
-            replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         self.metrics = open_metrics(cfg, self.logdir, self.saved) if ranks.first else NoMetrics()
         prefill_replay(self)
+        if ranks.first:  # nothing refuses it any more
+            replace_text(self.logdir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         self.restart_environments()
         if self.saved:
             self.saved.restore_rng()
@@ -124,10 +130,14 @@ class Trainer:
             parts = ", ".join(f"{name} {size:,}" for name, size in parameter_counts(self.agent, self.learner).items())
             print(f"{self.logdir}: {parts} parameters, {self.learner.precision} on {self.device}")
             print(f"Replay: {self.memory}")
-        score = "not measured since the run was resumed" if self.saved else self.evaluate()
-        total, leaving = cfg.total_frames, False
-        with Interrupt() as interrupt, tqdm(total=total, initial=self.frames, disable=not cfg.progress) as bar:
-            while self.frames < total and not (leaving := self.ranks.any(interrupt.requested)):
+        total, leaving, evaluated = cfg.total_frames, False, self.count["evaluated"]
+        # Of a resumed run one may be missing: an environment that dies in an evaluation ends the run.
+        missing = self.frames // cfg.eval.every > evaluated // cfg.eval.every or evaluated < self.frames >= total
+        score = self.evaluate() if missing else "not measured since the run was resumed"
+        if missing and self.frames >= total:
+            self.save()  # else it would be missing again
+        with self.interrupt, tqdm(total=total, initial=self.frames, disable=not cfg.progress) as bar:
+            while self.frames < total and not (leaving := self.ranks.any(self.interrupt.requested)):
                 before = self.frames
                 self.collect(self.next_batch())
                 collected = self.count["policy_steps"] - self.count["collected_from"]
@@ -143,8 +153,14 @@ class Trainer:
                 bar.update(self.frames - before)
             if leaving:
                 self.save(leaving=True)
+        self.left = leaving
         if not self.ranks.first:
             return
+        if cfg.train_ratio and not self.count["updates"] and not leaving:
+            warn(
+                f"Nothing was learnt: no environment collected a window of batch_length={cfg.batch_length} steps after "
+                f"warmup_steps={cfg.warmup_steps}. Use more frames, fewer environments or shorter windows."
+            )
         curve = draw_curve(self.logdir, cfg.env.suite, cfg.env.task, self.logdir / "curve.png")
         state = "interrupted, resume with the same command" if leaving else "finished"
         if leaving and cfg.checkpoint.exact:
@@ -172,7 +188,11 @@ class Trainer:
         self.learner.anneal(self.frames / self.cfg.total_frames)
         if self.unprepared > 0:
             self.collection.pause()  # what compiles or captures concerns the whole process
-        for _ in range(self.ratio(self.count["policy_steps"])):
+        owed = self.ratio(self.count["policy_steps"])
+        for made in range(owed):
+            if made % 50 == 49 and self.ranks.any(self.interrupt.requested):  # after a prefill thousands may be owed
+                self.ratio.reset(self.count["policy_steps"] - (owed - made) / self.ratio.ratio)
+                break
             batch = self.replay.sample(device=self.device)
             losses, latents = self.learner.update(batch)
             self.replay.write_back(batch, latents["state"], latents["belief"])
@@ -213,6 +233,7 @@ class Trainer:
         if records:
             film_open_loop(self)
         self.ranks.meet()
+        self.count["evaluated"] = self.frames
         return f"{result.mean:.4g} +- {result.std:.3g} at {self.frames} frames"
 
     def restart_environments(self) -> None:
@@ -248,7 +269,11 @@ class Trainer:
 @script("config")
 def main(cfg: DictConfig) -> None:
     with Ranks.launched(cfg) as ranks:
-        train(Trainer(cfg, ranks))
+        trainer = Trainer(cfg, ranks)
+        train(trainer)
+    if trainer.left and HydraConfig.get().mode is RunMode.MULTIRUN and "Basic" in HydraConfig.get().launcher._target_:
+        print("The runs after it are not begun.")
+        sys.exit()
 
 
 def train(trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ import pytest
 from launcher import EXAMPLES
 
 from r2dreamer.envs import count_workers, make_gym, make_vector_env
-from r2dreamer.envs.replay.buffer import free_bytes
+from r2dreamer.envs.replay.place import free_bytes
 from r2dreamer.examples.cli.main import main
 from r2dreamer.examples.cli.output import guarded_output
 

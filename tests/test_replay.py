@@ -7,7 +7,8 @@ import torch
 from counting import CountingStreams, check_records
 from tensordict import TensorDict
 
-from r2dreamer.envs.replay.buffer import check_memory, make_replay, record_bytes
+from r2dreamer.envs.replay.buffer import make_replay
+from r2dreamer.envs.replay.place import check_memory, record_bytes
 from r2dreamer.envs.replay.records import RecordBuilder
 
 STREAMS, BATCH, LENGTH = 3, 5, 6

@@ -266,13 +266,20 @@ def saved(monkeypatch, failing):
             barrier.wait()
             return values
 
-        def save(*_):
+        def save(*_, rotate):
+            assert rotate is (rank == 0)
             if rank == failing:
                 raise CheckpointError("full")
             order.append(rank)
 
         ranks = SimpleNamespace(rank=rank, first=rank == 0, meet=barrier.wait, gather=gather)
-        parts = {"ranks": ranks, "replay": None, "frames": 7, "cfg": cfg, "checkpoints": SimpleNamespace(save=save)}
+        parts = {
+            "ranks": ranks,
+            "replay": None,
+            "frames": 7,
+            "cfg": cfg,
+            "checkpoints": SimpleNamespace(save=save, rotate=lambda: order.append("rotated")),
+        }
         try:
             shards.save_together(SimpleNamespace(**parts))
         except CheckpointError as error:
@@ -287,7 +294,7 @@ def saved(monkeypatch, failing):
 
 
 def test_the_first_rank_saves_last_and_where_one_fails_all_are_told(monkeypatch):
-    assert saved(monkeypatch, failing=None) == ([1, 0], [None, None])
+    assert saved(monkeypatch, failing=None) == ([1, 0, "rotated"], [None, None])
     assert saved(monkeypatch, failing=1) == ([], ["Rank 1: full"] * 2)
     assert saved(monkeypatch, failing=0) == ([1], ["full"] * 2)
 

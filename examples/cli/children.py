@@ -35,6 +35,8 @@ class Children:
                 return None
             child = subprocess.Popen(command, env=environment, start_new_session=True, **options)
             self._running.add(child)
+            if self.stopped:  # by a signal that came while it was started
+                child.send_signal(signal.SIGTERM)
         status = child.wait()
         with self._lock:
             self._running.discard(child)

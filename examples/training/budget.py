@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from r2dreamer.dreamer import Agent, ImageEncoder, ObservationSpace
 from r2dreamer.envs import count_workers
-from r2dreamer.envs.replay.buffer import free_bytes
+from r2dreamer.envs.replay.place import free_bytes
 
 ENVIRONMENT, WORKER = 30_000, 20_000_000  # bytes: CartPole, the smallest of all, alone and in a process of its own
 LEARNT = 4 * 4  # bytes of a parameter: its value, its gradient and the optimiser's two moments

@@ -106,12 +106,15 @@ class Checkpoints:
         self._rejected: dict[Path, tuple] = {}  # what could not be restored: why, and why its replay could not be
         self._spared: set[str] | None = None  # segments that a checkpoint of another format may need
 
-    def save(self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None) -> Path:
+    def save(
+        self, step: int, state: Mapping[str, Any], replay: RecordReplay | None = None, *, rotate: bool = True
+    ) -> Path:
         """Saves state and random generators; on failure raises CheckpointError, older ones whole and no change forgotten.
 
         Args:
             state: names to state dicts: nested dicts, lists and tuples of tensors, numbers, strings, None.
             replay: what changed in it since the last save is added to the journal; None leaves it out.
+            rotate: False leaves the older ones, until :meth:`rotate` is called.
         """
         check_plain(state)
         known = self._manifests()
@@ -152,7 +155,8 @@ class Checkpoints:
                 self._clean(known)
         if replay is not None:
             self.journal.commit(replay, segments)
-        self._rotate()
+        if rotate:
+            self.rotate()
         return final
 
     def load(
@@ -260,7 +264,8 @@ class Checkpoints:
         self._damaged.update(found.damaged)
         return {directory: found.readable[directory] for directory in found.readable if directory not in self._damaged}
 
-    def _rotate(self) -> None:
+    def rotate(self) -> None:
+        """Deletes all but the newest ``keep``, and those that were found damaged."""
         known = self._manifests()
         for directory in [*list(known)[: -self.keep], *self._damaged]:
             # Renamed first: what is half deleted must not look like a checkpoint.

@@ -31,7 +31,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         raise ValueError(f"precision={name} is not one of auto, {', '.join(names)}.")
     if device.type == "cuda":
-        return torch.bfloat16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities()
     fast = any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if fast else torch.float32

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from r2dreamer.envs.base.errors import WorkerError
+
 from ..cli.torchrun import Board, place
 from ..settings.compose import entries
 from .devices import resolve_device
@@ -211,7 +213,9 @@ def lost(error: Exception) -> RankLost:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether it comes from torch.distributed, whose gloo raises plain RuntimeErrors."""
+    """Whether it comes from torch.distributed, whose gloo raises plain RuntimeErrors; a simulator may have connections, too."""
+    if isinstance(error, WorkerError):
+        return False
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(w in str(error) for w in words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +38,20 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether a checkpoint of its last frame is there; earlier ones are resumed."""
-        return self.saved >= self.total_frames
+        """Whether a checkpoint of its last frame is there, and the evaluation that belongs to it; else it is resumed."""
+        return self.saved >= self.total_frames and self._evaluated()
+
+    def _evaluated(self) -> bool:
+        try:
+            with open(self.logdir / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 2**18))
+                ends = [line for line in file.read().splitlines() if b'"eval/return"' in line]
+        except FileNotFoundError:
+            return True  # nothing says that it is not
+        try:
+            return bool(ends) and json.loads(ends[-1])["step"] >= self.total_frames
+        except (ValueError, KeyError, TypeError):
+            return True  # damaged: said where it is read
 
     @property
     def running(self) -> bool:

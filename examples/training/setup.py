@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import hydra
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -99,7 +101,7 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
         saved = checkpoints.load(check_state=check_state)
     elif cfg.resume is not False:
         saved = resumed_from(cfg.resume, checkpoints, logdir)
-    elif (logdir / "metrics.jsonl").exists():
+    elif holds_run(checkpoints, logdir):
         raise ValueError(
             f"resume=false, but logdir={logdir} already holds a run, which would be overwritten. Continue it with "
             "resume=auto, choose another directory with logdir=PATH, or delete it."
@@ -107,7 +109,8 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
     if saved is not None:
         check_same_run(plain_config(saved.state["config"], saved.path), cfg, saved.path)
         check_exact(cfg, saved)
-        if saved.step >= cfg.total_frames and not lacks_curve(logdir, saved, cfg):
+        whole = saved.state["count"].get("evaluated", saved.step) >= saved.step  # else its last evaluation was cut off
+        if saved.step >= cfg.total_frames and whole and not lacks_curve(logdir, saved, cfg):
             raise ValueError(
                 f"{saved.path} has already reached {saved.step} of total_frames={cfg.total_frames} frames. Train on "
                 "with a larger total_frames, or begin a new run with another seed or logdir."
@@ -117,26 +120,38 @@ def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoi
 
 def resumed_from(path: str, checkpoints: Checkpoints, logdir: Path) -> LoadedCheckpoint:
     """The checkpoint that resume=PATH names; or the directory's own newest one, if the same command has begun its run."""
-    named = checkpoints.load(path, check_state=check_state)
-    if named is None:
-        raise ValueError(f"resume={path} holds no checkpoint; give a run's directory or one checkpoint of it.")
     own = None
     if survey(checkpoints.directory).readable:
         with contextlib.suppress(CheckpointError):  # none of them is whole, and none is lost
             own = checkpoints.load(check_state=check_state)
+    begun = own if own is not None and own.state["config"].get("resume") == path else None
+    try:
+        named = checkpoints.load(path, check_state=check_state)
+    except CheckpointError:
+        if begun is None:
+            raise
+        named = None  # its run has gone on, and no longer keeps it
+    if begun is not None and (named is None or begun.path.resolve() != named.path.resolve()):
+        warn(
+            f"resume={path} has begun the run in {logdir}, which goes on from its own checkpoint at {begun.step} frames."
+        )
+        return begun
+    if named is None:
+        raise ValueError(f"resume={path} holds no checkpoint; give a run's directory or one checkpoint of it.")
     if own is None or own.path.resolve() == named.path.resolve():
         return named
-    if own.state["config"].get("resume") == path:
-        warn(
-            f"resume={path} has begun the run in {logdir}, which goes on from its own checkpoint at {own.step} frames."
-        )
-        return own
     if logdir.resolve() not in named.path.resolve().parents:
         raise ValueError(
             f"resume={path} begins from another run, but logdir={logdir} already holds one, whose checkpoints would be "
             "overwritten. Continue that one with resume=auto, or choose another directory with logdir=PATH."
         )
     return named
+
+
+def holds_run(checkpoints: Checkpoints, logdir: Path) -> bool:
+    """Whether anything of a run is here; a command that was refused leaves an empty file of metrics at most."""
+    found, metrics = survey(checkpoints.directory), logdir / "metrics.jsonl"
+    return bool(found.readable or found.damaged or found.foreign) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def lacks_curve(logdir: Path, saved: LoadedCheckpoint, cfg: DictConfig) -> bool:
@@ -204,6 +219,8 @@ def build(
         check_environments(cfg, observations)
         check_fits(cfg, observations, actions, device, precision)
     torch.manual_seed(cfg.seed)
+    random.seed(cfg.seed)  # what draws from these is the user's own
+    np.random.seed(cfg.seed % 2**32)
     agent = make_agent(cfg.algorithm, cfg.model, observations, actions)
     for part in agent.parts().values():
         part.to(device)
@@ -247,7 +264,7 @@ def check_same_run(before: DictConfig, now: DictConfig, path: Path) -> None:
         key, old, new = found
         raise ValueError(
             f"{path} was trained with {key}={old}, this command says {key}={new}; a run cannot go on with another one. "
-            "Repeat the command that trained it, or start afresh in another logdir: add name=MINE, or logdir=PATH."
+            "Repeat the command that trained it, or start afresh in another logdir: add name=MINE, or logdir=PATH, and no resume=PATH."
         )
 
 

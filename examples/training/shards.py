@@ -33,12 +33,13 @@ def open_together(cfg: DictConfig, ranks: Ranks) -> tuple[Path, TextIO | None, C
     ranks.meet()  # the first rank has found the directory in order
     if not ranks.first:
         checkpoints = own_checkpoints(cfg, ranks)
+    newest, alone = saved, False
     while True:
         # The first rank's checkpoint, without tensors: enough to find this rank's.
-        found = ranks.from_first(None if saved is None else summary(saved))
+        found = ranks.from_first(None if saved is None else summary(saved) | {"alone": alone})
         if found is None:
             return logdir, lock, checkpoints, None
-        if found["ranks"] != ranks.count:
+        if found["ranks"] != ranks.count or found["alone"]:
             break
         if not ranks.first:
             saved = shard(checkpoints, found, ranks.rank)
@@ -49,9 +50,20 @@ def open_together(cfg: DictConfig, ranks: Ranks) -> tuple[Path, TextIO | None, C
         if ranks.first:
             assert saved is not None  # or nothing would have been found
             names = ", ".join(map(str, lacking))
-            saved = saved.next_older(CheckpointError(f"rank {names} has no whole checkpoint of step {found['step']}"))
-    if found["ranks"] != ranks.count:
-        if ranks.first:
+            try:
+                reason = CheckpointError(f"rank {names} has no whole checkpoint of step {found['step']}")
+                saved = saved.next_older(reason)
+            except CheckpointError:
+                saved, alone = newest, True
+    if found["ranks"] != ranks.count or found["alone"]:
+        if cfg.checkpoint.exact:
+            raise ValueError(
+                f"This run was saved by {found['ranks']} rank(s) and is started with {ranks.count}, or one of them lost its part: it "
+                "cannot be repeated exactly (checkpoint.exact=true). Start as many, or go on with checkpoint.exact=false."
+            )
+        if ranks.first and found["alone"]:
+            warn("no step is whole on every rank: what was learnt is kept, the replay is collected anew.")
+        elif ranks.first:
             warn(
                 f"This run was saved by {found['ranks']} rank(s) and goes on with {ranks.count}: what was learnt is kept, "
                 "the replay is collected anew."
@@ -89,19 +101,24 @@ def own_checkpoints(cfg: DictConfig, ranks: Ranks) -> Checkpoints:
 
 
 def save_together(trainer: Any) -> None:
-    """The first rank saves last, so that what it has all have. Raises CheckpointError on every rank where one fails."""
+    """The first rank saves last, so that what it has all have. Raises CheckpointError on every rank where one fails.
+
+    Only when all have saved do the others delete an older one: the newest that all have is never among those.
+    """
     ranks, failure = trainer.ranks, None
     replay = trainer.replay if trainer.cfg.checkpoint.replay else None
     state = snapshot(trainer)
     for first in (False, True):
         if ranks.first is first:
             try:
-                trainer.checkpoints.save(trainer.frames, state, replay)
+                trainer.checkpoints.save(trainer.frames, state, replay, rotate=ranks.first)
             except CheckpointError as error:
                 failure = error if ranks.first else CheckpointError(f"Rank {ranks.rank}: {error}")
         ranks.meet()
         for found in filter(None, ranks.gather(failure)):
             raise found
+    if not ranks.first:
+        trainer.checkpoints.rotate()
 
 
 def summary(saved: LoadedCheckpoint) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _put_back(trainer) -> None:
     for group, parts in _stateful(trainer).items():
         for name, part in parts.items():
             part.load_state_dict(saved.state[group][name])
-    trainer.count = {"collected_from": 0} | saved.state["count"]  # which older checkpoints lack
+    trainer.count = {"collected_from": 0, "evaluated": saved.step} | saved.state["count"]  # which older ones lack
     if trainer.frames != saved.step:
         raise ValueError(f"it counts {trainer.frames} frames and is the checkpoint of {saved.step}")
     _check_optimizer(optimizer, configured)
