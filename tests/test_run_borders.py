@@ -170,3 +170,22 @@ def test_what_a_users_own_code_draws_repeats_with_the_seed(tmp_path):
         trainer.close()
         drawn.append((random.random(), np.random.random()))
     assert drawn[0] == drawn[1]
+
+
+def test_what_an_experiment_overrules_is_said(server, tmp_path):
+    small = [each for each in CARTPOLE if not each.startswith(("env=", "model."))]
+    command = [
+        "experiment=quickstart",
+        *small,
+        "model=size1M",
+        "model.hidden=8",
+        "env.total_frames=5000",
+        "total_frames=60",
+    ]
+    run = server.run(tmp_path, *command, "logdir=log")
+    said = " ".join(run.stderr.split())
+    assert run.status == 0 and "env.total_frames=5000 is not read: total_frames=60 is." in said, said
+    assert (
+        "model=size1M does not set belief, classes, depth, vector_frequencies: the experiment does. Say model.belief="
+        in said
+    )

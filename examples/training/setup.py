@@ -77,6 +77,7 @@ TRAINING = (
 def open_run(cfg: DictConfig) -> tuple[Path, TextIO, Checkpoints, LoadedCheckpoint | None]:
     """Makes the run's directory and locks it, finds what to resume, refuses what cannot work."""
     check_plan(cfg)
+    say_unread(cfg)
     if cfg.checkpoint.exact and not cfg.checkpoint.replay:
         raise ValueError(
             "checkpoint.exact=true makes a resumed run repeat the uninterrupted one, and needs the replay for that. Add "
@@ -191,6 +192,25 @@ def check_plan(cfg: DictConfig) -> None:
             f"warmup_steps={cfg.warmup_steps} is not below the {policy_steps} policy steps of total_frames={cfg.total_frames}: "
             "nothing would be learnt. Use fewer warmup_steps, or more frames."
         )
+
+
+def say_unread(cfg: DictConfig) -> None:
+    """Warns of what a command sets and an experiment overrules: hydra reads experiments last."""
+    if not HydraConfig.initialized():
+        return
+    named: list[str] = list(HydraConfig.get().overrides.task)
+    given = {name.lstrip("+"): value for name, _, value in (each.partition("=") for each in named)}
+    for name in ("total_frames", "train_ratio"):
+        if f"env.{name}" in given and cfg.env[name] != cfg[name]:
+            warn(f"env.{name}={given[f'env.{name}']} is not read: {name}={cfg[name]} is. Say {name}=... in its place.")
+    if "model" in given:
+        chosen = compose(f"model={given['model']}").model
+        unlike = [str(key) for key, value in chosen.items() if cfg.model.get(key) != value]
+        other = sorted(key for key in unlike if f"model.{key}" not in given)
+        if other:
+            warn(
+                f"model={given['model']} does not set {', '.join(other)}: the experiment does. Say model.{other[0]}=..."
+            )
 
 
 def spaces(make_environment: Callable[..., EnvBase], timeout: float) -> tuple[ObservationSpace, ActionSpace]:
