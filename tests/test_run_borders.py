@@ -117,13 +117,19 @@ def test_what_all_ranks_have_is_deleted_only_after_a_save_of_all(tmp_path, rank_
     assert kept == (["3", "4"] if rank_saves else ["1", "2", "3", "4"])
 
 
-def test_two_replays_in_one_folder(tmp_path):
-    make = lambda: make_replay(100, 1, 2, 5, storage="memmap", directory=tmp_path / "records")
-    first = make()
-    with pytest.raises(ValueError, match="Another replay has its files in .*replay.place.directory=PATH"):
-        make()
-    del first
-    make()
+def test_two_processes_with_one_folder_of_records(server, tmp_path):
+    place = ["replay.place.storage=memmap", f"replay.place.directory={tmp_path / 'records'}"]
+    first = server.start(tmp_path, *CARTPOLE, *place, "total_frames=4000", "logdir=a")
+    wait_for(first, lambda: (tmp_path / "a" / "metrics.jsonl").exists() and steps(tmp_path / "a", "loss/reward"))
+    second = server.run(tmp_path, *CARTPOLE, *place, "logdir=b", "seed=1")
+    said = " ".join(second.stderr.split())
+    assert second.status == 1 and "Another process has the files of its replay in" in said, said
+    first.send(signal.SIGTERM)
+    assert first.wait() == 0, first.stderr
+    assert server.run(tmp_path, *CARTPOLE, *place, "logdir=b", "seed=1").status == 0
+    replay = make_replay(100, 1, 2, 5, storage="memmap", directory=tmp_path / "records")
+    replay = make_replay(100, 1, 2, 5, storage="memmap", directory=tmp_path / "records")  # as in a notebook, once more
+    assert len(replay) == 0
 
 
 def test_a_signal_that_comes_while_a_child_is_started_reaches_it(monkeypatch):

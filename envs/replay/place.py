@@ -1,17 +1,19 @@
 """Where the records of a replay lie: how much room they take there, how much is free, and whose files they are."""
 
-import gc
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 
 from ..base.errors import require_linux
+
+_LOCKS: WeakValueDictionary[Path, Any] = WeakValueDictionary()  # held by the replays of this process
 
 
 def record_bytes(
@@ -78,26 +80,25 @@ def folder_of(storage: str, directory: str | os.PathLike | None) -> Path | None:
 
 
 def locked(folder: Path) -> Any:
-    """The lock of a folder of files: two replays there would write into each other's records."""
+    """The lock of a folder of files, to be held: two processes there would write into each other's records."""
     try:
         import fcntl  # noqa: PLC0415
     except ImportError:  # not on this system
         return None
     folder.mkdir(parents=True, exist_ok=True)
+    if (lock := _LOCKS.get(folder.resolve())) is not None:  # a replay that takes the place of one of this process
+        return lock
     lock = (folder / ".lock").open("w")
-    for last in (False, True):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError as error:
-            if last:
-                raise ValueError(
-                    f"Another replay has its files in {folder}, and two would overwrite each other's records. Give each a directory of "
-                    "its own (replay.place.directory=PATH)."
-                ) from error
-            gc.collect()  # one of this process that nobody holds any more
-        except OSError:  # a file system without locks
-            break
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"Another process has the files of its replay in {folder}, and two would overwrite each other's records. Give each a "
+            "directory of its own (replay.place.directory=PATH)."
+        ) from error
+    except OSError:  # a file system without locks
+        return None
+    _LOCKS[folder.resolve()] = lock
     return lock
 
 
