@@ -231,6 +231,7 @@ def measure_agent(total: DictConfig, ranks: Ranks) -> dict:
         seen = [*agent.observations.images, *agent.observations.vectors, *agent.latent_sizes]
         root = agent.example_record()["next"].select(*seen).expand(cfg.env.num_envs).clone().to(device)
         root["is_init"] = torch.zeros(len(root), 1, dtype=torch.bool, device=device)
+        root["action"] = torch.zeros(len(root), agent.actions.size, device=device)
         with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
             (result["acting"],) = alternate([lambda: agent.policy(root)], device, 3, 4 * repeats)
     if "replay" in cfg.measure:
