@@ -299,6 +299,19 @@ def test_the_first_rank_saves_last_and_where_one_fails_all_are_told(monkeypatch)
     assert saved(monkeypatch, failing=0) == ([1], ["full"] * 2)
 
 
+def test_without_a_step_that_all_ranks_have_what_was_learnt_goes_on(server, tmp_path):
+    _, statuses = two(server, tmp_path, *RUN, "total_frames=100")
+    assert statuses == [0, 0]
+    for directory in own_directories(tmp_path / "log" / "ranks" / "1" / "checkpoints"):
+        (directory / "state.pt").unlink()
+    together, statuses = two(server, tmp_path, *RUN)
+    assert statuses == [1, 1] and "checkpoint.exact=false" in " ".join(together.ranks[0].stderr.split())
+    together, statuses = two(server, tmp_path, *RUN, "checkpoint.exact=false")
+    said = " ".join(together.ranks[0].stderr.split())
+    assert statuses == [0, 0] and "no step is whole on every rank: what was learnt is kept" in said, said
+    assert [step for step in steps(tmp_path / "log", "count/updates") if step > 100][-1] == 200
+
+
 def test_a_rank_that_cannot_open_its_directory_says_so_and_all_leave(server, tmp_path):
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "ranks").write_text("a file in the place of a directory")

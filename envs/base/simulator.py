@@ -34,8 +34,8 @@ class Simulator(EnvBase):
     Args:
         observations: The shapes, by name.
         actions: The number of choices, or the bounds (low, high) of a vector, two arrays. Actions come in [-1, 1] and
-            are clipped and scaled to the bounds of a dimension that has two, and clipped to one alone: a Gaussian policy samples outside now and then, and simulators
-            differ in what they do with that.
+            are clipped and scaled to the bounds of a dimension that has two, and clipped to one alone: a Gaussian
+            policy samples outside now and then, and simulators differ in what they do with that.
         metrics: The names of `self.metrics`.
     """
 
