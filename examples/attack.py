@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import Compose, TransformedEnv
 from tqdm import tqdm
 
-from r2dreamer.envs import AdversarialPatch, VectorEnv, env_seeds, make_vector_env
+from r2dreamer.envs import AdversarialPatch, VectorEnv, env_seeds
 from r2dreamer.examples.attacks.gallery import contact_sheet, draw_patch, draw_search, side_by_side
 from r2dreamer.examples.attacks.report import BELIEFS, compare, markdown, percent_drop, verdict
 from r2dreamer.examples.attacks.search import Search, Windows, collect_episodes, measure, optimize
@@ -41,14 +41,9 @@ class Attack:
         self.image = tuple(trained.agent.observations.images[self.key])  # C, H, W
         self.precision = resolve_precision(cfg.precision, device)
         self.loss(self.new_patch(), cfg.attack.loss.belief)  # refuses bad settings before anything heavy starts
-        episodes = collect_episodes(
-            trained.make_environment,
-            trained.agent,
-            env_seeds(cfg.seed, cfg.collect.episodes, "train"),
-            parallel=trained.run.env.parallel,
-            max_steps=trained.max_steps if cfg.collect.max_steps is None else cfg.collect.max_steps,
-            seed=cfg.seed,
-        )
+        max_steps = trained.max_steps if cfg.collect.max_steps is None else cfg.collect.max_steps
+        with closing(trained.environments(env_seeds(cfg.seed, cfg.collect.episodes, "train"))) as environments:
+            episodes = collect_episodes(environments, trained.agent, max_steps=max_steps, seed=cfg.seed)
         kept = min(max(round(len(episodes) * (1 - cfg.collect.held_out)), 1), len(episodes) - 1)
         self.windows = Windows(torch.cat(episodes[:kept]), cfg.collect.context)
         held_out = Windows(torch.cat(episodes[kept:]), cfg.collect.context)
@@ -91,7 +86,7 @@ class Attack:
         cfg, run, results = self.cfg, self.trained.run, {}
         seed = run.seed if cfg.evaluate.seed is None else cfg.evaluate.seed
         seeds = env_seeds(seed, cfg.evaluate.episodes, "eval")
-        with closing(make_vector_env(self.trained.make_environment, seeds, parallel=run.env.parallel)) as environments:
+        with closing(self.trained.environments(seeds)) as environments:
             for name, patch in tqdm(patches.items(), desc="evaluate", disable=not cfg.progress):
                 if interrupt.requested:
                     break

@@ -54,12 +54,15 @@ def train(run: Run, children: Children, quiet: bool) -> bool | None:
         return children.run([*command, "progress=false"], stdout=output, stderr=subprocess.STDOUT) == 0 and run.finished
 
 
-def summarise(runs: Sequence[Run], key: str) -> dict[str, dict]:
+def summarise(runs: Sequence[Run], key: str, planned: Sequence[Run] | None = None) -> dict[str, dict]:
     """By name: every seed's last value of `key`, their mean, its interval, and the difference to the task's first variant.
 
     One seed has no interval; the first variant, or any where that one has no values, no difference.
+
+    Args:
+        planned: All runs, of which the first is looked for, where `runs` lacks some.
     """
-    first = {run.task: run.name for run in reversed(runs)}
+    first = {run.task: run.name for run in reversed(planned or runs)}
     finals: dict[str, list[float]] = {}
     for run in runs:
         _, values = read_curve(run.logdir, key)
@@ -174,7 +177,7 @@ def compare() -> None:
     failed = [run for run in waiting if not (run.finished if done[run] is None else done[run])]
     complete = [run for run in runs if run not in failed]
 
-    means = summarise(complete, arguments.key)
+    means = summarise(complete, arguments.key, runs)
     for name, numbers in means.items():
         low, high = numbers.get("interval", (None, None))
         spread = "of one seed" if low is None else f"[{low:.4g}, {high:.4g}] over {len(numbers['final'])} seeds"

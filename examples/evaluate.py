@@ -25,7 +25,7 @@ from r2dreamer.examples.training.video import write_video
 def main(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device)
     trained = load_trained(cfg.checkpoint, device, cfg.trust, images=False)
-    run, agent, make_environment = trained.run, trained.agent, trained.make_environment
+    run, agent = trained.run, trained.agent
     out = output_path(cfg.out, trained.directory, "eval.mp4") if cfg.video else None
     seed = run.seed if cfg.seed is None else cfg.seed
     episodes = run.eval.episodes if cfg.episodes is None else cfg.episodes
@@ -34,9 +34,9 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(run.threads)
 
     seeds = r2dreamer.envs.env_seeds(seed, episodes, "eval")
-    how = {"record": cfg.video, "make_environment": make_environment}
+    how = {"record": cfg.video, "make_environment": trained.make_environment, "timeout": run.timeout}
     together = seeds[: run.eval.episodes]  # no more environments at once than the run's own evaluations had
-    with closing(r2dreamer.envs.make_vector_env(make_environment, together, parallel=run.env.parallel)) as environments:
+    with closing(trained.environments(together)) as environments:
         result = evaluate_seeds(environments, agent, seeds, seed=seed, max_steps=max_steps, **how)
 
     for episode, (score, length) in enumerate(zip(result.returns, result.lengths, strict=True)):

@@ -40,7 +40,7 @@ from r2dreamer.envs.suites.registry import suites
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.readout.recording import record, recorded
 from r2dreamer.examples.readout.report import rank, said, write_results
-from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model
+from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model, varying
 from r2dreamer.examples.settings.compose import configuration
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.files import make_output, output_path, replace, replace_text
@@ -144,6 +144,11 @@ def ask(cell: Cell, run: DictConfig, cfg: DictConfig, out: Path, trained: Agent 
         return torch.cat(parts)
 
     records = recorded(out / "records" / cell.recording, play)
+    if not varying(records):
+        raise ValueError(
+            f"None of {cell.task}'s facts ({', '.join(records['facts'].keys())}) changes in the recorded episodes, so none "
+            "can be asked for: give facts() that change, or record more episodes with record.episodes=N."
+        )
     if cell.member == BASELINES:
         scores = baseline_scores(records, keys, episodes)
     else:

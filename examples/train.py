@@ -220,7 +220,7 @@ class Trainer:
         last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
         records = cfg.eval.video and self.ranks.first
         film = {"record": records, "make_environment": self.suite["make_evaluation"] if last else None}
-        how = {"seed": cfg.seed + self.ranks.rank, "max_steps": cfg.eval.max_steps}
+        how = {"seed": cfg.seed + self.ranks.rank, "max_steps": cfg.eval.max_steps, "timeout": cfg.timeout}
         result = EvaluationResult()
         if self.evaluation is not None:
             result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, **how, **film)

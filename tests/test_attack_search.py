@@ -1,6 +1,7 @@
 """What an attack is made of beside its loss: windows of clean episodes, the search, paired episodes, the report."""
 
 import functools
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ def agent():
 
 @pytest.fixture(scope="module")
 def episodes(agent):
-    return collect_episodes(uneven, agent, [3, 5, 7], parallel=False, max_steps=7, seed=1)
+    with closing(make_vector_env(uneven, [3, 5, 7], parallel=False)) as environments:
+        return collect_episodes(environments, agent, max_steps=7, seed=1)
 
 
 # -- windows -------------------------------------------------------------------------------------------------------------

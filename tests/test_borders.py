@@ -10,7 +10,7 @@ from agents import ACTIONS, WIDTHS, tiny_agent, tiny_records
 from gymnasium import spaces
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torchrl.envs import GymEnv, InitTracker, SerialEnv, TransformedEnv
+from torchrl.envs import ActionScaling, GymEnv, GymWrapper, InitTracker, SerialEnv, TransformedEnv
 from torchrl.envs.utils import step_mdp
 
 from r2dreamer.dreamer import (
@@ -26,6 +26,9 @@ from r2dreamer.dreamer import (
 from r2dreamer.envs import AdversarialPatch, ClippedActionScaling, DMCSubtle, make_gym, make_vector_env
 from r2dreamer.envs.base.images import to_pixels
 from r2dreamer.envs.base.simulator import Simulator
+from r2dreamer.examples.attacks.occlusion import OcclusionSaliency
+from r2dreamer.examples.settings.schema import ARGUMENTS
+from r2dreamer.examples.training.evaluation import _to_image
 from r2dreamer.losses import (
     BarlowTwins,
     CategoricalKL,
@@ -178,6 +181,36 @@ def test_a_dimension_with_one_bound_is_clipped_to_it():
     assert env.given.tolist() == [9, 4, 3, 9]
 
 
+def test_no_action_leaves_the_simulators_bounds_by_a_rounding():
+    generator = np.random.default_rng(0)
+    low = generator.uniform(-9, 9, 500).round(2)
+    high = low + generator.uniform(0.1, 9, 500).round(2)
+    env = Noted((low, high))  # in double precision
+    env.reset_arrays()
+    for sign in (-1, 1):
+        env.step_arrays(np.full(500, sign, np.float32))
+        assert (low <= env.given).all() and (env.given <= high).all()
+        assert np.allclose(env.given, high if sign > 0 else low)
+
+
+def test_clipped_scaling_does_not_round_beyond_a_bound():
+    class Narrow(gymnasium.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (1,)), spaces.Box(-8, np.float32(3.3), (1,))
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            assert self.action_space.contains(action)
+            return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    ours = TransformedEnv(GymWrapper(Narrow()), ClippedActionScaling())
+    plain = TransformedEnv(GymWrapper(Narrow()), ActionScaling())
+    ours.step(ours.reset().set("action", torch.ones(1)))
+    with pytest.raises(AssertionError):
+        plain.step(plain.reset().set("action", torch.ones(1)))
+
+
 @pytest.mark.parametrize("action", [torch.zeros(1), torch.zeros(2, 1), torch.tensor([0.0, np.nan])])
 def test_an_action_of_another_shape_or_of_nan(action):
     env = Noted((-np.ones(2), np.ones(2)))
@@ -245,6 +278,40 @@ def test_a_picture_with_opacity_becomes_grey():
     image = np.zeros((8, 8, 4), np.uint8)
     image[..., 1], image[..., 3] = 100, 255
     assert to_pixels(image, grayscale=True).shape == (1, 8, 8) and (to_pixels(image, grayscale=True) == 59).all()
+    with refused("looks like four grey frames"):
+        to_pixels(image.transpose(2, 0, 1), grayscale=True)
+
+
+def test_a_film_shows_colours_and_not_their_opacity():
+    colour = torch.tensor([200, 20, 0, 255], dtype=torch.uint8).view(4, 1, 1).expand(4, 2, 2)
+    assert _to_image(colour).tolist() == [[[200, 20, 0]] * 2] * 2
+    frames = torch.tensor([1, 2, 3, 4], dtype=torch.uint8).view(4, 1, 1).expand(4, 2, 2)
+    assert _to_image(frames).tolist() == [[[4, 4, 4]] * 2] * 2  # the newest
+
+
+def test_a_task_that_fails_to_build_is_not_called_unknown():
+    class Broken(gymnasium.Env):
+        def __init__(self, render_mode=None):
+            raise gymnasium.error.Error("its licence has run out")
+
+    gymnasium.register("Broken-v0", Broken)
+    try:
+        with refused("'Broken-v0' could not be made: its licence has run out"):
+            make_gym("Broken-v0", seed=0)
+        with refused("no task 'Brokem-v0'.*Broken-v0"):
+            make_gym("Brokem-v0", seed=0)
+    finally:
+        del gymnasium.registry["Broken-v0"]
+
+
+def test_windows_that_would_leave_gaps():
+    agent = tiny_agent(vectors=False)
+    with refused("occlusion.stride=3: .* at most the window"):
+        OcclusionSaliency(agent, "pixels", window=2, stride=3)
+
+
+def test_the_free_camera_is_a_number():
+    assert ARGUMENTS["camera"].read(-1) == -1 and ARGUMENTS["camera"].read("side") == "side"
 
 
 def test_a_patch_of_nested_images_comes_back(tmp_path):

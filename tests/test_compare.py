@@ -179,6 +179,8 @@ def test_differences_are_to_the_first_variant_or_none(tmp_path):
         score = int(run.logdir.name) + (5 if run.name == "second" else 0)
         (run.logdir / "metrics.jsonl").write_text(f'{{"step": 10, "eval/return": {score}}}\n')
     assert compare.summarise(runs, "eval/return")["second"]["difference"] == 5
+    unfinished = compare.summarise(runs[2:], "eval/return", runs)
+    assert list(unfinished) == ["second"] and "difference" not in unfinished["second"]
     for run in runs[:2]:
         (run.logdir / "metrics.jsonl").write_text("")
     alone = compare.summarise(runs, "eval/return")
@@ -205,6 +207,13 @@ def test_tasks_are_columns_and_panels_and_variants_differ_within_their_task(tmp_
     for panels, width in ((columns[2], 1344), (None, 960)):  # in 150ths of an inch: 1.4 times as wide for two
         drawn = draw_runs(*columns[:2], tmp_path / "panels.png", panels=panels)
         assert drawn.read_bytes()[16:20] == width.to_bytes(4, "big")
+
+
+def test_runs_without_a_name_are_one_variant_of_several_tasks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = plan(["env=dmc_proprio", "env.task=walker_walk,cheetah_run", "seed=0,1"])
+    summary = {run.name: {"mean": 1.0, "final": [1.0]} for run in runs}
+    assert compare.table(runs, summary).splitlines()[2:] == ["| default | **1** (1) | **1** (1) |"]
 
 
 def test_a_run_that_fails_is_named(server, tmp_path):

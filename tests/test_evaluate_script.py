@@ -1,5 +1,6 @@
 """examples/evaluate.py repeats the trainer's own numbers, films them, and says what it cannot evaluate."""
 
+import contextlib
 import functools
 import io
 import json
@@ -36,6 +37,8 @@ def test_what_observes_no_image_is_filmed_from_its_actions(capsys):
     frames = film(factory, 3, actions)
     assert frames.shape == (10, 250, 250, 3) and (frames[0] != frames[-1]).any()
     assert (frames == film(factory, 3, actions)).all() and (frames[0] != film(factory, 5, actions)[0]).any()
+    keys = functools.partial(factory, keys=["observation"])  # of another view than a film's
+    assert (frames == film(keys, 3, actions)).all()
     assert film(blind, 3, actions) is None
     assert "No video: WorkerError" in capsys.readouterr().out
 
@@ -71,6 +74,7 @@ def test_a_film_that_no_encoder_can_write_is_not_said_to_be_there(tmp_path, monk
         "seed": 0,
         "name": "mine",
         "threads": None,
+        "timeout": 120,
         "eval": {"episodes": 1},
         "env": {"parallel": False, "scores": None},
     }
@@ -78,10 +82,17 @@ def test_a_film_that_no_encoder_can_write_is_not_said_to_be_there(tmp_path, monk
     result = EvaluationResult([Episode(1.0, 2, {})], torch.zeros(2, 4, 4, 3, dtype=torch.uint8).numpy())
     for name, made in {"load_trained": agent, "evaluate_seeds": result, "write_video": None}.items():
         monkeypatch.setattr(evaluate, name, lambda *_, made=made, **__: made)
-    monkeypatch.setattr(r2dreamer.envs, "make_vector_env", lambda *_, **__: io.StringIO())  # to be closed
+    monkeypatch.setattr(Trained, "environments", lambda *_: io.StringIO())  # to be closed
     evaluate.main.__wrapped__(config(f"checkpoint={tmp_path}", name="evaluate"))
     said = capsys.readouterr().out
     assert "mine at 7 frames: 1 +- 0" in said and "video" not in said
+
+
+def test_a_trained_agents_simulators_get_the_time_that_its_run_gave_them():
+    run = OmegaConf.create({"timeout": 77, "env": {"parallel": 1}})
+    factory = functools.partial(r2dreamer.envs.make_gym, task="Pendulum-v1")
+    with contextlib.closing(Trained(None, run, None, 0, factory).environments([1])) as environments:
+        assert environments.pool.timeout == 77
 
 
 def test_evaluate_takes_one_checkpoint_other_seeds_and_more_episodes(server, trained, tmp_path):

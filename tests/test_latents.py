@@ -10,6 +10,7 @@ import pytest
 import torch
 from agents import tiny_agent
 from launcher import TINY, config, train_here
+from tensordict import TensorDict
 
 from r2dreamer.envs import make_dmc, make_dmc_subtle
 from r2dreamer.envs.base.contract import apply_contract
@@ -19,7 +20,7 @@ from r2dreamer.examples.readout.facts import facts
 from r2dreamer.examples.readout.recording import record
 from r2dreamer.examples.readout.report import markdown
 from r2dreamer.examples.readout.ridge import heldout_r2
-from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model
+from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model, varying
 from r2dreamer.examples.training.setup import build
 
 SIZE = 16
@@ -158,6 +159,14 @@ def test_an_environment_that_says_nothing_is_refused():
         facts(r2dreamer.envs.make_probe("small_target", seed=0))
 
 
+def test_of_a_fact_the_numbers_that_change_are_asked():
+    still = torch.zeros(3, 4, 2)
+    place = torch.stack([torch.arange(12.0).view(3, 4), torch.ones(3, 4)], -1)
+    records = TensorDict({"facts": {"place": place, "still": still}}, [3, 4])
+    found = varying(records)
+    assert list(found) == ["place"] and torch.equal(found["place"], place[..., :1])
+
+
 TOO = {"record.episodes": 12, "record.heldout": 6, "record.steps": 4, "record.lead": 0, "updates": 2}
 SMALL = [f"{key}={value}" for key, value in TOO.items()] + ["progress=false", "device=cpu", "precision=fp32"]
 
@@ -177,6 +186,12 @@ def command(tmp_path, monkeypatch):
 
 MEMBERS = ("r2dreamer", "dreamer")
 GRID = ["tasks=[reacher]", "shrinks=[1]", "seeds=[0]", "members=[r2dreamer,dreamer]"]
+
+
+def test_an_environment_of_which_nothing_changes_is_refused(command, monkeypatch):
+    monkeypatch.setattr(Square, "facts", lambda self: {"still": np.ones(2)})
+    with pytest.raises(ValueError, match=r"None of reacher's facts \(still\) changes"):
+        command(*GRID)
 
 
 def test_the_command_writes_lines_table_and_figure_and_repeats_nothing(command, monkeypatch):

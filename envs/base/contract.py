@@ -31,8 +31,16 @@ class ClippedActionScaling(ActionScaling):
         if not self.standard_normal:
             raise ValueError("standard_normal=False: actions of ClippedActionScaling lie in [-1, 1], as an agent's do.")
 
+        self.range: tuple[torch.Tensor, ...] = ()
+
+    def _init_from_spec(self, leaf_spec: Any) -> None:
+        """Keeps the bounds: scaling may round beyond them."""
+        super()._init_from_spec(leaf_spec)
+        self.range = leaf_spec.space.low, leaf_spec.space.high
+
     def _inv_apply_transform(self, action: torch.Tensor) -> torch.Tensor:
-        return super()._inv_apply_transform(action.clamp(-1, 1))
+        scaled = super()._inv_apply_transform(action.clamp(-1, 1))
+        return scaled.clamp(*(bound.to(scaled.device) for bound in self.range)) if self.range else scaled
 
 
 class FiniteCheck(Transform):

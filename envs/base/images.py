@@ -23,6 +23,11 @@ def to_pixels(image: np.ndarray, size: int | None = None, grayscale: bool = Fals
     if image.ndim == 2:
         image = image[..., None]
     elif image.shape[-1] not in CHANNELS:
+        if grayscale and len(image) == 4:
+            raise ValueError(
+                f"grayscale=True of an image {list(image.shape)}, whose first axis looks like four grey frames: leave "
+                "grayscale out. Colours and opacity come as [H, W, 4]."
+            )
         image = image.transpose(1, 2, 0)
     # A copy, because simulators reuse their buffers and flip them by negative strides, which torch refuses. It stays
     # [H, W, C] in memory: torch resizes uint8 images five times faster that way.

@@ -65,17 +65,12 @@ class Simulator(EnvBase):
         if isinstance(actions, int):
             self.action_spec = OneHot(actions, dtype=torch.int64)
         else:
-            self.bounds = low, high = [np.asarray(bound, np.float32) for bound in actions]
+            self.bounds = low, high = [
+                _inwards(np.asarray(bound), sign) for sign, bound in zip((1, -1), actions, strict=True)
+            ]
             limited = (np.abs([low, high]) < UNLIMITED).all(0)
             low, high = np.where(limited, low, -1), np.where(limited, high, 1)  # what has no bounds stays as it is
             self.scale, self.middle = (high - low) / 2, (high + low) / 2
-            own = [
-                np.where(np.abs(bound) < UNLIMITED, bound, sign * np.inf)
-                for sign, bound in zip((-1, 1), self.bounds, strict=True)
-            ]
-            self.limits = [
-                np.where(limited, sign, bound).astype(np.float32) for sign, bound in zip((-1, 1), own, strict=True)
-            ]
             shape = torch.Size(low.shape)
             ranged = Bounded(-1, 1, shape, dtype=torch.float32)
             self.action_spec = ranged if limited.all() else Unbounded(shape, dtype=torch.float32)
@@ -108,7 +103,7 @@ class Simulator(EnvBase):
         if self.discrete:
             action = int(action.argmax())
         else:
-            action = np.clip(action, *self.limits) * self.scale + self.middle
+            action = np.clip(action * self.scale + self.middle, *self.bounds)  # scaling may round beyond a bound
         vars(self)["step_count"] += 1  # the ordinary way to set an attribute of an EnvBase takes 5 us
         observation, reward, terminated, truncated = self.advance(action)
         return self._checked(observation, reward), float(reward), bool(terminated), bool(truncated and not terminated)
@@ -142,3 +137,9 @@ class Simulator(EnvBase):
         if self.metrics:
             tensors["metrics"] = {name: torch.tensor([float(value)]) for name, value in self.metrics.items()}
         return tensors
+
+
+def _inwards(bound: np.ndarray, sign: int) -> np.ndarray:
+    """A lower (sign 1) or an upper (-1) bound as the nearest float32 that does not lie outside."""
+    nearest = bound.astype(np.float32)
+    return np.where(nearest * sign < bound * sign, np.nextafter(nearest, np.float32(sign * np.inf)), nearest)

@@ -219,7 +219,9 @@ def _build(task: str, from_pixels: bool, time_limit: int | None) -> Any:
             return gymnasium.make(task, disable_env_checker=True, **kwargs)
     except DeprecatedEnv as error:
         raise ValueError(f"Gymnasium no longer has {task!r}: {error}") from error
-    except Error as error:  # not registered, or not even a name
+    except Error as error:
+        if str(task).rpartition(":")[2] in gymnasium.registry:
+            raise ValueError(f"Gymnasium's task {task!r} could not be made: {error}") from error
         raise unknown_task(task, gymnasium.registry, "Gymnasium", own="gym") from error
 
 

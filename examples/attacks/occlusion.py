@@ -28,10 +28,10 @@ class OcclusionSaliency:
         _, height, width = agent.observations.images[key]
         if fill not in ("blur", "grey"):
             raise ValueError(f"occlusion.fill={fill} must be blur or grey.")
-        if not 1 <= window <= min(height, width) or stride < 1:
+        if not 1 <= window <= min(height, width) or not 1 <= stride <= window:
             raise ValueError(
                 f"occlusion.window={window}, occlusion.stride={stride}: the window must fit the image of {height}x{width}, "
-                "and the stride be at least 1."
+                "and the stride be at least 1 and at most the window, so that it hides every pixel."
             )
         self.agent, self.key, self.fill, self.window = agent, key, fill, window
         self.encoder = agent.encoder.at_root()

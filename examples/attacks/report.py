@@ -28,7 +28,7 @@ def percent_drop(value: float, baseline: float) -> float | None:
 
 
 def compare(results: Mapping[str, EvaluationResult], imagined: Mapping[str, dict]) -> dict[str, dict]:
-    """Every condition beside "clean" and "optimized"; imagined: what `drops` found of each patch."""
+    """Every condition beside "clean" and "optimized"; imagined: what `Attack.imagined` found of each patch."""
     conditions = {}
     for name, result in results.items():
         line = {"returns": result.returns, "mean": result.mean, "std": result.std}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +14,7 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from r2dreamer.dreamer import Agent
-from r2dreamer.envs import AdversarialPatch, make_vector_env
+from r2dreamer.envs import AdversarialPatch
 from r2dreamer.losses import PlanningAttackLoss, total_loss
 
 from ..cli.script import Interrupt
@@ -45,22 +44,14 @@ class Windows:
         return self.at(torch.linspace(0, last, min(count, last + 1)).round().long())
 
 
-def collect_episodes(
-    make_environment: Callable[..., EnvBase],
-    agent: Agent,
-    seeds: Sequence[int],
-    *,
-    parallel: bool,
-    max_steps: int | None,
-    seed: int,
-) -> list[TensorDict]:
-    """One episode from each seed with mode actions, as records: the observation, the action before it, the latents before it."""
+def collect_episodes(environments: EnvBase, agent: Agent, *, max_steps: int | None, seed: int) -> list[TensorDict]:
+    """An episode of each environment with mode actions, as records: the observation, the action and the latents before it."""
     kept = []
     names = [*agent.observations.images, *agent.observations.vectors, "state", "belief", "action", "is_init"]
     keep = lambda module, inputs, acted: kept.append(acted.select(*names).cpu().clone())
-    environments = make_vector_env(make_environment, seeds, parallel=parallel)
-    with closing(environments), agent.policy.register_forward_hook(keep):
-        result = evaluate(environments, agent.policy, episodes=len(seeds), max_steps=max_steps, seed=seed)
+    with agent.policy.register_forward_hook(keep):
+        episodes = environments.batch_size.numel()
+        result = evaluate(environments, agent.policy, episodes=episodes, max_steps=max_steps, seed=seed)
     steps = torch.stack(kept, 1)  # [N, L]
     return [_records(steps[index, :length]) for index, length in enumerate(result.lengths)]
 

@@ -70,9 +70,10 @@ Scores = dict[str, dict[str, dict[str, float]]]  # by what is read, then by fact
 
 
 def varying(records: TensorDictBase) -> dict[str, torch.Tensor]:
-    """The facts that change: a target that stands still in all episodes cannot be asked for."""
+    """What changes of each fact: a target that stands still in all episodes cannot be asked for, nor its constant height."""
     facts = {name: value.float() for name, value in records["facts"].items()}
-    return {name: value for name, value in facts.items() if (value.flatten(0, 1).std(0) > 1e-6).all()}
+    moving = {name: value.flatten(0, 1).std(0) > 1e-6 for name, value in facts.items()}
+    return {name: value[..., moving[name]] for name, value in facts.items() if moving[name].any()}
 
 
 def model_scores(agent: Agent, records: TensorDictBase, episodes: int) -> Scores:

@@ -122,7 +122,7 @@ ARGUMENTS = {
     # of environments
     "task": text, "from_pixels": flag, "image_size": maybe(count), "action_repeat": count,
     "factory": one_like(r"[\w.]+:[\w.]+", '"package.module:function", for example my_module:make_env'),
-    "camera": maybe(any_of(whole(), text)), "time_limit": maybe(count), "episode_frames": maybe(count),
+    "camera": maybe(any_of(whole(-1), text)), "time_limit": maybe(count), "episode_frames": maybe(count),
     "lives": choice("unused", "discount", "reset"), "sticky": share, "noops": whole(), "grayscale": flag,
     "full_actions": flag, "keys": maybe(list_of(text)), "cumulative": flag, "actions": count, "continuous": flag,
     "shrink": maybe(any_of(rate, text)), "physics": choice("official", "frozen"),

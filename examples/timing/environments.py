@@ -39,7 +39,7 @@ def frames_per_second(cfg: DictConfig, count: int) -> dict[str, float]:
     """
     factory, seeds = hydra.utils.instantiate(cfg.env.make), env_seeds(cfg.seed, count, "train")
     frames = count * cfg.env.action_repeat
-    environments = make_vector_env(factory, seeds, parallel=cfg.env.parallel)
+    environments = make_vector_env(factory, seeds, parallel=cfg.env.parallel, timeout=cfg.timeout)
     actions = itertools.cycle([environments.action_spec.rand() for _ in range(DRAWN)])
     collector = VectorCollector(
         environments,

@@ -145,12 +145,14 @@ def _play_round(env, policy, max_steps, pixels_key, filmed):
 
 
 def _to_image(pixels: torch.Tensor) -> np.ndarray:
-    """[C, H, W] (or already [H, W, C]) to uint8 [H, W, 3]; of stacked frames the newest."""
+    """[C, H, W] (or already [H, W, C]) to uint8 [H, W, 3]; of stacked frames the newest, opacity left out."""
     image = pixels.detach().cpu()
     if image.shape[-1] not in (1, 3):
         image = image.movedim(0, -1)
     if image.is_floating_point():
         image = (image.clamp(0, 1) * 255).byte()
+    if image.shape[-1] == 4 and (image[..., 3] == 255).all():
+        image = image[..., :3]  # red, green, blue, and opaque everywhere
     image = image[..., -3:] if image.shape[-1] % 3 == 0 else image[..., -1:].expand(*image.shape[:2], 3)
     return image.numpy().copy()
 
@@ -193,6 +195,7 @@ def evaluate_seeds(
     record: bool,
     max_steps: int | None = LONGEST_EPISODE,
     make_environment: Callable[..., EnvBase] | None = None,
+    timeout: float = 120.0,
 ) -> EvaluationResult:
     """One episode from each of `seeds` with mode actions; the first one is filmed if `record`.
 
@@ -202,6 +205,7 @@ def evaluate_seeds(
         seed: for the sampling inside the policy.
         max_steps: where an episode is cut off, with a warning; None plays on until it ends.
         make_environment: films the episode where the observations hold no image; None leaves such a film out.
+        timeout: seconds that a step of such a film may take.
     """
     actions, count = [], environments.batch_size.numel()  # actions of the first environment, in the first round
     keep = lambda module, inputs, acted: actions.append(acted["action"][0].cpu().clone())
@@ -222,21 +226,25 @@ def evaluate_seeds(
             "env.episode_frames=... for env=gym; to see more of them, a larger max_steps (while training, eval.max_steps)."
         )
     if record and image is None and make_environment is not None:
-        result.frames = film(make_environment, seeds[0], actions[: min(result.lengths[0], LONGEST_FILM)])
+        result.frames = film(make_environment, seeds[0], actions[: min(result.lengths[0], LONGEST_FILM)], timeout)
     return result
 
 
-def film(make_environment: Callable[..., EnvBase], seed: int, actions: Sequence[torch.Tensor]) -> np.ndarray | None:
+def film(
+    make_environment: Callable[..., EnvBase], seed: int, actions: Sequence[torch.Tensor], timeout: float = 120.0
+) -> np.ndarray | None:
     """Plays the actions again, from the same seed, where the task can be seen: uint8 frames [T, H, W, 3].
 
     None, with a notice, where it cannot.
     """
-    # Gymnasium's images have shapes of their own; a square would squeeze them.
-    size = None if getattr(make_environment, "func", None) is make_gym else SIDE
-    factory = functools.partial(make_environment, from_pixels=True, image_size=size)
+    seen: dict[str, Any] = {"from_pixels": True, "image_size": SIDE}
+    if getattr(make_environment, "func", None) is make_gym:
+        # Its images have shapes of their own, which a square would squeeze; and no other observation is seen.
+        seen |= {"image_size": None, "keys": None}
+    factory = functools.partial(make_environment, **seen)
     try:
         # In a worker: a renderer may hang, or end its process.
-        with contextlib.closing(make_vector_env(factory, [seed], parallel=1)) as environment:
+        with contextlib.closing(make_vector_env(factory, [seed], parallel=1, timeout=timeout)) as environment:
             now = environment.reset()
             frames = [_shrink(now["pixels"][0])]
             for action in actions:

@@ -20,6 +20,7 @@ from r2dreamer.dreamer import Agent, CategoricalLatent, TwoHotMLP, latent_head
 from r2dreamer.dreamer.folder import WEIGHTS, read_config
 from r2dreamer.dreamer.hub import locate
 from r2dreamer.dreamer.pretrained import unpack, unpack_folder
+from r2dreamer.envs import VectorEnv, make_vector_env
 from r2dreamer.losses import PlanningAttackLoss
 
 from .checkpoint import Checkpoints
@@ -60,6 +61,11 @@ class Trained:
         for _, value in sorted(self.agent.policy.state_dict().items()):
             digest.update(value.half().numpy(force=True).tobytes())
         return digest.hexdigest()[:16]
+
+    def environments(self, seeds: Sequence[int]) -> VectorEnv:
+        """One for each seed, stepped as the run's own evaluations step them."""
+        run = self.run
+        return make_vector_env(self.make_environment, seeds, parallel=run.env.parallel, timeout=run.timeout)
 
     @property
     def max_steps(self) -> int | None:

@@ -28,7 +28,7 @@ class Run:
     @property
     def variant(self) -> str:
         """The name without its task: what has the same variant and task are the seeds of one thing."""
-        return self.name.removeprefix(f"{self.task}-")
+        return "default" if self.name == self.task else self.name.removeprefix(f"{self.task}-")
 
     @property
     def saved(self) -> int:
