@@ -151,6 +151,7 @@ class Trainer:
                 if due(cfg.checkpoint.every) or self.frames >= total:
                     self.save()
                 bar.update(self.frames - before)
+            leaving = leaving or self.count["evaluated"] < self.frames  # the last evaluation was left
             if leaving:
                 self.save(leaving=True)
         self.left = leaving
@@ -214,17 +215,23 @@ class Trainer:
         return {"updates/s": f"{line['speed/updates_per_second']:.1f}", "return": f"{self.returns.latest:.4g}"}
 
     def evaluate(self) -> str:
-        """Mode actions in environments of their own, the same seeds every time; the return, and when it was measured."""
+        """Mode actions in environments of their own, the same seeds every time; the return, and when it was measured.
+
+        An interrupt leaves it, and the resumed run makes it.
+        """
         self.collection.pause()
         cfg = self.cfg
         last = self.frames >= cfg.total_frames  # a film of what shows no images is made once: rendering takes long
         records = cfg.eval.video and self.ranks.first
         film = {"record": records, "make_environment": self.suite["make_evaluation"] if last else None}
         how = {"seed": cfg.seed + self.ranks.rank, "max_steps": cfg.eval.max_steps, "timeout": cfg.timeout}
+        stop = lambda: self.interrupt.requested
         result = EvaluationResult()
         if self.evaluation is not None:
-            result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, **how, **film)
+            result = evaluate_seeds(self.evaluation, self.agent, self.evaluation_seeds, stop=stop, **how, **film)
         self.ranks.meet()
+        if self.ranks.any(self.interrupt.requested):
+            return f"not measured at {self.frames} frames"
         result.episodes = self.ranks.join(result.episodes)
         self.metrics.write(self.frames, result.summary(self.suite["scores"]))
         if result.frames is not None:

@@ -151,6 +151,12 @@ def test_the_seed_decides_what_the_policy_samples():
     assert returns(1) == first != returns(2)
 
 
+def test_stops_before_the_next_step_when_asked():
+    asked = iter([False, False, False, True, True])  # before the round, and before each step
+    result = evaluate(SerialEnv(2, [short, long]), CountingPolicy(), episodes=4, stop=lambda: next(asked))
+    assert result.lengths == [2, 2]
+
+
 def test_refuses_no_episodes():
     with pytest.raises(ValueError, match="episodes=0"):
         evaluate(Countdown(1), CountingPolicy(), episodes=0)

@@ -45,6 +45,28 @@ def test_an_evaluation_that_died_is_made_by_the_same_command(tmp_path, monkeypat
         train_here(tmp_path, *CARTPOLE)
 
 
+@pytest.mark.parametrize("stops_at", [80, 200])
+def test_an_interrupt_leaves_an_evaluation_at_once_and_the_same_command_makes_it(tmp_path, monkeypatch, stops_at):
+    whole, left = train.evaluate_seeds, []
+
+    def interrupted(*args, **kwargs):
+        trainer.interrupt.requested = trainer.frames >= stops_at
+        result = whole(*args, **kwargs)
+        if trainer.interrupt.requested:
+            left.extend(result.lengths)
+        return result
+
+    monkeypatch.setattr(train, "evaluate_seeds", interrupted)
+    trainer = train.Trainer(config(*CARTPOLE, f"logdir={tmp_path}"))
+    train.train(trainer)
+    assert trainer.left and not any(left)
+    assert stops_at not in steps(tmp_path, "eval/return") and run_of(tmp_path, 200).saved == stops_at
+    assert not run_of(tmp_path, 200).finished
+    monkeypatch.setattr(train, "evaluate_seeds", whole)
+    train_here(tmp_path, *CARTPOLE)
+    assert steps(tmp_path, "eval/return") == [0, 80, 160, 200] and run_of(tmp_path, 200).finished
+
+
 def test_owed_updates_are_left_when_asked_and_made_later(tmp_path):
     source, new = tmp_path / "source", tmp_path / "new"
     train_here(source, *CARTPOLE)

@@ -57,6 +57,10 @@ class EvaluationResult:
         return {f"eval/{name}": value for name, value in values.items()}
 
 
+def never() -> bool:
+    return False
+
+
 def evaluate(
     env: EnvBase,
     policy: TensorDictModuleBase,
@@ -66,6 +70,7 @@ def evaluate(
     record: bool = False,
     pixels_key: str = "pixels",
     seed: int | None = None,
+    stop: Callable[[], bool] = never,
 ) -> EvaluationResult:
     """Mode actions, no gradient, the undiscounted return of whole episodes.
 
@@ -76,23 +81,23 @@ def evaluate(
     Args:
         max_steps: policy steps after which an episode is cut off.
         seed: for the sampling inside the policy (latents); the environments keep their own seeds, set by the caller.
+        stop: asked before every step; a yes ends the evaluation, whose result is then worth nothing.
     """
     if episodes < 1:
         raise ValueError(f"episodes={episodes} must be at least 1.")
     result = EvaluationResult()
     greedy = set_exploration_type(ExplorationType.DETERMINISTIC)
     with untouched_generators(seed), _eval_mode(policy), torch.no_grad(), greedy:
-        while len(result.episodes) < episodes:
+        while len(result.episodes) < episodes and not stop():
             filmed = [] if record and not result.episodes else None
-            result.episodes += _play_round(env, policy, max_steps, pixels_key, filmed)[
-                : episodes - len(result.episodes)
-            ]
+            played = _play_round(env, policy, max_steps, pixels_key, filmed, stop)
+            result.episodes += played[: episodes - len(result.episodes)]
             if filmed:
                 result.frames = np.stack(filmed)
     return result
 
 
-def _play_round(env, policy, max_steps, pixels_key, filmed):
+def _play_round(env, policy, max_steps, pixels_key, filmed, stop):
     """Every environment's first episode after a reset, in their order; `filmed` takes the first one's images."""
 
     def shoot(observation):
@@ -111,7 +116,7 @@ def _play_round(env, policy, max_steps, pixels_key, filmed):
     tracks_init = "is_init" in root
     root.set("is_init", torch.ones_like(root["done"]))
     steps = 0
-    while playing.any() and (max_steps is None or steps < max_steps):
+    while playing.any() and (max_steps is None or steps < max_steps) and not stop():
         shoot(root)
         acted = root.update(policy(root.to(policy_device)).to(env_device))
         carried = acted.copy()
@@ -196,6 +201,7 @@ def evaluate_seeds(
     max_steps: int | None = LONGEST_EPISODE,
     make_environment: Callable[..., EnvBase] | None = None,
     timeout: float = 120.0,
+    stop: Callable[[], bool] = never,
 ) -> EvaluationResult:
     """One episode from each of `seeds` with mode actions; the first one is filmed if `record`.
 
@@ -206,11 +212,12 @@ def evaluate_seeds(
         max_steps: where an episode is cut off, with a warning; None plays on until it ends.
         make_environment: films the episode where the observations hold no image; None leaves such a film out.
         timeout: seconds that a step of such a film may take.
+        stop: as in `evaluate`.
     """
     actions, count = [], environments.batch_size.numel()  # actions of the first environment, in the first round
     keep = lambda module, inputs, acted: actions.append(acted["action"][0].cpu().clone())
     image = next(iter(agent.observations.images), None)
-    how: dict[str, Any] = {"max_steps": max_steps, "pixels_key": image or "pixels"}
+    how: dict[str, Any] = {"max_steps": max_steps, "pixels_key": image or "pixels", "stop": stop}
     result = EvaluationResult()
     for first in range(0, len(seeds), count):
         mine = list(seeds[first : first + count])
@@ -219,6 +226,8 @@ def evaluate_seeds(
         with contextlib.nullcontext() if first else agent.policy.register_forward_hook(keep):
             played = evaluate(environments, agent.policy, **how)
         result = EvaluationResult(result.episodes + played.episodes, played.frames if not first else result.frames)
+    if stop():
+        return result
     if cut_off := sum(episode.cut_off for episode in result.episodes):
         warn(
             f"{cut_off} of {len(seeds)} evaluation episodes did not end within max_steps={max_steps} and were cut "
