@@ -31,6 +31,8 @@ def write_folder(directory: Path, packed: Mapping[str, Any], card: str, more: Ma
     more: further entries of the configuration, plain data.
     """
     heads = packed["more_heads"]
+    if taken := {"format", "heads", *SECTIONS} & more.keys():
+        raise ValueError(f"more has {', '.join(map(repr, sorted(taken)))}, which are the agent's own: rename them.")
     config = {"format": FORMAT, **{name: packed[name] for name in SECTIONS}}
     config |= {"heads": {name: head["recipe"] for name, head in heads.items()}, **more}
     try:

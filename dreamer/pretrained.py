@@ -148,15 +148,25 @@ def _check_recipe(packed: Mapping[str, Any], agent: Agent) -> None:
 
 
 def _check_alike(name: str, part: nn.Module, built: nn.Module) -> None:
-    """Refuses arguments that shapes of weights do not show, such as the classes of a latent."""
+    """Refuses classes and arguments that shapes of weights do not show, such as the classes of a latent."""
     others = dict(built.named_modules())
     for path, module in part.named_modules():
-        known, other = inspect.signature(type(module).__init__).parameters, vars(others.get(path, module))
+        other = others.get(path, module)
+        own, its = (getattr(type(each), "made_of", (type(each),))[0].__qualname__ for each in (module, other))
+        if own != its:
+            raise ValueError(f"{'.'.join(filter(None, [name, path]))} is a {own}, and a {its} in what it builds")
+        known = inspect.signature(type(module).__init__).parameters
         for argument, value in vars(module).items():
-            plain = isinstance(value, bool | int | float | str)
-            if plain and argument in known and other.get(argument, value) != value:
+            given = vars(other).get(argument, value)
+            if _is_plain(value) and argument in known and given != value:
                 where = ".".join(filter(None, [name, path, argument]))
-                raise ValueError(f"{where} is {value!r}, and {other[argument]!r} in what it builds")
+                raise ValueError(f"{where} is {value!r}, and {given!r} in what it builds")
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def _modules(recipe: Any) -> list[str]:

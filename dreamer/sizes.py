@@ -141,8 +141,8 @@ def check_sizes(widths: Mapping[str, int], layers: Mapping[str, int]) -> None:
 
 
 def check_names(observations: ObservationSpace, written: Sequence[NestedKey]) -> None:
-    """Refuses observations of a name that the agent writes; a reward that is observed is given to the losses apart."""
-    taken = {key[1] if key[0] == "next" and len(key) == 2 else key for key in written} - {"reward"}
+    """Refuses observations of a name that agent or loss write; a reward that is observed is given to the losses apart."""
+    taken = {key[1] if key[0] == "next" and len(key) == 2 else key for key in written} - {"reward"} | {"true_reward"}
     for name in sorted({*observations.images, *observations.vectors} & taken):
         raise ValueError(
             f"The observation {name!r} has the name of an entry that the agent writes, and would be overwritten. Append "

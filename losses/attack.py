@@ -20,6 +20,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules import SymExpTwoHot
 
+from .continuation import continue_name
 from .functional import categorical_kl, lambda_return
 from .wiring import NEXT, DreamerLoss, entry, frozen, unregistered
 
@@ -268,15 +269,16 @@ class PlanningAttackLoss(DreamerLoss):
     def _score(self, scored: TensorDict) -> torch.Tensor:
         """R [N] of H imagined latents [N, H]."""
         keys = self.tensor_keys
-        reward = self._predict(self.reward_model, scored, keys.reward, keys.reward_logits, self.reward_two_hot)
+        reward = self._predict(self.reward_model, scored, "reward", self.reward_two_hot)
         terminal = torch.zeros_like(reward)  # [N, H, 1]
         if self.continue_model is not None:
             predicted = self.continue_model(scored.select(*self.continue_model.in_keys))
-            logit = predicted.get(keys.continue_pred, None)
-            terminal = 1 - (predicted.get(keys.continuation).float() if logit is None else logit.float().sigmoid())
+            name = continue_name(keys, self.continue_model) or "continue_pred"
+            alive = entry(predicted, keys, name).float()
+            terminal = 1 - (alive if name == "continuation" else alive.sigmoid())
         value = torch.zeros_like(reward)
         if self.bootstrap:
-            last = self._predict(self.value_model, scored[:, -1:], keys.value, keys.value_logits, self.value_two_hot)
+            last = self._predict(self.value_model, scored[:, -1:], "value", self.value_two_hot)
             value = torch.cat([value[:, :-1], last], 1)
         # Index 0 is where the imagination began: its reward came before any action.
         reward, value, terminal = (
@@ -284,11 +286,10 @@ class PlanningAttackLoss(DreamerLoss):
         )
         return lambda_return(reward, value, terminal=terminal, discount=self.discount, lmbda=1.0)[:, 0, 0]
 
-    @staticmethod
     def _predict(
-        model: TensorDictModuleBase, latents: TensorDict, key: NestedKey, logits_key: NestedKey, two_hot: SymExpTwoHot
+        self, model: TensorDictModuleBase, latents: TensorDict, name: str, two_hot: SymExpTwoHot
     ) -> torch.Tensor:
         """A head's value, decoded here from its logits if it writes them: what heads decode may carry no gradient."""
         written = model(latents.select(*model.in_keys))
-        logits = written.get(logits_key, None)
-        return written.get(key).float() if logits is None else two_hot(logits.float())
+        logits = written.get(getattr(self.tensor_keys, f"{name}_logits"), None)
+        return entry(written, self.tensor_keys, name).float() if logits is None else two_hot(logits.float())

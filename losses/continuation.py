@@ -45,14 +45,22 @@ def check_probability(value: torch.Tensor) -> None:
         )
 
 
+def _values(parameters: list[nn.Parameter]) -> torch.Tensor:
+    return torch.stack([p.detach().double().sum() for p in parameters])
+
+
 def _ends_in_sigmoid(model: Any, key: NestedKey) -> bool:
-    """Whether the network in ``model`` that writes ``key`` ends in a sigmoid, as far as its modules tell."""
+    """Whether the network in ``model`` that writes ``key`` ends in a sigmoid, as far as chains of modules tell."""
     wrappers = [each for each in model.modules() if isinstance(each, TensorDictModule)]
     writers = [each for each in wrappers if [unravel_key(out) for out in each.out_keys] == [key]]
     if not writers:
         return False
-    *_, last = writers[-1].modules()
-    return isinstance(last, nn.Sigmoid) or writers[-1].module in (torch.sigmoid, torch.Tensor.sigmoid)
+    last = writers[-1].module
+    while isinstance(last, nn.Module) and (children := [*last.children()]):
+        if len(children) > 1 and not isinstance(last, nn.Sequential):
+            return False  # only its forward knows which comes last
+        last = children[-1]
+    return isinstance(last, nn.Sigmoid) or last in (torch.sigmoid, torch.Tensor.sigmoid)
 
 
 def _refuse_probability(key: NestedKey) -> NoReturn:
@@ -66,6 +74,8 @@ def _refuse_probability(key: NestedKey) -> NoReturn:
 class UntrainedHead:
     """Finds a continue head that nothing trains while the world model learns: the model loss lacks its key.
 
+    A world model that a fused optimiser moves looks as if it stood still, so beside it nothing is found.
+
     Args:
         head: the continue model, if there is one.
         world: the modules of the imagined environment.
@@ -75,20 +85,26 @@ class UntrainedHead:
         of_world = {p for module in world if isinstance(module, nn.Module) for p in module.parameters()}
         of_head = set() if head is None else {*head.parameters()} - of_world
         self.world, self.head = ([p for p in each if not p.is_inference()] for each in (of_world, of_head))
-        self.versions, self.updates = None, 0
+        self.versions, self.updates, self.values = None, 0, torch.zeros(0)
 
     def check(self, training: bool) -> None:
-        """Compares how often the parameters were written to: no value is read, and no device waited for."""
+        """Compares how often the parameters were written to: no device is waited for, but before the error."""
         if torch.compiler.is_compiling() or not training or not self.head:
             return
         world, head = (sum(p._version for p in parameters) for parameters in (self.world, self.head))
         if self.versions is None:
-            self.versions = world, head
+            self.versions, self.values = (world, head), _values(self.head)
         elif head != self.versions[1]:
             self.head = []  # it is trained
         elif world != self.versions[0]:
             self.versions, self.updates = (world, head), self.updates + 1
-            if self.updates >= SETTLED and any(p.requires_grad for p in self.head):
+            if self.updates < SETTLED or not any(p.requires_grad for p in self.head):
+                return
+            if not torch.equal(
+                _values(self.head).cpu(), self.values.cpu()
+            ):  # a fused optimiser leaves no trace but these
+                self.head = []
+            else:
                 raise ValueError(
                     f"The continue head is not trained: {self.updates} updates changed the world model and left "
                     "continue_model as it was, while imagination ends by what it says.\n"

@@ -158,6 +158,7 @@ def lambda_return(
     Returns:
         [B, T-1, 1]; element t looks at reward, flags and bootstrap of t+1.
     """
+    reward, bootstrap = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (reward, bootstrap))
     zeros = torch.zeros_like(reward)
     live = discount * (1 - (zeros if terminal is None else terminal.to(reward.dtype)))[:, 1:]
     mix = lmbda * (1 - (zeros if last is None else last.to(reward.dtype)))[:, 1:]
@@ -222,7 +223,7 @@ def imagination_weight(continuation: torch.Tensor, discount: float = 1 - 1 / 333
         continuation: probabilities [N, H, 1] that an episode goes on.
         discount: of a step.
     """
-    return (discount * continuation).cumprod(1)
+    return (discount * continuation.to(torch.promote_types(continuation.dtype, torch.float32))).cumprod(1)
 
 
 def categorical_kl(logits: torch.Tensor, other: torch.Tensor, unimix: float = 0.0) -> torch.Tensor:

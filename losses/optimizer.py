@@ -118,7 +118,7 @@ class GroupedAdam(torch.optim.Adam):
 
     Args:
         groups: dicts with ``name`` and ``params``, as the example trainer's ``Learner`` gives them.
-        lr: of every group that ``actor_lr`` and ``value_lr`` do not name.
+        lr: of every group that ``actor_lr`` and ``value_lr`` do not name and that has no ``lr`` of its own.
         actor_lr: of the group ``actor``.
         value_lr: of the group ``value``.
         max_norm: the gradient norm that no group's exceeds.
@@ -146,8 +146,11 @@ class GroupedAdam(torch.optim.Adam):
     ):
         if max_norm <= 0 or warmup_steps < 0:
             raise ValueError(f"max_norm={max_norm} must be positive, and warmup_steps={warmup_steps} not negative.")
+        groups = [*groups]
+        if not all(isinstance(group, dict) and {"name", "params"} <= group.keys() for group in groups):
+            raise ValueError('groups must be dicts, {"name": ..., "params": [...]}: each group is clipped by itself.')
         rates = {"actor": actor_lr, "value": value_lr}
-        groups = [{**group, "lr": rates.get(group["name"], lr), "updates": 0} for group in groups]
+        groups = [{"lr": rates.get(group["name"], lr), **group, "updates": 0} for group in groups]
         super().__init__(groups, lr=lr, eps=eps)
         self.max_norm, self.warmup_steps = max_norm, warmup_steps
 

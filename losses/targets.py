@@ -34,10 +34,10 @@ class CopyEvery(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        share = self.updates.remainder(self.interval).eq(0).float()  # 0 or 1: an `if` would wait for the device
+        due = self.updates.remainder(self.interval).eq(0)  # an `if` would wait for the device
         sources = self.loss.value_model_params.values(True, True)
         for target, source in zip(self.loss.target_value_model_params.values(True, True), sources, strict=True):
-            target.data.lerp_(source.data, share.to(target.device))
+            target.data.copy_(torch.where(due.to(target.device), source.data, target.data))
         self.updates += 1
 
 

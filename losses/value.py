@@ -23,6 +23,7 @@ from .wiring import (
     check_finite,
     check_scalar,
     entry,
+    listed,
     read_key,
     require_instances,
     require_modules,
@@ -178,9 +179,13 @@ class DreamerValueLoss(DreamerLoss):
         bootstrap = entry(tensordict, keys, "bootstrap").reshape(reward.shape).float()
         with torch.no_grad():
             target = lambda_return(reward, bootstrap, done, terminated, discount=1 - 1 / horizon, lmbda=lmbda)
-        latents = TensorDict(
-            {key: tensordict.get(key)[:, :-1] for key in self.value_model.in_keys}, [steps[0], steps[1] - 1]
-        )
+        latents = tensordict.select(*self.value_model.in_keys, strict=False)
+        if missing := [key for key in self.value_model.in_keys if latents.get(key, None) is None]:
+            raise ValueError(
+                f"{listed(missing)} is missing, which the critic reads: there is {listed(tensordict.keys())} at the root.\n"
+                "Set the latents that the world-model loss returned below 'next' at the root."
+            )
+        latents = TensorDict({key: value[:, :-1] for key, value in latents.items()}, [steps[0], steps[1] - 1])
         loss, _ = self._loss(latents, target)  # [B, T-1]
         return TensorDict({"loss_replay_value": ((1 - done[:, :-1, 0]) * loss).mean()}, [])
 

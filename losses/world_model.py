@@ -242,7 +242,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         # The reward head writes its prediction under the reward's own key: hand the model a shallow copy, without it,
         # unless the model observes the reward.
         records = tensordict.select(*tensordict.keys(True, True))
-        if at(keys.reward) not in map(unravel_key, self.world_model.in_keys):
+        observes_reward = at(keys.reward) in map(unravel_key, self.world_model.in_keys)
+        if not observes_reward:
             records = records.exclude(at(keys.reward))
         steps = reward.shape[:-1]
         if records.batch_size != steps:  # [B, T]: rollouts and decoders tell time and features apart by it
@@ -262,7 +263,8 @@ class R2DreamerWorldModelLoss(DreamerLoss):
         for name in self.unwritten:  # no module says that it writes it, so one that does not say so must
             entry(posterior, keys, name, NEXT)
         terms, diagnostics = self.kl(posterior, keys)
-        results = self.representation(posterior, keys)
+        seen = posterior.copy().set(at(keys.reward), reward) if observes_reward else posterior  # not the prediction
+        results = self.representation(seen, keys)
         own_terms = {*terms, "reward", *["continue"] * self.predicts_continue}
         objective_terms, objective_diagnostics = check_results(self.representation, results, own_terms, {*diagnostics})
         terms |= objective_terms

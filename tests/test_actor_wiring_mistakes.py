@@ -101,8 +101,9 @@ def test_a_continue_model_of_another_key():
         weights(actor_loss(agent, continuing("alive")), agent)
 
 
-def test_a_continue_head_that_nothing_trains():
-    """Its key is given to the actor loss, and forgotten for the world-model loss."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_continue_head_that_nothing_trains(fused):
+    """Its key is given to the actor loss, and forgotten for the world-model loss. A fused optimiser leaves no versions."""
     network = Joined(nn.Linear(FEATURES, 1))
     ends = TensorDictModule(network, in_keys=LATENTS, out_keys=[("next", "alive")])
     for named in (False, True):
@@ -111,13 +112,16 @@ def test_a_continue_head_that_nothing_trains():
         if named:
             world.set_keys(continue_pred="alive")
         actor = actor_loss(agent, continuing("alive", network=network), continue_pred="alive")
-        optimizer = torch.optim.Adam([*world.parameters(), *actor.parameters()], lr=1e-4)
+        own = {*network.parameters()}
+        others = [p for p in [*world.parameters(), *actor.parameters()] if p not in own]
+        optimizers = torch.optim.Adam(others, lr=1e-4), torch.optim.Adam(own, lr=1e-4, fused=fused)
 
-        def train(world=world, actor=actor, agent=agent, optimizer=optimizer):
+        def train(world=world, actor=actor, agent=agent, optimizers=optimizers):
             for _ in range(15):
-                optimizer.zero_grad()
                 (total_loss(world(tiny_records(agent, time=2))[0]) + actor(latents(agent))[0]["loss_actor"]).backward()
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
 
         if named:
             train()

@@ -324,8 +324,15 @@ def test_settings_that_make_no_sense_are_refused(settings, says):
         toy_loss(toy_patch(0.5), **settings)
 
 
-def test_records_without_the_image_are_refused():
+def test_what_is_missing_is_named():
     records = TensorDict({"next": {"camera": torch.rand(1, 1, 1, 1, 1)}}, [1, 1])
+    elsewhere = toy_loss(toy_patch(0.5), continuation=lambda belief: belief, ends="alive")
+    with pytest.raises(ValueError, match=r"continue_pred is missing.*\n.*\n.*set_keys\(continue_pred="):
+        elsewhere(toy_records(0.8))
+    elsewhere.continue_model = None
+    elsewhere.reward_model.out_keys[:] = ["gain"]
+    with pytest.raises(ValueError, match="reward is missing"):
+        elsewhere(toy_records(0.8))
     loss = toy_loss(toy_patch(0.5))
     for look in (loss, loss.saliency):
         with pytest.raises(ValueError, match="pixels is missing"):

@@ -1,4 +1,4 @@
-"""What comes from a user's own code, and was once taken in silence: memory, divergences, recipes, actions, names."""
+"""What comes from a user's own code, and was once taken in silence: memory, divergences, actions, names."""
 
 import functools
 
@@ -21,7 +21,6 @@ from r2dreamer.dreamer import (
     build_agent,
     build_classic_agent,
     projection_head,
-    save_pretrained,
 )
 from r2dreamer.envs import AdversarialPatch, ClippedActionScaling, DMCSubtle, make_gym, make_vector_env
 from r2dreamer.envs.base.images import to_pixels
@@ -120,10 +119,28 @@ def test_keys_that_are_refused_change_nothing():
     assert loss(tiny_records(agent))[0]["loss_continue"].isfinite()
 
 
-@pytest.mark.parametrize("name", ["loc", "state", "belief", "encoded_latents", "reward_logits"])
+@pytest.mark.parametrize("name", ["loc", "state", "belief", "encoded_latents", "reward_logits", "true_reward"])
 def test_an_observation_of_a_name_that_the_agent_writes(name):
     with refused(rf"observation '{name}' .* would be overwritten.*RenameTransform"):
         build_agent(ObservationSpace({}, {name: 4}), ActionSpace(2, False), **WIDTHS)
+
+
+def test_a_gate_inside_of_a_continue_head_is_no_probability():
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.gate = torch.nn.Linear(16, 1), torch.nn.Sigmoid()
+
+        def forward(self, belief):
+            return self.linear(belief * self.gate(belief))
+
+    head = TensorDictModule(Gated(), in_keys=["belief"], out_keys=["continue_pred"])
+    agent = tiny_agent(images=False)
+    loss = DreamerActorLoss(agent.actor, agent.value_model, agent.imagination, continue_model=head)
+    assert loss.continue_name == "continue_pred"
+    head.module = torch.nn.Sequential(torch.nn.Linear(16, 1), torch.nn.Sequential(torch.nn.Sigmoid()))
+    with refused("comes out of a sigmoid"):
+        DreamerActorLoss(agent.actor, agent.value_model, agent.imagination, continue_model=head)
 
 
 def test_an_imagination_says_which_names_it_knows():
@@ -137,18 +154,17 @@ def test_an_imagination_says_which_names_it_knows():
         Imagination(agent.prior, reward).rollout(2, agent.actor, tensordict=start)
 
 
-# --- Recipes ---
+# --- Batches ---
 
 
-def test_a_recipe_whose_weights_have_the_same_shapes(tmp_path):
-    recipe = {"_target_": "r2dreamer.dreamer.build_agent", "heads": {}, **WIDTHS, "encoder_multipliers": [1, 2]}
-    agent = tiny_agent(heads={}, classes=4, categoricals=7, unimix=0.5)
-    with refused("recipe does not give this agent back: rssm.*unimix is 0.5, and 0.01"):
-        save_pretrained(agent, recipe, tmp_path / "agent")
-    with refused("recipe does not give this agent back: rssm.*num_categoricals is 7, and 4"):
-        save_pretrained(agent, recipe | {"classes": 7, "categoricals": 4, "unimix": 0.5}, tmp_path / "agent")
-    assert not (tmp_path / "agent").exists()
-    save_pretrained(agent, recipe | {"unimix": 0.5, "fast": False}, tmp_path / "agent")
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_empty_batch(fast):
+    agent = tiny_agent(fast=fast)
+    records = tiny_records(agent)[:0]
+    records.update(agent.encoder(records))
+    assert agent.rollout(records)["next", "belief"].shape == (0, 5, 16)
+    starts = TensorDict({key: torch.zeros(0, size) for key, size in agent.latent_sizes.items()}, [0])
+    assert agent.imagination.rollout(2, agent.actor, tensordict=starts).shape == (0, 2)
 
 
 # --- Actions ---

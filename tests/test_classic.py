@@ -240,6 +240,16 @@ def test_every_group_has_its_own_rate_and_norm():
     assert [group["lr"] for group in ours.param_groups] == list(rates.values())
 
 
+def test_a_groups_own_rate_is_kept():
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [{"name": "model", "params": [one], "lr": 1e-2}, {"name": "actor", "params": [two]}]
+    rates = {"lr": 6e-4, "actor_lr": 8e-5, "value_lr": 8e-5}
+    assert [group["lr"] for group in GroupedAdam(groups, **rates).param_groups] == [1e-2, 8e-5]
+    for bad in ([{"params": [one]}], [one, two]):
+        with pytest.raises(ValueError, match="groups must be dicts"):
+            GroupedAdam(bad, **rates)
+
+
 def test_gradients_of_a_closure_are_clipped():
     weight = nn.Parameter(torch.ones(4))
     group = {"name": "model", "params": [weight]}
@@ -258,7 +268,9 @@ def test_gradients_of_a_closure_are_clipped():
 def test_images_are_encoded_and_drawn_in_the_published_shapes():
     encoder, decoder = ConvEncoder((3, 64, 64), depth=32), ConvDecoder(230, (3, 64, 64), depth=32)
     assert encoder.out_features == 1024
-    assert encoder(torch.zeros(2, 5, 3, 64, 64, dtype=torch.uint8)).shape == (2, 5, 1024)
+    images = torch.randint(256, (2, 5, 3, 64, 64), dtype=torch.uint8)
+    assert encoder(images).shape == (2, 5, 1024)
+    torch.testing.assert_close(encoder(images.double() / 255), encoder(images))
     assert decoder(torch.randn(2, 5, 30), torch.randn(2, 5, 200)).shape == (2, 5, 3, 64, 64)
     with pytest.raises(ValueError, match="40x64 are too small"):
         ConvEncoder((3, 40, 64))

@@ -4,8 +4,10 @@ import pytest
 import torch
 from agents import tiny_agent, tiny_records
 from launcher import CARTPOLE, config
+from tensordict.nn import TensorDictModule
 from test_classic import actor_loss, every_generation, made, model_loss, start_of
 from test_losses import has_gradient
+from torch import nn
 
 from r2dreamer.dreamer import ActionSpace, Imagination, ObservationSpace, latent_head
 from r2dreamer.examples import train
@@ -135,6 +137,28 @@ def test_returns_bootstrap_from_the_copy_which_follows_every_interval():
     expected = (agent.value(imagined["state"], imagined["belief"]) - imagined["lambda_target"]).square().mean() / 2
     torch.testing.assert_close(loss(imagined)[0]["loss_value"], expected)  # no regulariser
     assert DreamerValueLoss(agent.value_model).bootstrap_model is agent.value_model
+
+
+def test_a_copy_takes_counters_along_and_no_nan_of_before():
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    loss = DreamerValueLoss(TensorDictModule(network, in_keys=["belief"], out_keys=["state_value"]))
+    target, slow = loss.target_value_model_params, CopyEvery(loss, rate=0.5)
+    network[1].num_batches_tracked.fill_(7)
+    target["module", "0", "weight"].data.fill_(torch.nan)
+    slow.step()
+    assert target["module", "1", "num_batches_tracked"] == 7
+    assert torch.equal(target["module", "0", "weight"], network[0].weight)
+    network[1].num_batches_tracked.fill_(9)
+    slow.step()
+    assert target["module", "1", "num_batches_tracked"] == 7  # not due
+
+
+def test_reinforce_alone_needs_no_differentiable_world(recwarn):
+    agent = made("v2")
+    plain = Imagination(agent.prior, agent.imagination.reward)
+    loss = DynamicsActorLoss(agent.actor, agent.value_model, plain, dynamics=0.0, imagination_horizon=2)
+    loss(start_of(agent))[0]["loss_actor"].backward()
+    assert not [each for each in recwarn if "passes no gradients" in str(each.message)]
 
 
 def test_an_update_of_the_second_generation_bootstraps_from_the_copy():

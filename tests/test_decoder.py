@@ -101,6 +101,7 @@ def test_the_augmentation_moves_images_alone_each_sequence_by_itself():
     assert torch.equal(shifted["next", "speed"], before["next", "speed"])
     assert torch.equal(shifted["action"], before["action"])
     plain = TensorDict({"next": {"pixels": torch.full((2, 3, 1, 4, 4), 7, dtype=torch.uint8)}}, [2, 3])
+    assert random_shift(torch.rand(1, 2, 3, 4, 4, dtype=torch.float64)).dtype == torch.float64
     assert (RandomShift(pad=1)(plain)["next", "pixels"] == 7).all()
     with pytest.raises(ValueError, match="pad=0"):
         RandomShift(pad=0)

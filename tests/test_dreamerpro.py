@@ -199,7 +199,12 @@ def test_the_world_models_parameters_are_not_owned_twice():
 
 
 def test_bad_arguments_are_refused():
-    for options in (dict(prototypes=0), dict(temperature=0.0), dict(ema_rate=0.0), dict(dropped_steps=TIME)):
+    wrong = dict(prototypes=0, temperature=0.0, sinkhorn_iterations=0, ema_rate=0.0, frozen_updates=-1)
+    for options in (
+        *({name: value} for name, value in wrong.items()),
+        dict(dropped_steps=-1),
+        dict(dropped_steps=TIME),
+    ):
         with pytest.raises(ValueError, match="|".join([*options, "batch_length"])):
             _, _, loss = made(**options)
             loss(tiny_records(tiny_agent()))

@@ -146,6 +146,16 @@ def test_lambda_return_by_hand():
     assert lambda_return(reward, bootstrap, flag, 0 * flag, discount=0.5, lmbda=0.5)[0, 0].item() == 5.0
 
 
+def test_whole_and_half_numbers_are_computed_in_float32():
+    reward, terminal = torch.tensor([0, 1, 1, 1]).view(1, 4, 1), torch.full((1, 4, 1), 0.5)
+    values = torch.ones(1, 4, 1)
+    expected = lambda_return(reward.float(), values, terminal=terminal)
+    assert torch.equal(lambda_return(reward, values, terminal=terminal), expected)
+    assert torch.equal(lambda_return(reward.bfloat16(), values.bfloat16(), terminal=terminal), expected)
+    assert lambda_return(reward.double(), values.double(), terminal=terminal).dtype == torch.float64
+    assert imagination_weight(values.bfloat16()).dtype == torch.float32
+
+
 def test_imagination_weights_by_hand():
     continuation = torch.tensor([[[1.0], [0.5], [0.0], [1.0]]])
     assert imagination_weight(continuation, 0.5).flatten().tolist() == [0.5, 0.125, 0.0, 0.0]

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from agents import tiny_agent
+from agents import WIDTHS, tiny_agent
 from launcher import CARTPOLE, train_here
 from test_pretrained import RECIPE
 
-from r2dreamer.dreamer import load_pretrained, projection_head, save_pretrained
+from r2dreamer.dreamer import (
+    ActionSpace,
+    CategoricalLatent,
+    NormGRUCell,
+    ObservationSpace,
+    build_classic_agent,
+    load_pretrained,
+    projection_head,
+    save_pretrained,
+)
 from r2dreamer.dreamer.folder import write_folder
 from r2dreamer.dreamer.pretrained import pack
 from r2dreamer.dreamer.recipe import construct
@@ -89,3 +98,33 @@ def test_heads_that_were_added_to_an_agent_are_saved_with_it(tmp_path):
             save_pretrained(load_pretrained(tmp_path / before), None, tmp_path / name)
         found = load_pretrained(tmp_path / name).heads["probe"].state_dict()
         assert all(torch.equal(found[key], value) for key, value in head.state_dict().items())
+
+
+def test_a_recipe_whose_weights_have_the_same_shapes(tmp_path):
+    recipe = {"_target_": "r2dreamer.dreamer.build_agent", "heads": {}, **WIDTHS, "encoder_multipliers": [1, 2]}
+    agent = tiny_agent(heads={}, classes=4, categoricals=7, unimix=0.5)
+    with pytest.raises(ValueError, match="recipe does not give this agent back: rssm.*unimix is 0.5, and 0.01"):
+        save_pretrained(agent, recipe, tmp_path / "agent")
+    with pytest.raises(ValueError, match="recipe does not give this agent back: rssm.*num_categoricals is 7, and 4"):
+        save_pretrained(agent, recipe | {"classes": 7, "categoricals": 4, "unimix": 0.5}, tmp_path / "agent")
+    assert not (tmp_path / "agent").exists()
+    save_pretrained(agent, recipe | {"unimix": 0.5, "fast": False}, tmp_path / "agent")
+    with pytest.raises(ValueError, match="more has 'observations', which are the agent's own: rename them"):
+        save_pretrained(agent, recipe | {"unimix": 0.5}, tmp_path / "agent", more={"observations": 1})
+
+
+def test_a_recipe_of_other_frequencies_or_another_distribution(tmp_path):
+    recipe = {"_target_": "r2dreamer.dreamer.build_agent", "heads": {}, **WIDTHS, "encoder_multipliers": [1, 2]}
+    agent = tiny_agent(heads={}, images=False, vector_frequencies=(3.0, 9.0))
+    with pytest.raises(ValueError, match=r"encoder.*frequencies is \(3.0, 9.0\), and \(1.0, 2.0\)"):
+        save_pretrained(agent, recipe | {"vector_frequencies": [1.0, 2.0]}, tmp_path / "agent")
+    save_pretrained(agent, recipe | {"vector_frequencies": [3.0, 9.0]}, tmp_path / "agent")
+    part = lambda name: {"_target_": f"r2dreamer.dreamer.{name}", "_partial_": True}
+    recipe = {"_target_": "r2dreamer.dreamer.build_classic_agent", "heads": {}, "belief": 8, "hidden": 8, "depth": 2}
+    recipe |= dict(vector_layers=1, reward_layers=1, actor_layers=1, value_layers=1, noise=0.0)
+    recipe |= {"classes": 4, "categoricals": 3, "latent": part("CategoricalLatent"), "cell": part("NormGRUCell")}
+    built = {**recipe, "latent": CategoricalLatent, "cell": NormGRUCell, "squashed_actions": True}
+    del built["_target_"]
+    agent = build_classic_agent(ObservationSpace({}, {"speed": 6}), ActionSpace(2, False), **built)
+    with pytest.raises(ValueError, match="actor.* is a SquashedParameters, and a NormalParameters in what it builds"):
+        save_pretrained(agent, recipe | {"squashed_actions": False}, tmp_path / "classic")

@@ -14,6 +14,7 @@ from tensordict.nn import (
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.model_based import DreamerEnv
 from torchrl.modules import MLP, RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3, TanhNormal, WorldModelWrapper
+from torchrl.modules.functional import symlog
 from torchrl.objectives import DreamerV3ActorLoss, DreamerV3Loss, DreamerV3ValueLoss, SoftUpdate
 from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3Optimizer
 
@@ -159,6 +160,14 @@ def test_a_world_model_may_observe_the_reward_that_it_predicts():
     losses, posterior = loss(records)
     assert torch.equal(*seen, records["next", "reward"]) and losses["loss_reward"].requires_grad
     assert torch.equal(posterior["next", "true_reward"], *seen) and not torch.equal(posterior["next", "reward"], *seen)
+    decoder = TensorDictModule(
+        lambda belief: belief[..., :1], [("next", "belief")], [("next", "reconstruction", "reward")]
+    )
+    loss = R2DreamerWorldModelLoss(TensorDictSequential(encoder, *others, decoder), Reconstruction())
+    loss.set_keys(encoded_latents="encoded")
+    losses, posterior = loss(records)  # what is reconstructed was observed, not predicted
+    drawn, observed = posterior["next", "reconstruction", "reward"], symlog(records["next", "reward"])
+    torch.testing.assert_close(losses["reconstruction_reward"], (drawn - observed).square().mean())
     *others, head = others
     renamed = TensorDictModule(head.module, head.in_keys, [("next", "reward_hat")])
     loss = R2DreamerWorldModelLoss(TensorDictSequential(encoder, *others, renamed))

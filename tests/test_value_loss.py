@@ -1,5 +1,6 @@
 """DreamerValueLoss: on imagined rollouts, and along replayed sequences."""
 
+import pytest
 import torch
 from agents import BATCH, TIME, tiny_agent, tiny_records
 from tensordict import TensorDict
@@ -54,6 +55,13 @@ def test_the_replay_value_loss_reaches_the_world_model_and_follows_the_formula()
     assert has_gradient(agent.posterior) == {True}
     assert has_gradient(agent.prior.core) == {True}
     assert has_gradient(agent.prior.head) == has_gradient(agent.actor) == {False}
+
+
+def test_the_replay_value_loss_says_which_latents_it_lacks():
+    agent = tiny_agent()
+    replay = tiny_records(agent).set("bootstrap", torch.randn(BATCH, TIME, 1)).exclude("state")
+    with pytest.raises(ValueError, match="'state' is missing, which the critic reads: there is 'action', 'belief'"):
+        all_losses(agent)[2].replay_value_loss(replay)
 
 
 def test_the_replay_value_loss_needs_no_batch_size_of_two():

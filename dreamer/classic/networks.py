@@ -43,7 +43,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         scaled = [image / 255 if not image.is_floating_point() else image for image in images]
-        value = torch.cat(scaled, -3) - 0.5  # [..., C, H, W]
+        value = torch.cat(scaled, -3).to(next(self.parameters()).dtype) - 0.5  # [..., C, H, W]
         return self.layers(value.reshape(-1, *value.shape[-3:])).reshape(*value.shape[:-3], self.out_features)
 
 

@@ -229,7 +229,7 @@ class DeferredBlockLinear(Deferred, BlockLinear):
         if tape is None or not tape.takes(value.numel() // (self.num_blocks * self.weight.shape[1])):
             return super().forward(value, shared)
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
-        out = tape.affine(blocks).transpose(0, 1).reshape(*value.shape[:-1], -1)  # [..., out]
+        out = tape.affine(blocks).transpose(0, 1).reshape(*value.shape[:-1], self.bias.shape[0])  # [..., out]
         return out if shared is None else out + self.tapes["shared"].affine(shared)
 
 

@@ -29,7 +29,7 @@ def random_shift(images: torch.Tensor, pad: int = 3) -> torch.Tensor:
         window = value.take_along_dim(index, dim)
         value = torch.lerp(window.narrow(dim, 0, size), window.narrow(dim, 1, size), fraction)
     value = value.reshape(images.shape)
-    return value if images.is_floating_point() else value.round().to(images.dtype)
+    return (value if images.is_floating_point() else value.round()).to(images.dtype)
 
 
 class RandomShift(TensorDictModuleBase):

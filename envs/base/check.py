@@ -15,7 +15,7 @@ from torchrl.envs.utils import check_env_specs
 RESERVED = (
     "action", "belief", "continue_pred", "done", "encoded_latents", "is_init", "loc", "metrics", "next",
     "posterior_logits", "prior_logits", "probs", "projected_latents", "reward", "reward_logits", "scale", "state",
-    "state_value", "state_value_logits", "stream", "terminated", "truncated",
+    "state_value", "state_value_logits", "stream", "terminated", "true_reward", "truncated",
 )  # fmt: skip
 # An error that only they raised says that the contract is broken. Any other comes from the environment's own code.
 LIBRARIES = {"gymnasium", "r2dreamer", "tensordict", "torch", "torchrl", *sys.stdlib_module_names}

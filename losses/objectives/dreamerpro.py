@@ -75,9 +75,14 @@ class DreamerPro(Objective):
         augmentation: nn.Module | None = None,
     ):
         super().__init__(weight)
-        for name, value in dict(prototypes=prototypes, size=size, temperature=temperature, eps=sinkhorn_eps).items():
+        positive = {"prototypes": prototypes, "size": size, "temperature": temperature}
+        positive |= {"sinkhorn_eps": sinkhorn_eps, "sinkhorn_iterations": sinkhorn_iterations}
+        for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name}={value} of DreamerPro must be positive.")
+        for name, value in {"dropped_steps": dropped_steps, "frozen_updates": frozen_updates}.items():
+            if value < 0:
+                raise ValueError(f"{name}={value} of DreamerPro must not be negative.")
         if not 0 < ema_rate <= 1:
             raise ValueError(f"ema_rate={ema_rate} must be in (0, 1]; 1 makes the slow encoder a copy every update.")
         self.temperature, self.ema_rate = temperature, ema_rate
