@@ -102,6 +102,8 @@ def refuse_unread(cfg: DictConfig, overrides: Sequence[str]) -> None:
         why = f"suite={cfg.suite} has none"
     for override in cfg.overrides:
         own = {"precision": "precision", "threads": "threads", "device": "device", "seed": "seeds"}
+        own |= {"algorithm": "members", "env": "suite", "env.task": "tasks"}
+        own |= {"env.shrink": "shrinks", "env.difficulty": "difficulties"}
         if name := own.get(override.partition("=")[0]):
             raise ValueError(f"overrides=[{override}] is not read: say {name}=... beside it.")
     for override in overrides:

@@ -60,6 +60,18 @@ def test_curve_with_the_published_one(tmp_path, drawn):
     assert len(figure.axes[0].get_lines()[2].get_xdata()) == 11  # null is not a point
 
 
+def test_a_published_curve_is_of_returns_alone(tmp_path, drawn):
+    run, published = (
+        make_run(tmp_path / "run", range(25_000, 100_001, 25_000)),
+        {"walk": ("dmc_proprio", "walker_walk")},
+    )
+    for key, lines in {"eval/return": 2, "train/return": 2, "eval/length": 1}.items():
+        with open(run / "metrics.jsonl", "a") as metrics:
+            metrics.writelines(f'{{"step": {step}, "{key}": 1.0}}\n' for step in range(25_000, 100_001, 25_000))
+        draw_runs([run], ["ours"], tmp_path / "runs.png", key=key, panels=["walk"], published=published)
+        assert len(drawn[-1].axes[0].get_lines()) == lines, key
+
+
 def test_a_published_atari_curve_says_that_it_was_played_with_sticky_actions(tmp_path, drawn):
     run = make_run(tmp_path / "run", [20_000, 40_000])
     assert draw_curve(run, "atari100k", "alien", tmp_path / "curve.png").exists()

@@ -296,6 +296,9 @@ def test_settings_of_every_member_are_checked_and_read():
         latents.composed(cell, ["algorithm.actor.discount=7"])
     with pytest.raises(ValueError, match=r"overrides=\[seed=3\] is not read: say seeds=... beside it"):
         latents.refuse_unread(config("overrides=['seed=3']", name="latents"), [])
+    for override, name in {"algorithm=dreamer": "members", "env.shrink=1": "shrinks", "env.task=a": "tasks"}.items():
+        with pytest.raises(ValueError, match=f"is not read: say {name}=... beside it"):
+            latents.refuse_unread(config(f"overrides=['{override}']", name="latents"), [])
 
 
 def test_a_run_whose_name_has_directories_is_in_the_results(tmp_path):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from agents import tiny_agent, tiny_records
+from agents import WIDTHS, tiny_agent, tiny_records
 from launcher import TINY, lines, train_here
 from tensordict import TensorDict
 from test_family import ONCE
 
-from r2dreamer.dreamer import ObservationDecoder, load_pretrained
+from r2dreamer.dreamer import ActionSpace, ObservationDecoder, ObservationSpace, build_agent, load_pretrained
 from r2dreamer.examples.training.openloop import open_loop, predict
 from r2dreamer.losses import DetachedDecoder, R2DreamerWorldModelLoss
 
@@ -59,6 +59,15 @@ def test_the_film_shows_real_predicted_and_error(agent):
     seen = records["next", "pixels"][2].permute(0, 2, 3, 1).float() / 255
     torch.testing.assert_close(real[:, :, 32:48], seen)  # the third window
     torch.testing.assert_close(error, (drawn - real + 1) / 2, atol=0.01, rtol=0)
+
+
+def test_of_four_grey_frames_the_newest_is_shown():
+    heads = {"decoder": ObservationDecoder}
+    agent = build_agent(ObservationSpace({"pixels": (4, 16, 16)}, {}), ActionSpace(2, False), heads=heads, **WIDTHS)
+    records = records_without_resets(agent)
+    film = torch.from_numpy(open_loop(agent, agent.heads["decoder"], records, CONTEXT))
+    newest = records["next", "pixels"][0, :, 3]
+    assert torch.equal(film[:, :16, :16], newest.unsqueeze(-1).expand(-1, -1, -1, 3))
 
 
 def test_windows_in_which_an_episode_begins_are_left_out(agent):

@@ -115,6 +115,12 @@ def test_a_report_says_how_every_run_stands(runs):
     ]
 
 
+def test_bars_and_published_means_are_of_returns_alone(runs):
+    trained(runs[0], 100_000, score=460.0)
+    assert "| 460 |" in report(runs[:1]) and report(runs[:1]).count("461") == 2
+    assert "461" not in report(runs[:1], "eval/length")
+
+
 def test_a_plan_trains_what_is_missing_and_leaves_what_runs_elsewhere(tmp_path, monkeypatch, capsys):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(compare, "TRAIN", tmp_path / "stub.py")

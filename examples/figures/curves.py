@@ -18,6 +18,7 @@ from .bootstrap import bootstrap_band
 
 OURS, PUBLISHED = "#1764ab", "#8a8a8a"
 # By suite, how its published curves were played, where the suite's default plays otherwise.
+RETURNS = ("eval/return", "train/return")  # what DreamerV3's published curves show
 PLAYED_WITH = {"atari100k": "with sticky actions (env.sticky=0.25)"}
 PALETTE = [OURS, "#c8553d", "#2f8f5b", "#7d5ba6", "#b8860b", "#17a2b8", "#d36ba6", "#4a4a4a", "#94a323", "#7a3b1d"]
 
@@ -75,9 +76,9 @@ def draw_runs(
         for index, label in enumerate(dict.fromkeys(labels)):
             those = [each for each in zip(logdirs, labels, panels, strict=True) if each[1:] == (label, panel)]
             longest = max(longest, _draw_mean(axes, [logdir for logdir, *_ in those], label, index, key, bootstrap))
-        if published and panel in published and longest:
+        if published and panel in published and longest and key in RETURNS:
             _draw_published(axes, *published[panel], longest)
-        _label(axes, panel, "episode return" if key in ("eval/return", "train/return") else key)
+        _label(axes, panel, "episode return" if key in RETURNS else key)
     for axes in grid[len(titles) :]:
         axes.remove()
     repeated = len(set(zip(labels, panels, strict=True))) < len(labels)
