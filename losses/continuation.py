@@ -100,9 +100,8 @@ class UntrainedHead:
             self.versions, self.updates = (world, head), self.updates + 1
             if self.updates < SETTLED or not any(p.requires_grad for p in self.head):
                 return
-            if not torch.equal(
-                _values(self.head).cpu(), self.values.cpu()
-            ):  # a fused optimiser leaves no trace but these
+            now, before = _values(self.head).cpu(), self.values.cpu()
+            if not torch.equal(now, before):  # a fused optimiser leaves no other trace
                 self.head = []
             else:
                 raise ValueError(

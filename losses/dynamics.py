@@ -41,8 +41,8 @@ class DynamicsActorLoss(DreamerActorLoss):
         self._untrained.check(self.training)
         start = self._start(tensordict)
         env = self.model_based_env
-        through = torch.set_grad_enabled(bool(self.dynamics) and torch.is_grad_enabled())
-        with through, frozen(*getattr(env, "reads", (env,)), self.value_model, self.continue_model):
+        read = *getattr(env, "reads", (env,)), self.value_model, self.continue_model
+        with torch.set_grad_enabled(self.dynamics > 0 and torch.is_grad_enabled()), frozen(*read):
             imagined = self._imagine(start)
             value, returns, continuation = self._returns(imagined)
         self._check_differentiable(imagined, value)

@@ -192,8 +192,7 @@ class BlockLinear(nn.Module):
 
     def forward(self, value: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
         blocks = value.reshape(-1, self.num_blocks, self.weight.shape[1]).transpose(0, 1)  # [G, N, in/G]
-        out = (
-            torch.bmm(blocks, self.weight).transpose(0, 1).reshape(*value.shape[:-1], self.bias.shape[0])
-        )  # [..., out]
+        out = torch.bmm(blocks, self.weight).transpose(0, 1)  # [N, G, out/G]
+        out = out.reshape(*value.shape[:-1], self.bias.shape[0])  # [..., out]
         bias = self.bias if shared is None else F.linear(shared, self.shared_weight, self.bias)
         return out + bias.to(out.dtype)

@@ -95,29 +95,13 @@ def _row(run: Run, key: str) -> list[str]:
     _, scores = read_curve(run.logdir, key)
     state = "done" if run.finished else "running" if run.running else "stopped" if frames else "missing"
     score = f"{scores[-1]:.4g}" if len(scores) else ""
-    of_returns = key == "eval/return"  # as bars and published means are
-    met = (
-        ""
-        if run.bar is None or not run.finished or not score or not of_returns
-        else "yes"
-        if scores[-1] >= run.bar
-        else "no"
-    )
-    bar = "" if run.bar is None or not of_returns else f"{run.bar:g}"
+    of_returns = key == "eval/return"
+    bar, published = (run.bar, _published(run)) if of_returns else (None, "")  # both are of returns
+    met = "" if bar is None or not run.finished or not score else "yes" if scores[-1] >= bar else "no"
+    bar = "" if bar is None else f"{bar:g}"
     seed = run.logdir.name.removeprefix("seed")
     minutes = f"{spent / 60:.0f}" if spent else ""
-    return [
-        run.task,
-        run.variant,
-        seed,
-        state,
-        f"{frames:.0f}",
-        score,
-        minutes,
-        _published(run) if of_returns else "",
-        bar,
-        met,
-    ]
+    return [run.task, run.variant, seed, state, f"{frames:.0f}", score, minutes, published, bar, met]
 
 
 def _published(run: Run) -> str:

@@ -49,9 +49,8 @@ def open_loop(
     real = records.get(("next", key)).float().cpu() / 255  # [B, T, C, H, W]
     rows = torch.cat([real, predicted, (predicted - real + 1) / 2], -2)  # [B, T, C, 3H, W]
     film = torch.cat(list(rows), -1)  # [T, C, 3H, B*W]
-    film = (
-        film[:, -3:] if film.shape[1] % 3 == 0 else film[:, -1:].expand(-1, 3, -1, -1)
-    )  # of stacked frames the newest
+    # Of stacked frames the newest, in colour or grey.
+    film = film[:, -3:] if film.shape[1] % 3 == 0 else film[:, -1:].expand(-1, 3, -1, -1)
     return (film.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 

@@ -264,8 +264,8 @@ def make_agent(algorithm: DictConfig, model: DictConfig, observations: Observati
         if key not in known:
             raise ValueError(
                 f"model.{key}={value} means nothing to {algorithm.agent._target_}, which this algorithm builds its agent "
-                f"with: leave model=... out, write ~model.{key} where an experiment sets it, or take the algorithm's own (model=size12M and its like for R2-Dreamer and "
-                "Dreamer V3, model=dreamerv1, model=dreamerv2)."
+                f"with: leave model=... out, write ~model.{key} where an experiment sets it, or take the algorithm's own "
+                "(model=size12M and its like for R2-Dreamer and Dreamer V3, model=dreamerv1, model=dreamerv2)."
             )
     return builder(observations, actions, **hydra.utils.instantiate(model))
 
