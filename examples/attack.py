@@ -26,7 +26,7 @@ from r2dreamer.examples.attacks.search import Search, Windows, collect_episodes,
 from r2dreamer.examples.cli.script import Interrupt, script
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
 from r2dreamer.examples.training.evaluation import EvaluationResult, evaluate
-from r2dreamer.examples.training.files import make_output, output_path
+from r2dreamer.examples.training.files import make_output
 from r2dreamer.examples.training.loading import Trained, load_trained
 from r2dreamer.examples.training.video import write_video
 from r2dreamer.losses import PlanningAttackLoss
@@ -163,7 +163,7 @@ def main(cfg: DictConfig) -> None:
     trained = load_trained(cfg.checkpoint, device, cfg.trust)
     if trained.run.threads:
         torch.set_num_threads(trained.run.threads)
-    out = output_path(cfg.out, trained.directory, "attack")
+    out = trained.output(cfg.out, "attack")
     if (out / "patch.npz").exists():
         raise ValueError(f"{out} holds an attack already: remove it, or give another directory, out=DIR.")
     attack = Attack(trained, cfg, device)

@@ -13,10 +13,10 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from r2dreamer.dreamer import compile_parts
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device
 from r2dreamer.examples.training.evaluation import evaluate_seeds
-from r2dreamer.examples.training.files import output_path
 from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.video import write_video
 
@@ -26,12 +26,14 @@ def main(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device)
     trained = load_trained(cfg.checkpoint, device, cfg.trust, images=False)
     run, agent = trained.run, trained.agent
-    out = output_path(cfg.out, trained.directory, "eval.mp4") if cfg.video else None
+    out = trained.output(cfg.out, "eval.mp4") if cfg.video else None
     seed = run.seed if cfg.seed is None else cfg.seed
     episodes = run.eval.episodes if cfg.episodes is None else cfg.episodes
     max_steps = trained.max_steps if cfg.max_steps is None else cfg.max_steps
     if run.threads:
         torch.set_num_threads(run.threads)
+    if cfg.compile:
+        compile_parts(agent.rollout, *agent.parts().values())
 
     seeds = r2dreamer.envs.env_seeds(seed, episodes, "eval")
     how = {"record": cfg.video, "make_environment": trained.make_environment, "timeout": run.timeout}

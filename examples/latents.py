@@ -43,12 +43,13 @@ from r2dreamer.examples.readout.report import rank, said, write_results
 from r2dreamer.examples.readout.scores import baseline_scores, model_scores, train_world_model, varying
 from r2dreamer.examples.settings.compose import configuration
 from r2dreamer.examples.training.devices import resolve_device, resolve_precision
-from r2dreamer.examples.training.files import make_output, output_path, replace, replace_text
+from r2dreamer.examples.training.files import make_output, replace, replace_text
 from r2dreamer.examples.training.loading import load_trained
 from r2dreamer.examples.training.origin import commit
 from r2dreamer.examples.training.setup import build
 
 BASELINES, UNTRAINED = "baselines", "untrained"  # stand in a member's place
+READ = ("experiment", "env", "model", "algorithm", "batch_size", "timeout")  # of the trainer's settings
 HELDOUT = 10_000  # from a seed of training episodes to that of held-out ones
 
 
@@ -104,8 +105,14 @@ def refuse_unread(cfg: DictConfig, overrides: Sequence[str]) -> None:
         own = {"precision": "precision", "threads": "threads", "device": "device", "seed": "seeds"}
         own |= {"algorithm": "members", "env": "suite", "env.task": "tasks"}
         own |= {"env.shrink": "shrinks", "env.difficulty": "difficulties"}
-        if name := own.get(override.partition("=")[0]):
+        key = override.partition("=")[0].lstrip("+~")
+        if name := own.get(key):
             raise ValueError(f"overrides=[{override}] is not read: say {name}=... beside it.")
+        if key.partition(".")[0] not in READ:
+            raise ValueError(
+                f"overrides=[{override}] is not read: a world model alone is trained, and of the trainer's settings it takes those of "
+                f"{', '.join(READ)}. Leave it out."
+            )
     for override in overrides:
         if override.partition("=")[0] in unread:
             raise ValueError(f"{override} is not read: {why}. Leave it out.")
@@ -211,7 +218,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.checkpoint:
         trained = load_trained(cfg.checkpoint, resolve_device(cfg.device), cfg.trust)
         run = trained.run
-        out = output_path(cfg.out, trained.directory, "latents")
+        out = trained.output(cfg.out, "latents")
         settings = {
             "record": settings["record"],
             "checkpoint": f"{trained.path.resolve()}, weights {trained.fingerprint}",

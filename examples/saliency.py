@@ -23,7 +23,7 @@ from r2dreamer.examples.attacks.occlusion import OcclusionSaliency, inside_fract
 from r2dreamer.examples.cli.script import script
 from r2dreamer.examples.training.devices import resolve_device
 from r2dreamer.examples.training.evaluation import LONGEST_FILM, evaluate, untouched_generators
-from r2dreamer.examples.training.files import make_output, output_path
+from r2dreamer.examples.training.files import make_output
 from r2dreamer.examples.training.loading import Trained, load_trained
 from r2dreamer.examples.training.video import write_video
 
@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> None:
     if trained.run.threads:
         torch.set_num_threads(trained.run.threads)
     key = trained.pixels_key(cfg.pixels_key)
-    out = output_path(cfg.out, trained.directory, "saliency")
+    out = trained.output(cfg.out, "saliency")
     make_output(out)
     seen = watch(trained, cfg, key, trained.run.seed if cfg.seed is None else cfg.seed)
     masks = torch.stack(seen["masks"]) if seen["masks"] else None

@@ -149,6 +149,20 @@ def test_actions_are_drawn_as_torch_draws_them(shape):
         assert not drawn[0][0].requires_grad and ours.sample((2,)).shape == (2, *shape)
 
 
+def test_distributions_of_actions_expand_as_torchs_do():
+    probs, loc, scale = torch.rand(4, 1, 3).softmax(-1), torch.randn(4, 1, 3), torch.rand(4, 1, 3) + 0.1
+    pairs = [
+        (OneHotAction(probs), torch.distributions.OneHotCategorical(probs=probs)),
+        (BoundedNormal(loc, scale), torch.distributions.Independent(torch.distributions.Normal(loc, scale), 1)),
+    ]
+    for ours, theirs in pairs:
+        wide, other = ours.expand((4, 5)), theirs.expand((4, 5))
+        assert type(wide) is type(ours) and wide.batch_shape == (4, 5) and wide.event_shape == (3,)
+        value = other.sample()
+        torch.testing.assert_close(wide.log_prob(value), other.log_prob(value))
+        assert wide.sample((2,)).shape == (2, 4, 5, 3) and wide.deterministic_sample.shape == (4, 5, 3)
+
+
 def test_graphs_are_for_gpus():
     step, cpu = (lambda batch: batch), torch.device("cpu")
     assert captured(step, cpu) is step and captured(step, cpu, False) is step

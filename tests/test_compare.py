@@ -82,6 +82,13 @@ def test_seeds_of_one_name_have_one_task_and_the_same_settings():
             plan_rows([([*CARTPOLE, "seed=0"], None), ([*CARTPOLE, other, "seed=1"], None)])
 
 
+def test_variants_that_train_the_same_are_pointed_at(capsys):
+    plan([*CARTPOLE, "name=a,b", "seed=0,1"])
+    assert capsys.readouterr().err == "WARNING: name=a and name=b train the same: no setting of theirs differs.\n"
+    plan_rows([([*CARTPOLE, *each], None) for each in (["name=a"], ["name=b", "batch_size=4"])])
+    assert not capsys.readouterr().err
+
+
 def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path):
     overrides = [*CARTPOLE, f"logdir={tmp_path}", "total_frames=100"]
     (tmp_path / "checkpoints" / "step_000000050").mkdir(parents=True)

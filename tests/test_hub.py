@@ -6,6 +6,7 @@ The real Hub is not reached: its accounts, its limits and its Xet transfer stay 
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from launcher import CARTPOLE, config, train_here
 from r2dreamer.dreamer import load_pretrained, push_to_hub, save_pretrained
 from r2dreamer.examples import evaluate
 from r2dreamer.examples.export import export
+from r2dreamer.examples.training.loading import load_trained
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="the extra hub is not installed")
 RECIPE = dict(_target_="r2dreamer.dreamer.build_agent", belief=16, hidden=12, classes=4, categoricals=7, depth=2)
@@ -171,4 +173,11 @@ def test_evaluate_plays_an_agent_of_the_hub(hub, tmp_path, capsys):
     for checkpoint in ("ann/cartpole", "ann/cartpole@main", tmp_path / "exported"):
         evaluate.main(config(f"checkpoint={checkpoint}", *arguments, name="evaluate"))
     played = [line for line in capsys.readouterr().out.splitlines() if "return" in line or "traveller" in line]
+    (tmp_path / "python").symlink_to(sys.executable)  # what is in the working directory is the user's own
+    downloaded, here = (load_trained(each, torch.device("cpu"), images=False) for each in ("ann/cartpole", "exported"))
+    assert downloaded.output(None, "eval.mp4") == Path("eval.mp4") and downloaded.output("x", "eval.mp4") == Path("x")
+    assert here.output(None, "eval.mp4") == Path("exported/eval.mp4")
+    (tmp_path / "exported" / "eval.mp4").symlink_to(sys.executable)
+    with pytest.raises(ValueError, match="eval.mp4 is a link to"):
+        here.output(None, "eval.mp4")
     assert len(played) == 6 and played[:2] == played[2:4] == played[4:] and "traveller at 52 frames" in played[1]

@@ -299,6 +299,10 @@ def test_settings_of_every_member_are_checked_and_read():
     for override, name in {"algorithm=dreamer": "members", "env.shrink=1": "shrinks", "env.task=a": "tasks"}.items():
         with pytest.raises(ValueError, match=f"is not read: say {name}=... beside it"):
             latents.refuse_unread(config(f"overrides=['{override}']", name="latents"), [])
+    for override in ("compile=parts", "batch_length=8", "++replay.capacity=9"):
+        with pytest.raises(ValueError, match=f"{re.escape(override)}. is not read: .* those of experiment, env, model"):
+            latents.refuse_unread(config(f"overrides=['{override}']", name="latents"), [])
+    latents.refuse_unread(config("overrides=['+model.mine=1','~algorithm.kl','batch_size=3']", name="latents"), [])
 
 
 def test_a_run_whose_name_has_directories_is_in_the_results(tmp_path):

@@ -30,6 +30,10 @@ class BoundedNormal(D.Independent):
     def __init__(self, loc: torch.Tensor, scale: torch.Tensor):
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> BoundedNormal:
+        shape = (*batch_shape, *self.event_shape)
+        return type(self)(self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape))
+
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         """Draws as torch does, without its check of the scales, for which a CUDA graph cannot wait."""
         with torch.no_grad():
@@ -49,6 +53,9 @@ class OneHotAction(D.OneHotCategorical):
 
     def __init__(self, probs: torch.Tensor):
         super().__init__(probs=probs, validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> OneHotAction:
+        return type(self)(self.probs.expand(*batch_shape, *self.event_shape))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         """Draws as torch does, without its check of the probabilities (CUDA graphs); NaN stays NaN."""

@@ -89,7 +89,7 @@ SCRIPTS: dict[str, dict[str, Kind | None]] = {
         "compare": choice(None, "torchrl", "algorithm", "tricks"), "repeats": maybe(count),
         "counts": list_of(count), "seconds": number(above=0), "rounds": count,
     },
-    "evaluate": _PLAYED | {"episodes": maybe(count), "seed": maybe(seed), "max_steps": maybe(count)},
+    "evaluate": _PLAYED | {"episodes": maybe(count), "seed": maybe(seed), "max_steps": maybe(count), "compile": TRAIN["compile"]},
     "saliency": _PLAYED | _SEEN | {
         "seed": maybe(seed), "episodes": count, "max_steps": count, "occlusion": section,
         "occlusion.fill": choice("blur", "grey"), "occlusion.window": count, "occlusion.stride": count,

@@ -80,11 +80,6 @@ def refuse_links(directory: str | os.PathLike) -> Path:
     return Path(directory)
 
 
-def output_path(out: str | None, directory: Path, name: str) -> Path:
-    """Where a tool writes: where the user said, or into the directory of the run."""
-    return Path(out) if out else refuse_links(directory) / name
-
-
 def make_output(out: Path, option: str = "out=DIR") -> None:
     """Makes the directory of a tool's results before anything is computed, and finds out whether it can be written.
 

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from ..settings.schema import check
-from .files import refuse_links
+from .files import refuse_links, warn
 from .run import Run
 from .saved_config import plain_config
 from .setup import TRAINING, first_difference
@@ -68,6 +68,7 @@ def plan_rows(rows: Sequence[tuple[Sequence[str], float | None]]) -> list[Run]:
     runs: dict[Path, Run] = {}
     seeds: dict[tuple[str, int], Run] = {}
     variants: dict[str, tuple[Run, DictConfig]] = {}
+    of_variant = [key for key in TRAINING if key != "seed"]
     with hydra.initialize_config_module("r2dreamer.configs", version_base=None):
         for overrides, bar in ((overrides, bar) for arguments, bar in rows for overrides in expand(arguments)):
             cfg = hydra.compose("config", list(overrides))
@@ -87,8 +88,12 @@ def plan_rows(rows: Sequence[tuple[Sequence[str], float | None]]) -> list[Run]:
                     "mean is over the seeds of one name: put what you vary into the name, for example "
                     "'name=lr-${algorithm.optimizer.lr}'."
                 )
+            if cfg.name not in variants:
+                for name, (_, settings) in variants.items():
+                    if not first_difference(settings, cfg, of_variant, overrides):
+                        warn(f"name={name} and name={cfg.name} train the same: no setting of theirs differs.")
             first, settings = variants.setdefault(cfg.name, (run, cfg))
-            if found := first_difference(settings, cfg, [key for key in TRAINING if key != "seed"], overrides):
+            if found := first_difference(settings, cfg, of_variant, overrides):
                 key, old, new = found
                 raise ValueError(
                     f"{' '.join(first.overrides)} with {key}={old} and {' '.join(overrides)} with {key}={new} share "

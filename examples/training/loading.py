@@ -25,6 +25,7 @@ from r2dreamer.losses import PlanningAttackLoss
 
 from .checkpoint import Checkpoints
 from .evaluation import LONGEST_EPISODE
+from .files import refuse_links
 from .saved_config import runnable_config
 from .setup import spaces
 
@@ -40,7 +41,8 @@ class Trained:
     path: Path
     step: int
     make_environment: Callable[..., EnvBase]
-    folder: Path | None = None  # of an agent that is no checkpoint; of a downloaded one, the working directory
+    folder: Path | None = None  # of an agent that is no checkpoint
+    downloaded: bool = False
 
     @property
     def directory(self) -> Path:
@@ -49,6 +51,12 @@ class Trained:
             return self.folder
         inside = self.path.resolve().parent  # the path may begin in the run's own `checkpoints`
         return inside.parent if inside.name == "checkpoints" else self.path
+
+    def output(self, out: str | None, name: str) -> Path:
+        """Where a tool writes: where the user said, or beside the agent; of a downloaded one, into the working directory."""
+        if out or self.downloaded:
+            return Path(out or name)
+        return refuse_links(self.directory) / name
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -126,7 +134,7 @@ def load_trained(
     found = locate(path)
     directory = None
     if (found / WEIGHTS).is_file():
-        where, directory = found, found if Path(path).exists() else Path()
+        where = directory = found
         make_agent: Callable[[], Agent] = functools.partial(unpack_folder, found, trust=trust)
         config = read_config(found)
         step, config = config.get("frames"), config.get("run")
@@ -163,4 +171,4 @@ def load_trained(
         )
     for part in agent.parts().values():
         part.to(device).eval().requires_grad_(False)
-    return Trained(agent, run, where, step, make_environment, directory)
+    return Trained(agent, run, where, step, make_environment, directory, downloaded=not Path(path).exists())
