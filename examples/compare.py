@@ -33,7 +33,7 @@ from r2dreamer.examples.cli.messages import cannot_compose
 from r2dreamer.examples.cli.output import guarded_output
 from r2dreamer.examples.cli.script import search_here
 from r2dreamer.examples.figures.bootstrap import bootstrap_band, bootstrap_difference
-from r2dreamer.examples.figures.curves import draw_runs, known_keys, picture, read_curve
+from r2dreamer.examples.figures.curves import RETURNS, draw_runs, known_keys, picture, read_curve
 from r2dreamer.examples.figures.plans import read_plan, report, summary
 from r2dreamer.examples.training.cluster import make_executor, split, submit
 from r2dreamer.examples.training.files import make_output
@@ -154,6 +154,10 @@ def compare() -> None:
     if arguments.plan or arguments.status:
         print(report(runs, arguments.key) + summary(runs), flush=True)
     if arguments.status:
+        begun = [run.logdir for run in runs if (run.logdir / "metrics.jsonl").exists()]
+        missing = begun and not any(len(read_curve(each, arguments.key)[0]) for each in begun)
+        if missing and arguments.key not in RETURNS:  # which come later
+            sys.exit(f"No run has {arguments.key}. {known_keys(begun[0], arguments.key)}")
         sys.exit()
     waiting = [run for run in runs if not run.finished]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before.")

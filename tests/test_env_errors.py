@@ -30,6 +30,7 @@ from r2dreamer.envs import (
     make_vector_env,
 )
 from r2dreamer.envs.base import gl
+from r2dreamer.envs.base.simulator import Simulator
 
 
 @pytest.mark.parametrize(("trouble", "said"), [("nan", "observation 'body_angles'"), ("reward", "reward")])
@@ -122,6 +123,40 @@ def test_other_mistakes_are_named():
 def test_a_factory_that_is_not_there_is_answered_with_what_is(factory, said):
     with pytest.raises(ValueError, match=said):
         make_custom(factory, seed=0)
+
+
+def test_a_factory_that_takes_a_seed_is_given_the_environments():
+    seen = []
+
+    def seeded(seed, level=1):
+        seen.append(seed)
+        return make_gym("CartPole-v1", seed=0).base_env
+
+    for factory in (
+        seeded,
+        functools.partial(seeded, seed=3),
+        lambda seed=None: seeded(seed),
+        lambda seed=5: seeded(seed),
+    ):
+        make_custom(factory, seed=7).close()
+    assert seen == [7, 3, 7, 5]
+
+
+def test_a_module_of_a_factory_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner_envs.py").write_text("import a_package_that_is_missing")
+    for path, said in {
+        "inner_envs:make": "inner_envs needs a_package_that_is_missing, which is not installed",
+        "inner_envs.py:make": "must name a module, without .py: inner_envs:make",
+        "outer_envs:make": "The module must lie in the working directory",
+    }.items():
+        with pytest.raises(ImportError, match=said):
+            make_custom(path, seed=0)
+
+
+def test_a_number_of_choices_may_be_numpys():
+    corner = Simulator(observations={"place": (1,)}, actions=spaces.Discrete(3).n)
+    assert isinstance(spaces.Discrete(3).n, np.integer) and corner.discrete and corner.action_spec.shape == (3,)
 
 
 def test_several_choices_at_once_are_not_taken_for_one():

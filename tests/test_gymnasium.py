@@ -155,6 +155,15 @@ def test_it_renders_what_it_observes_and_its_vector_is_what_torchrl_observes(rea
     assert np.array_equal(state.reset(seed=3)[0], vector.astype(np.float32))
 
 
+def test_a_closed_environment_says_that_it_is_closed():
+    env = gymnasium.make("DMCSubtle/reacher-v0", observation="state")
+    env.reset(seed=0)
+    env.close()
+    env.close()
+    with pytest.raises(gymnasium.error.ClosedEnvironmentError, match="Make a new one"):
+        env.unwrapped.reset()
+
+
 def test_an_episode_is_truncated_at_the_limit_of_the_task_or_of_the_user():
     env = gymnasium.make("DMCSubtle/cartpole_swingup-v0", observation="state", action_repeat=250)
     env.reset(seed=0)

@@ -172,12 +172,18 @@ def test_a_core_of_ones_own_trains_and_acts():
             lambda state, action: Pair(),
             "cannot be built from the sizes of state, action, belief and hidden layers: .* 4",
         ),
+        (lambda *sizes: Swapped(), "Swapped .* fails on .* GRUCell"),
         (lambda *sizes: Pair(), "Pair .* returns tuple .* must return the next belief"),
     ],
 )
 def test_a_core_with_another_signature_is_refused(core, said):
     with pytest.raises(ValueError, match=f"(?s){said}"):
         tiny_agent(core=core)
+
+
+class Swapped(torch.nn.Module):
+    def forward(self, state, belief, action):
+        return torch.nn.GRUCell(state.shape[-1], belief.shape[-1])(state[None, None], belief)  # raises a ValueError
 
 
 class Pair(torch.nn.Module):

@@ -81,7 +81,8 @@ def test_the_plans_that_are_shipped_can_be_trained(plan):
         ("rows: [seed=0]", "row 1 must hold overrides"),
         ("rows: [{overrides: [seed=0]}, {overrides: [seed=1], bars: 3}]", "row 2 must hold overrides"),
         ("rows: [{overrides: seed=0}]", "row 1 must be a list of text"),
-        ("rows: [{overrides: [seed=0], bar: high}]", "row 1 has bar='high', which must be a number"),
+        ("rows: [{overrides: [seed=0], bar: high}]", "row 1 has bar='high', which must be a finite number"),
+        ("rows: [{overrides: [seed=0], bar: .nan}]", "row 1 has bar=nan, which must be a finite number"),
         ("rows: [{overrides: [sead=0]}]", "sead"),
     ],
 )
@@ -143,6 +144,7 @@ def test_a_plan_trains_what_is_missing_and_leaves_what_runs_elsewhere(tmp_path, 
     assert "3 runs: 1 done, 1 running, 1 missing. Left: about" in printed.out
     assert "Another process trains: " in printed.err and printed.err.count("Not finished") == 1
     assert not command("--status")[0]
+    assert command("--status", "--key", "eval/retrun")[0] == "No run has eval/retrun. Did you mean eval/return?"
     command()
     text = (tmp_path / "comparison.md").read_text()
     assert "| run1 | done | 40 | 6 | 0 |  | 7 | no |" in text and "| run2 | done | 40 | 7 | 0 |  | 7 | yes |" in text

@@ -64,6 +64,7 @@ def test_mistakes_are_named_before_there_is_an_environment(arguments, said):
             {"geoms": "toe", **SMALLER, "xml": written("trunk", shrink=0.5)},
             "would overwrite .*dof_M0.*after it is put on",
         ),
+        (user_env, {"geoms": "trunk", **SMALLER, "xml": "model.xml"}, "xml='model.xml' is no XML.*read_text"),
         (user_env, {"geoms": "trunk", **SMALLER, "xml": "<mujoco/>"}, "compiles to another model.*xml="),
         (user_env, {"geoms": "foot", **SMALLER, "xml": RENAMED}, "compiles to another model"),
         (

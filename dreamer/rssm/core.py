@@ -101,7 +101,7 @@ def check_core(core: nn.Module, state_size: int, belief_size: int, action_size: 
     with torch.no_grad():
         try:
             belief = core(*(torch.zeros(2, size) for size in (state_size, belief_size, action_size)))
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"{name} fails on state [..., {state_size}], belief [..., {belief_size}], action [..., {action_size}]: {error}\n"
                 "Its forward takes (state, belief, action) and returns the next belief."

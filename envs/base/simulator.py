@@ -61,9 +61,9 @@ class Simulator(EnvBase):
         self.layout = [(name, tuple(shape), kind(shape)) for name, shape in observations.items()]
         if self.metrics:
             self.observation_spec["metrics"] = Composite({name: Unbounded(1) for name in self.metrics})
-        self.discrete = isinstance(actions, int)
-        if isinstance(actions, int):
-            self.action_spec = OneHot(actions, dtype=torch.int64)
+        self.discrete = isinstance(actions, (int, np.integer))  # as Gymnasium's Discrete.n is
+        if isinstance(actions, (int, np.integer)):
+            self.action_spec = OneHot(int(actions), dtype=torch.int64)
         else:
             self.bounds = low, high = [
                 _inwards(np.asarray(bound), sign) for sign, bound in zip((1, -1), actions, strict=True)

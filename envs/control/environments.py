@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.error import ResetNeeded
+from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.spaces import Box
 
 from ..base.errors import require_one_of, require_positive
@@ -61,10 +61,12 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         )
         fps = 1 / (self.simulation.control_timestep() * action_repeat)
         self.metadata = type(self).metadata | {"render_fps": round(fps)}
-        self.seeded, self.over = False, True
+        self.seeded, self.over, self.closed = False, True, False
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """The same seed gives the episodes that TorchRL's DMControlEnv gives after `set_seed`."""
+        if self.closed:
+            raise ClosedEnvironmentError("This environment is closed. Make a new one with gymnasium.make(...).")
         super().reset(seed=seed)
         if seed is None and not self.seeded:
             seed = int(self.np_random.integers(2**31))
@@ -87,6 +89,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return render_image(self.simulation.physics, *self.view)
 
     def close(self) -> None:
+        self.over = self.closed = True
         suite.close(self.simulation)
 
     def _observe(self, now: Any) -> np.ndarray:

@@ -131,7 +131,12 @@ def compile_edited(source: tuple[Any, Any], edits: Sequence[Edit]) -> tuple[Any,
     with mujoco.MjVfs() as files:
         for name, content in (assets or {}).items():
             files[name] = content if isinstance(content, bytes) else content.encode()
-        spec = mujoco.MjSpec.from_string(xml if isinstance(xml, str) else xml.decode(), vfs=files)
+        text = xml if isinstance(xml, str) else xml.decode()
+        if "<" not in text:
+            raise ValueError(
+                f"xml={text!r} is no XML. It must be the text itself, as in xml=Path('model.xml').read_text()."
+            )
+        spec = mujoco.MjSpec.from_string(text, vfs=files)
         touched = [_shrink_spec(spec, edit) for edit in edits]
         try:
             model = spec.compile(files)

@@ -24,7 +24,7 @@ def make_custom(factory: str | Callable, *, seed: int, task: str | None = None, 
     Args:
         factory: A callable, or where to import one from, ``"package.module:function"``. Modules beside the script and
             in the working directory are found.
-        seed: Given to the environment's ``set_seed``.
+        seed: Given to the environment's ``set_seed``, and to a factory that has an argument `seed` without a value.
         task: A name for messages and metrics; default: the factory's.
         **kwargs: Arguments of the factory.
 
@@ -38,7 +38,10 @@ def make_custom(factory: str | Callable, *, seed: int, task: str | None = None, 
             f"env.factory={factory!r} is a {type(make).__name__}; it must name a function that returns one."
         )
     try:
-        inspect.signature(make).bind(**kwargs)
+        signature = inspect.signature(make)
+        if (own := signature.parameters.get("seed")) and (own.default is own.empty or own.default is None):
+            kwargs["seed"] = seed
+        signature.bind(**kwargs)
     except (TypeError, ValueError) as error:  # ValueError: written in C, whose arguments nobody can tell
         given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items()) or "no arguments"
         raise ValueError(
@@ -64,6 +67,10 @@ def _import(path: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if module.endswith(".py"):
+            raise ImportError(f"env.factory={path!r} must name a module, without .py: {module[:-3]}:{name}.") from error
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise ImportError(f"env.factory={path!r}: {module} needs {error.name}, which is not installed.") from error
         raise ImportError(
             f"env.factory={path!r}: {error}. The module must lie in the working directory ({os.getcwd()}), in an "
             "installed package, or on PYTHONPATH."

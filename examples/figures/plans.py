@@ -9,6 +9,7 @@ Overrides are those of train.py, in hydra's multirun syntax; of one key the last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
         if not isinstance(row, dict) or not {"overrides"} <= row.keys() <= {"overrides", "bar"}:
             raise ValueError(f"{where} must hold overrides, and may hold a bar: {row!r}.")
         bar = row.get("bar")
-        if bar is not None and type(bar) not in (int, float):
-            raise ValueError(f"{where} has bar={bar!r}, which must be a number.")
+        if bar is not None and not (type(bar) in (int, float) and math.isfinite(bar)):
+            raise ValueError(f"{where} has bar={bar!r}, which must be a finite number.")
         every = [*shared, *_overrides(row["overrides"], where), *overrides]
         grids.append((list({each.partition("=")[0]: each for each in every}.values()), bar))  # the last of a key counts
     return plan_rows(grids)
