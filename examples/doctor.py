@@ -75,21 +75,22 @@ def examine(cfg: DictConfig, report: Report, thorough: bool) -> None:
     """Builds the configured environment, holds it to the contract, and measures it."""
     name = f"env={cfg.env.suite} env.task={cfg.env.task}"
     try:
-        single, _ = measure(cfg, 1)
+        single, alone = measure(cfg, 1)
         report.line(f"{name}: {single:.0f} frames/s, {1000 * cfg.env.action_repeat / single:.2f} ms a step")
         if not thorough:
             return
         observations, actions = spaces(hydra.utils.instantiate(cfg.env.make), cfg.timeout)
         report.line(f"images {observations.images}, vectors {observations.vectors}, {actions}")
-        count = max(4, cfg.env.num_envs)
-        together, each = measure(cfg, count)
-        report.line(f"{count} of them in parallel: {together:.0f} frames/s, {each / 1e6:.0f} MB each")
-        wanted, free = each * (cfg.env.num_envs + cfg.eval.episodes), free_bytes("cpu")[0]
+        wanted, free = alone * (cfg.env.num_envs + cfg.eval.episodes), free_bytes("cpu")[0]
         if wanted > free:
             report.problem(
                 f"{cfg.env.num_envs} environments and {cfg.eval.episodes} to evaluate in take {wanted / 1e9:.3g} GB of memory, "
                 f"and {free / 1e9:.3g} GB are free: use fewer, env.num_envs=N env.eval_episodes=M."
             )
+        else:
+            count = max(4, cfg.env.num_envs)
+            together, each = measure(cfg, count)
+            report.line(f"{count} of them in parallel: {together:.0f} frames/s, {each / 1e6:.0f} MB each")
         device = resolve_device(cfg.device)
         precision = resolve_precision(cfg.precision, device)
         report.line(f"update: {check_fits(cfg, observations, actions, device, precision)}")

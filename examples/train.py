@@ -67,7 +67,8 @@ class Trainer:
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         self.suite = suite = hydra.utils.instantiate(cfg.env, _convert_="all")
-        self.agent, keys = build(suite["make"], own, self.device, precision)
+        with ranks.refusing_own(MemoryError):
+            self.agent, keys = build(suite["make"], own, self.device, precision)
         self.collection = hydra.utils.instantiate(cfg.collector, self.agent.policy)
         self.learner = Learner(self.agent, cfg.algorithm, precision, cfg.compile, cfg.capture, ranks)
         ranks.broadcast(self.learner, *self.agent.parts().values())
@@ -76,8 +77,11 @@ class Trainer:
         streams, sizes = own.env.num_envs, self.agent.latent_sizes
         size = record_bytes(self.agent.example_record(), sizes)
         saved_in = self.logdir if cfg.checkpoint.replay else None
-        self.memory = check_memory(size, own.replay.capacity, **own.replay.place, saved_in=saved_in)
-        self.replay = make_replay(own.replay.capacity, streams, own.batch_size, cfg.batch_length, **own.replay.place)
+        with ranks.refusing_own(MemoryError, ValueError):
+            self.memory = check_memory(size, own.replay.capacity, **own.replay.place, saved_in=saved_in)
+            self.replay = make_replay(
+                own.replay.capacity, streams, own.batch_size, cfg.batch_length, **own.replay.place
+            )
         self.records = RecordBuilder(streams, keys, latent_sizes=sizes)
         self.ratio = DreamerV3UpdateRatio(cfg.train_ratio / (cfg.batch_size * cfg.batch_length))
         self.returns, self.averages = EpisodeReturns(streams, suite["train_scores"]), Averages()

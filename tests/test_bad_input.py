@@ -149,6 +149,7 @@ COMMANDS = {
     "num_envs=0": ([*CARTPOLE, "env.num_envs=0"], ["env.num_envs=0 must be"]),
     "episodes=0": ([*CARTPOLE, "eval.episodes=0"], ["eval.episodes=0 must be"]),
     "keep=0": ([*CARTPOLE, "checkpoint.keep=0"], ["checkpoint.keep=0 must be"]),
+    "ray": ([*CARTPOLE, "collector=ray", "collector.address=ray://node:1"], ["must be local, auto or HOST:PORT"]),
     "train_ratio=-1": ([*CARTPOLE, "train_ratio=-1"], ["train_ratio=-1 must be a number of at least 0"]),
     "horizon=0": (
         [*CARTPOLE, "algorithm.actor.imagination_horizon=0"],

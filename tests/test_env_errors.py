@@ -159,6 +159,34 @@ def test_a_number_of_choices_may_be_numpys():
     assert isinstance(spaces.Discrete(3).n, np.integer) and corner.discrete and corner.action_spec.shape == (3,)
 
 
+class Reusing(Simulator):
+    """Observes how many steps it has taken, in one and the same array."""
+
+    def __init__(self):
+        super().__init__(observations={"steps": (1,), "pixels": (3, 4, 4)}, actions=2)
+        self.shown = {"steps": np.zeros(1, np.float32), "pixels": np.zeros((3, 4, 4), np.uint8)}
+
+    def begin(self):
+        for value in self.shown.values():
+            value[:] = 0
+        return self.shown
+
+    def advance(self, action):
+        for value in self.shown.values():
+            value += 1
+        return self.shown, 1.0, False, False
+
+    def seed(self, number):
+        pass
+
+
+def test_a_simulator_may_reuse_its_arrays():
+    rollout = Reusing().rollout(4)
+    for steps in (rollout["steps"][:, 0], rollout["pixels"][:, 0, 0, 0]):
+        assert steps.tolist() == [0, 1, 2, 3]
+    assert rollout["next", "steps"][:, 0].tolist() == [1, 2, 3, 4]
+
+
 def test_several_choices_at_once_are_not_taken_for_one():
     spec = GymEnv("Toy-space0-v0").action_spec  # MultiDiscrete([2, 3])
     whole = Bounded(0, 5, (3,), dtype=torch.int64)
@@ -181,10 +209,11 @@ def test_actions_in_another_range_are_not_an_agents():
 
 
 def test_a_metric_is_one_number():
-    env = make_gym("CartPole-v1", seed=0).base_env
-    env.observation_spec = Composite({**env.observation_spec, "metrics": Composite(m=Unbounded(3))})
-    with pytest.raises(ValueError, match=r"\('metrics', 'm'\) has shape \(3,\): a metric is one number"):
-        check_environment(env)
+    for metric, named in ((Unbounded(3), r"'m'\) has shape \(3,\)"), (Composite(n=Unbounded(1)), r"'m', 'n'\)")):
+        env = make_gym("CartPole-v1", seed=0).base_env
+        env.observation_spec = Composite({**env.observation_spec, "metrics": Composite(m=metric)})
+        with pytest.raises(ValueError, match=rf"\('metrics', {named}.*: a metric is one number, directly below"):
+            check_environment(env)
 
 
 @pytest.mark.parametrize(

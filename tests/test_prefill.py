@@ -39,6 +39,7 @@ def begun(folder, *overrides):
 def test_a_run_begins_with_the_records_of_another_and_resumes_without_doing_it_twice(source, tmp_path, capsys):
     folder, before = source
     asked = [f"replay.prefill={folder}", "total_frames=40"]
+    (tmp_path / ".prefill-0" / "0").mkdir(parents=True)  # as a killed process leaves it
     trainer = begun(tmp_path, *asked)
     prefilled = trainer.count["prefilled"]
     given = before.replay.stored
@@ -51,6 +52,7 @@ def test_a_run_begins_with_the_records_of_another_and_resumes_without_doing_it_t
     assert trainer.count["updates"] == 1 + (40 - 20) * 5 // 15  # nothing is owed for what was prefilled
     (line,) = lines(tmp_path, '"prefill/records"')
     assert line["prefill/records"] == prefilled and line["step"] == 0
+    assert not list(tmp_path.glob(".prefill*"))
     own = len(trainer.replay) - prefilled
     resumed = begun(tmp_path, asked[0], "total_frames=80")
     assert len(lines(tmp_path, '"prefill/records"')) == 1

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import PercentileValueNorm
 
+from r2dreamer.envs import make_replay
 from r2dreamer.examples.timing.traffic import traffic
+from r2dreamer.examples.training.ranks import Ranks
 from r2dreamer.losses import (
     BarlowTwins,
     CategoricalKL,
@@ -224,6 +227,14 @@ def check_equal(saved, which, expected, gradients):
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         for one, other in zip(found, gradients, strict=True):
             assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6  # the bias' gradient is 0
+
+
+def test_a_refusal_says_that_its_numbers_are_of_one_rank():
+    for count, note in ((2, ["These are numbers of one rank, and settings are of all 2: 2 times as many."]), (1, [])):
+        refusing = Ranks.refusing_own(SimpleNamespace(count=count), MemoryError, ValueError)
+        with pytest.raises(ValueError, match="a capacity of at least 6") as caught, refusing:
+            make_replay(4, 1, 1, 5)
+        assert getattr(caught.value, "__notes__", []) == note
 
 
 def test_a_single_process_gathers_nothing():

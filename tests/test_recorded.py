@@ -280,6 +280,19 @@ def test_a_path_without_a_recording_and_choices_that_are_numbers_are_refused(tmp
         prefill(replay, [episode], example(), discrete=True, where="it")
 
 
+def test_an_episode_under_way_is_not_gone_on_with():
+    episode = example().unsqueeze(0).repeat(4).exclude(("next", "state"), ("next", "belief"))
+    episode["is_init"][0], episode["action"][1:] = True, torch.tensor([0.0, 1.0])
+    replay = make_replay(60, 1, 2, 2)
+    fill = lambda: prefill(replay, [episode], example(), discrete=True, where="it")
+    fill()
+    replay.stored["next", "done"][3] = False  # as if these had been collected
+    with pytest.raises(ValueError, match="it would go on with an episode that is under way"):
+        fill()
+    replay.truncate_streams()
+    assert fill().records == 4
+
+
 @pytest.mark.parametrize("choice, fits", [([0.0, 1.0], True), ([0.5, 0.5], False), ([1.0, 1.0], False)])
 def test_choices_are_one_hot(choice, fits):
     episode = example().unsqueeze(0).repeat(4).exclude(("next", "state"), ("next", "belief"))

@@ -206,6 +206,7 @@ def test_the_doctor_says_what_is_ill_and_how_to_mend_it(server, tmp_path):
     status, said = doctor(server, tmp_path, "env=gym", "env.eval_episodes=10000000", "replay.capacity=1000000000000")
     said = " ".join(said.split())
     assert status == 1 and "use fewer, env.num_envs=N env.eval_episodes=M" in said and "does not fit" in said, said
+    assert "in parallel" not in said  # nor would those be started that do not fit
 
 
 def test_the_doctor_reports_a_renderer_that_cannot_be_loaded_and_goes_on(tmp_path):

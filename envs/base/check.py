@@ -62,8 +62,8 @@ def _observations(env: Any) -> Iterator[str]:
     if not _is_flag(env.observation_spec, "is_init"):
         yield "'is_init' is missing: append torchrl.envs.InitTracker()"
     for key, spec in named:
-        if isinstance(key, tuple) and key[0] == "metrics" and spec.shape.numel() != 1:
-            yield f"{key!r} has shape {tuple(spec.shape)}: a metric is one number"
+        if isinstance(key, tuple) and key[0] == "metrics" and (spec.shape.numel() != 1 or len(key) > 2):
+            yield f"{key!r} has shape {tuple(spec.shape)}: a metric is one number, directly below 'metrics'"
     for key in keys:
         spec = env.observation_spec[key]
         shape = tuple(spec.shape)

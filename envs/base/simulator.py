@@ -130,7 +130,7 @@ class Simulator(EnvBase):
 
     def _tensors(self, observation: Mapping[str, np.ndarray], terminated: bool, truncated: bool) -> TensorDict:
         flags = {"done": terminated or truncated, "terminated": terminated, "truncated": truncated}
-        observed = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in observation.items()}
+        observed = {name: torch.from_numpy(np.array(value)) for name, value in observation.items()}  # it may be reused
         tensors = TensorDict(
             observed | {name: torch.tensor([flag]) for name, flag in flags.items()}, device=self.device
         )

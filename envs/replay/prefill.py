@@ -51,6 +51,14 @@ def prefill(
         )
     if isinstance(episodes, TensorDictBase):
         raise ValueError(f"{where}: episodes is one TensorDict; give a list of episodes, for example [rollout].")
+    if len(replay):
+        streams = replay.rings.stored.nonzero().squeeze(-1)
+        newest = replay.rings.slots(streams, replay.rings.written[streams] - 1)
+        if not replay.read_slots(newest, [("next", "done")])["next", "done"].all():
+            raise ValueError(
+                f"{where} would go on with an episode that is under way in the replay: prefill before anything is collected, or call "
+                "replay.truncate_streams() and reset the environments."
+            )
     latents = replay.latents_in(example)
     nxt = cast(TensorDictBase, example["next"])
     observations = [key for key in nxt.keys(True, True) if key not in ("reward", *FLAG_KEYS)]

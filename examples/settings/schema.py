@@ -37,6 +37,7 @@ from .targets import SettingError, Target, annotated
 count, seed, share, weight = whole(1), whole(0, 2**32 - 1), number(0, 1), number(0)
 rate, fraction = number(above=0, most=1), number(0, below=1)
 fraction_text = one_like(r"paper|\d+/0*[1-9]\d*", "paper, or a fraction such as 1/3")
+cluster = one_like(r"local|auto|[^/]+:\d+", "local, auto or HOST:PORT, for example node7:6379")
 colour = any_of(share, list_of(share))
 
 _ALGORITHM = {
@@ -151,7 +152,7 @@ ARGUMENTS = {
     **dict.fromkeys(("lr", "actor_lr", "value_lr", "agc", "max_norm", "parameter_norm_min"), number(above=0)),
     "beta1": fraction, "beta2": fraction, "eps": weight, "warmup_steps": whole(),
     # of remote collectors
-    "num_collectors": count, "num_cpus": number(above=0), "update_interval": count, "address": text,
+    "num_collectors": count, "num_cpus": number(above=0), "update_interval": count, "address": cluster,
     "object_store_memory": whole(80_000_000),
     # of the attack's patch
     "patch_hw": list_of(count, 2), "mode": choice("direct", "eps", "perturb"), "base": colour,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ SAME = ("env.suite", "env.task", "env.action_repeat", "env.make")  # else its re
 def prefill_replay(trainer: Any) -> None:
     """Fills the trainer's replay, unless a checkpoint has done so; each rank takes its share of the episodes."""
     cfg, ranks, replay, count = trainer.cfg, trainer.ranks, trainer.replay, trainer.count
+    scratch = trainer.logdir / f".prefill-{ranks.rank}"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed here
     if cfg.replay.prefill is None:
         return
     if ranks.any(len(replay) > 0):
@@ -48,14 +50,17 @@ def prefill_replay(trainer: Any) -> None:
     if task is not None and cfg.env.suite == "gym" and not same_task(task, cfg.env.task):
         raise ValueError(f"{where} was recorded with {task}, and this run has env.task={cfg.env.task}.")
     names = [*trainer.agent.observations.images, *trainer.agent.observations.vectors]
-    with tempfile.TemporaryDirectory(dir=trainer.logdir, prefix=".prefill-") as scratch:
+    scratch.mkdir(exist_ok=True)
+    try:
         episodes = recorded_episodes(path, names)
         if episodes is None:
-            episodes = run_episodes(path, cfg, Path(scratch), where)
+            episodes = run_episodes(path, cfg, scratch, where)
         own = itertools.islice(episodes, ranks.rank, None, ranks.count)
         discrete = trainer.agent.actions.discrete
         record = trainer.agent.example_record()
         found = prefill(replay, own, record, discrete=discrete, where=where, share=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     parts = ranks.gather((len(replay), found.records, found.episodes, found.left_out))
     kept, *sums = (sum(values) for values in zip(*parts, strict=True))
     found = Prefilled(*sums)

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import platform
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,18 @@ class Ranks:
         if own.replay.place.get("directory") and not self.first:
             own.replay.place.directory += f".rank{self.rank}"
         return own
+
+    @contextlib.contextmanager
+    def refusing_own(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Around what may refuse this rank's share: the numbers in its message are not those of the settings."""
+        try:
+            yield
+        except kinds as error:
+            if self.count > 1:
+                error.add_note(
+                    f"These are numbers of one rank, and settings are of all {self.count}: {self.count} times as many."
+                )
+            raise
 
     def part(self, items: Any) -> Any:
         """This rank's of a sequence that is of all: consecutive, the first ranks have one more where it does not divide."""

@@ -302,8 +302,8 @@ def connect(address: str, object_store_memory: int) -> bool:
         with ignored(signal.SIGHUP):
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConnectionError(f"No Ray cluster at collector.address={address}: {reason} {hint}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ConnectionError(f"No Ray cluster at collector.address={address}: {reason}. {hint}") from error
     return True
 
 
