@@ -94,8 +94,8 @@ class RSSMRollout(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         remedy = (
-            "Records hold state, belief, action and is_init at the root; r2dreamer.envs.replay.records.RecordBuilder makes them. "
-            "The encoder writes the embedding."
+            "r2dreamer.envs.RecordBuilder makes records, with action and is_init. state and belief are the latents before them: the "
+            "replay of make_replay samples both; beside another buffer set zeros. The encoder writes the embedding."
         )
         values = read(tensordict, self.in_keys, "RSSMRollout", remedy)
         if self.general is not None:
